@@ -1,0 +1,28 @@
+"""Self-supervised pretraining of Vision Transformers by masked image modelling.
+
+Notation, used in every docstring and variable name of the package:
+
+  B  images in a batch (the global batch, unless a comment says otherwise)
+  V  views (crops) of an image; G global views, V - G local ones
+  R  rows of a flattened batch, image-major: R = B * V or B * G
+  H, W  image height and width in pixels; P patch side in pixels
+  N  patches of an image;  L = N + 1 tokens, the class token first
+  D  token width;  A attention heads
+  K  prototypes of a head (the width of its logits);  C its bottleneck width
+  M  patches kept, or an upper bound on patches hidden, where a shape must be
+     static
+  S  optimiser steps per epoch
+
+`mask` is True where a patch is hidden from the student; `rank` 0 is the
+largest score. `params` is what is trained, `teacher` its moving average, `aux`
+what is neither (centres). Scalars that change per step (temperatures, counts,
+rates) are computed on the host in float64 and enter compiled code as traced
+arguments, so no new value ever compiles a new program.
+"""
+
+from typing import Any
+
+import jax
+
+Params = Any  # a nested dict of arrays
+Batch = dict[str, jax.Array]

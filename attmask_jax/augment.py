@@ -1,0 +1,319 @@
+"""Image augmentation with Pillow: one pure function per step.
+
+Every step takes an RGB image and a NumPy generator and returns a new image;
+the recipes at the end string the steps together. A recipe is a frozen
+dataclass called on `(image, rng)` that returns a dict of uint8 arrays, so a new
+method adds a recipe and leaves the input pipeline alone. Normalisation happens
+on the device.
+
+Source: the steps behave as torchvision's do on Pillow images.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+BICUBIC = Image.Resampling.BICUBIC
+BILINEAR = Image.Resampling.BILINEAR
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+  """Decodes any Pillow image to upright 8-bit RGB.
+
+  Greyscale is repeated over the channels; alpha is dropped, not blended (as
+  Pillow's own conversion does); 16-bit grey keeps its upper eight bits; an EXIF
+  rotation is carried out, an invalid one ignored.
+
+  Raises:
+    OSError, or what else the decoder raises, for a broken or truncated file.
+
+  differs: the reference does not rotate by EXIF and clips 16-bit grey.
+  """
+  image.load()
+  image = _upright(image)
+  if image.mode == "RGB":
+    return image
+  if image.mode in _SIXTEEN_BIT:
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    image = Image.fromarray((values >> 8).astype(np.uint8))
+  elif image.mode == "P" and "transparency" in image.info:
+    # Straight to RGB gives the same colours, but warns.
+    image = image.convert("RGBA")
+  return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return ImageOps.exif_transpose(image) if orientation != 1 else image
+  except Exception:  # garbage in the header; the pixels are still good
+    return image
+
+
+# --- geometry ---------------------------------------------------------------
+
+
+def crop_box(
+  width: int,
+  height: int,
+  rng: np.random.Generator,
+  *,
+  scale: tuple[float, float],
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+  """Draws the box of a random resized crop.
+
+  Ten attempts with a uniform share of the area and a log-uniform aspect; when
+  none fits, the largest central crop whose aspect is within `ratio`.
+
+  Args:
+    width, height: of the image, in pixels.
+    rng: advanced by two draws per attempt and two for the place.
+    scale: smallest and largest share of the area, 0-1.
+    ratio: smallest and largest width / height.
+
+  Returns:
+    (left, upper, right, lower) in pixels, inside the image.
+
+  Source: torchvision.transforms.RandomResizedCrop.get_params.
+  """
+  low, high = math.log(ratio[0]), math.log(ratio[1])
+  for _ in range(10):
+    area = width * height * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(low, high))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      top = int(rng.integers(0, height - h + 1))
+      left = int(rng.integers(0, width - w + 1))
+      return left, top, left + w, top + h
+  w, h = width, height
+  if width / height < ratio[0]:
+    h = min(round(width / ratio[0]), height)
+  elif width / height > ratio[1]:
+    w = min(round(height * ratio[1]), width)
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def random_resized_crop(
+  image: Image.Image,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  scale: tuple[float, float],
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  resample: Image.Resampling = BICUBIC,
+) -> Image.Image:
+  """Random box, resized to `size` x `size`.
+
+  Crops first and resizes then, so that the filter sees no pixel beyond the
+  edge of the box (`Image.resize(box=...)` would).
+  """
+  box = crop_box(*image.size, rng, scale=scale, ratio=ratio)
+  return image.crop(box).resize((size, size), resample)
+
+
+def random_flip(
+  image: Image.Image, rng: np.random.Generator, *, prob: float = 0.5
+) -> Image.Image:
+  """Mirrors left and right with probability `prob`."""
+  if rng.random() < prob:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return image
+
+
+def eval_crop(image: Image.Image, size: int) -> Image.Image:
+  """Shorter side to floor(256/224 * size), bicubic, then the central square.
+
+  Source: torchvision Resize(256) + CenterCrop(224), for any size.
+  """
+  shorter = 256 * size // 224
+  width, height = image.size
+  if width <= height:
+    target = shorter, int(shorter * height / width)
+  else:
+    target = int(shorter * width / height), shorter
+  image = image.resize(target, BICUBIC)
+  left, top = (round((side - size) / 2) for side in target)
+  return image.crop((left, top, left + size, top + size))
+
+
+# --- colour -----------------------------------------------------------------
+
+
+def shift_hue(image: Image.Image, shift: float) -> Image.Image:
+  """Turns the hue by `shift` of a full circle, in [-0.5, 0.5].
+
+  The shift in Pillow's 8-bit hue is `shift * 255` truncated towards zero; hue
+  wraps around at 256.
+  """
+  hsv = np.array(image.convert("HSV"))
+  hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # uint8 wraps around
+  return Image.frombytes("HSV", image.size, hsv.tobytes()).convert("RGB")
+
+
+def color_jitter(
+  image: Image.Image,
+  rng: np.random.Generator,
+  *,
+  brightness: float = 0.4,
+  contrast: float = 0.4,
+  saturation: float = 0.2,
+  hue: float = 0.1,
+) -> Image.Image:
+  """Brightness, contrast, saturation and hue in random order.
+
+  The first three are blended with factors from U(1 - x, 1 + x), bounded below
+  by 0; hue is turned by U(-hue, hue) of a circle. A strength of 0 leaves the
+  step out.
+
+  Source: torchvision.transforms.ColorJitter on Pillow images.
+  """
+  order = rng.permutation(4)
+  strengths = (brightness, contrast, saturation, hue)
+  factors = [rng.uniform(max(0.0, 1 - x), 1 + x) for x in strengths[:3]]
+  turn = rng.uniform(-hue, hue)
+  steps: list[Callable[[Image.Image], Image.Image]] = [
+    lambda x: ImageEnhance.Brightness(x).enhance(factors[0]),
+    lambda x: ImageEnhance.Contrast(x).enhance(factors[1]),
+    lambda x: ImageEnhance.Color(x).enhance(factors[2]),
+    lambda x: shift_hue(x, turn),
+  ]
+  for i in order:
+    if strengths[i]:
+      image = steps[i](image)
+  return image
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+  """Luma (ITU-R 601) in all three channels."""
+  return image.convert("L").convert("RGB")
+
+
+def gaussian_blur(
+  image: Image.Image,
+  rng: np.random.Generator,
+  *,
+  radius: tuple[float, float] = (0.1, 2.0),
+) -> Image.Image:
+  """Pillow's Gaussian blur with a radius (standard deviation) in pixels."""
+  return image.filter(ImageFilter.GaussianBlur(rng.uniform(*radius)))
+
+
+def solarise(image: Image.Image, *, threshold: int = 128) -> Image.Image:
+  """Inverts every channel value at or above `threshold`."""
+  return ImageOps.solarize(image, threshold)
+
+
+# --- recipes ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Photometric:
+  """Probabilities of the colour steps of one kind of crop."""
+
+  blur: float
+  solarise: float = 0.0
+  jitter: float = 0.8
+  grey: float = 0.2
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> Image.Image:
+    """Jitter, grey, blur, solarise: in this order, each by its own draw."""
+    if rng.random() < self.jitter:
+      image = color_jitter(image, rng)
+    if rng.random() < self.grey:
+      image = to_grey(image)
+    if rng.random() < self.blur:
+      image = gaussian_blur(image, rng)
+    if rng.random() < self.solarise:
+      image = solarise(image)
+    return image
+
+
+FIRST_GLOBAL = Photometric(blur=1.0)
+OTHER_GLOBAL = Photometric(blur=0.1, solarise=0.2)
+LOCAL = Photometric(blur=0.5)
+
+
+def random_view(
+  image: Image.Image,
+  rng: np.random.Generator,
+  colour: Photometric,
+  *,
+  size: int,
+  scale: tuple[float, float],
+) -> np.ndarray:
+  """One crop, flipped and coloured at random: [size, size, 3] uint8."""
+  image = random_resized_crop(image, rng, size=size, scale=scale)
+  image = random_flip(image, rng)
+  return np.asarray(colour(image, rng))
+
+
+def multi_crop(
+  image: Image.Image,
+  rng: np.random.Generator,
+  *,
+  image_size: int,
+  local_size: int,
+  global_crops: int,
+  global_scale: tuple[float, float],
+  local_crops: int,
+  local_scale: tuple[float, float],
+) -> dict[str, np.ndarray]:
+  """Global and local crops of one RGB image, as DINO, iBOT and AttMask cut it.
+
+  Args:
+    image: RGB.
+    rng: the image's own generator.
+    image_size, local_size: sides of global and local crops, in pixels.
+    global_crops, local_crops: G >= 1 and Lc >= 0, how many of each.
+    global_scale, local_scale: share of the image's area, 0-1.
+
+  Returns:
+    "images" [G, image_size, image_size, 3] uint8 and, unless Lc is 0,
+    "local_images" [Lc, local_size, local_size, 3] uint8.
+
+  Source: AttMask main_attmask.py, DataAugmentationiBOT.
+  """
+  colours = [FIRST_GLOBAL] + [OTHER_GLOBAL] * (global_crops - 1)
+  crops = {}
+  crops["images"] = np.stack(
+    [
+      random_view(image, rng, colour, size=image_size, scale=global_scale)
+      for colour in colours
+    ]
+  )
+  if local_crops:
+    crops["local_images"] = np.stack(
+      [
+        random_view(image, rng, LOCAL, size=local_size, scale=local_scale)
+        for _ in range(local_crops)
+      ]
+    )
+  return crops
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiCrop:
+  """`multi_crop` with its sizes filled in, for the input pipeline."""
+
+  image_size: int = 224
+  local_size: int = 96
+  global_crops: int = 2
+  global_scale: tuple[float, float] = (0.25, 1.0)
+  local_crops: int = 10
+  local_scale: tuple[float, float] = (0.05, 0.25)
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """See `multi_crop`."""
+    return multi_crop(image, rng, **vars(self))

@@ -1,0 +1,243 @@
+"""Checkpoints of a run: Orbax behind save, restore and the run's config.
+
+A checkpoint holds the items params, teacher and train (step, aux, optimiser)
+as arrays on any mesh, epoch (what the epoch's scores are made of) and progress
+(running sums, as JSON). Evaluation restores one item and not the rest.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any, Self
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from attmask_jax import Params
+from attmask_jax.errors import InputError
+
+ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
+# Sections and keys that may change when a run continues.
+FREE_KEYS = ("run.", "evals.", "data.path")
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Creates the run directory if need be.
+
+  Raises:
+    InputError: it cannot be made or written.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".write-test-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise InputError(
+      f"workdir {workdir} is not writable ({error.strerror}): give a folder "
+      "you may write to with --workdir"
+    ) from error
+
+
+def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """{"data.batch_size": 256, ...} with tuples as lists, as JSON has them."""
+  plain = json.loads(config.to_json_best_effort())
+  flat: dict[str, Any] = {}
+
+  def walk(prefix: str, node: Any) -> None:
+    if isinstance(node, dict):
+      for key, value in node.items():
+        walk(f"{prefix}{key}.", value)
+    else:
+      flat[prefix[:-1]] = node
+
+  walk("", plain)
+  return flat
+
+
+def check_config(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Refuses to continue a run whose results the new config would change.
+
+  Raises:
+    InputError: names each differing key with both values.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  old, new = json.loads(path.read_text()), flat_config(config)
+  differing = [
+    f"{key} ({old.get(key, 'absent')} there, {new.get(key, 'absent')} here)"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+  ]
+  if differing:
+    raise InputError(
+      f"{workdir} holds a run with another config: {'; '.join(differing)}; "
+      "use the same values or another --workdir"
+    )
+
+
+def write_config(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Writes config.json, flat, for people and for `check_config`."""
+  if jax.process_index() == 0:
+    path = workdir / "config.json"
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(flat_config(config), indent=2) + "\n")
+    temporary.replace(path)
+
+
+class Checkpoints:
+  """The checkpoints of one run directory: latest, best and every N steps.
+
+  Attributes:
+    latest: step of the newest complete checkpoint, or None.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    keep_steps: int = 0,
+    best: str = "",
+  ) -> None:
+    """Opens or creates `workdir/checkpoints`.
+
+    Args:
+      workdir: run directory.
+      keep_steps: keep every checkpoint at a multiple of this, 0 = none.
+      best: name of the metric whose maximum is kept, "" = none.
+    """
+    policies: list[keep.PreservationPolicy] = [keep.LatestN(1)]
+    if best:
+      # Not `best_fn`: with it a poor newest checkpoint is deleted at once.
+      value = lambda metrics: metrics.get(best, -np.inf)
+      policies.append(keep.BestN(get_metric_fn=value, n=1))
+    if keep_steps:
+      policies.append(keep.EveryNSteps(keep_steps))
+    self.folder = workdir / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+      self.folder.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=keep.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+      ),
+      item_handlers={
+        **{name: ocp.StandardCheckpointHandler() for name in ARRAY_ITEMS},
+        "progress": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._manager.close()
+
+  @property
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    items: dict[str, Params],
+    progress: dict[str, Any],
+    *,
+    metrics: dict[str, float] | None = None,
+  ) -> None:
+    """Starts writing; the arrays may be donated once this returns.
+
+    Args:
+      step: completed steps.
+      items: one tree of global arrays per name of ARRAY_ITEMS.
+      progress: JSON-able.
+      metrics: what `best` is chosen by; None never is the best.
+    """
+    if step in self._manager.all_steps():
+      return
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        **args, progress=ocp.args.JsonSave(progress)
+      ),
+      metrics=metrics or {},
+      force=True,
+    )
+
+  def preempted(self, step: int) -> bool:
+    """Whether the cluster told any process to stop; the same on all."""
+    return self._manager.reached_preemption(step)
+
+  def wait(self) -> None:
+    """Blocks until what was saved is complete on disk."""
+    self._manager.wait_until_finished()
+
+  def restore(
+    self, step: int, like: dict[str, Params]
+  ) -> tuple[dict[str, Params], dict[str, Any]]:
+    """Reads a checkpoint onto the shardings of `like`.
+
+    Args:
+      step: a step of this directory.
+      like: trees of arrays or ShapeDtypeStructs with shardings.
+
+    Raises:
+      InputError: another architecture: the first tensor that differs.
+    """
+    for name, tree in like.items():
+      self._check_shapes(step, name, tree)
+    args = {
+      name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
+      for name, tree in like.items()
+    }
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()),
+    )
+    logging.info("restored step %d of %s", step, self.folder)
+    return {name: restored[name] for name in like}, restored["progress"]
+
+  def _check_shapes(self, step: int, name: str, tree: Params) -> None:
+    saved = self._manager.item_metadata(step)[name]
+    found = {} if saved is None else _shapes(saved)
+    wanted = _shapes(tree)
+    for key in sorted(found.keys() | wanted.keys()):
+      if found.get(key) != wanted.get(key):
+        raise InputError(
+          f"checkpoint {self.folder}/{step} is of another architecture: "
+          f"{name}/{key} has shape {found.get(key, 'absent')} there and "
+          f"{wanted.get(key, 'absent')} here; use the config it was made with"
+        )
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """{"backbone/norm/scale": (D,), ...} of arrays or Orbax metadata."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda x: hasattr(x, "shape")
+  )
+  return {
+    "/".join(_key(k) for k in path): tuple(leaf.shape)
+    for path, leaf in leaves
+    if hasattr(leaf, "shape")
+  }
+
+
+def _key(entry: Any) -> str:
+  for field in ("key", "name", "idx"):
+    if hasattr(entry, field):
+      return str(getattr(entry, field))
+  return str(entry)

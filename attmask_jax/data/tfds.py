@@ -1,0 +1,139 @@
+"""Data sets of tensorflow-datasets, read without TensorFlow.
+
+The set must have been prepared as ArrayRecord files; images stay encoded until
+Pillow decodes them. The package is optional and imported only here, on use.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from attmask_jax.data import files
+from attmask_jax.errors import InputError
+
+_PACKAGES = "pip install tensorflow-datasets array_record importlib_resources"
+_UNREAD = -2  # a label not looked up yet
+_CHUNK = 1024  # records read at a time for their labels
+
+
+class Tfds:
+  """One split of a prepared data set with features "image" and "label".
+
+  Labels stand in the records beside the images. They are remembered as images
+  are loaded; only `labels` (needed by `data.subset`) reads the whole split,
+  still without decoding an image.
+  """
+
+  def __init__(self, spec: str, data_dir: str, split: str) -> None:
+    """Opens the split.
+
+    Args:
+      spec: NAME[/CONFIG][:VERSION], as `tfds.builder` takes it.
+      data_dir: where it was prepared; "" for the package's own default.
+      split: "train", or "val" for the split called validation or else test.
+
+    Raises:
+      InputError: the package or the data set is missing, or it was not
+        prepared as ArrayRecord, or it has other features.
+    """
+    package = _import()
+    builder = _builder(package, spec, data_dir)
+    name = _split_name(builder, spec, split)
+    features = dict(builder.info.features or {})
+    names = getattr(features.get("label"), "names", None)
+    if "image" not in features or names is None:
+      raise InputError(
+        f"tfds:{spec} has features {sorted(features)}; 'image' and a class "
+        "'label' are needed."
+      )
+    decoders = {"image": package.decode.SkipDecoding()}
+    try:
+      self._records: Any = builder.as_data_source(name, decoders=decoders)
+    except (NotImplementedError, ImportError, ValueError) as err:
+      raise InputError(_how_to_prepare(spec, data_dir)) from err
+    self.name = f"tfds:{spec} {name}"
+    self.class_names = list(names)
+    self._labels = np.full(len(self._records), _UNREAD, np.int32)
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  @property
+  def labels(self) -> np.ndarray:
+    """[n] int32; the first use reads every record whose label is unknown."""
+    unread = np.flatnonzero(self._labels == _UNREAD)
+    for start in range(0, len(unread), _CHUNK):
+      rows = unread[start : start + _CHUNK]
+      records = self._records.__getitems__(rows.tolist())
+      self._labels[rows] = [record["label"] for record in records]
+    return self._labels
+
+  def label(self, index: int) -> int:
+    """Class of one record; free for an image that has been loaded."""
+    if self._labels[index] == _UNREAD:
+      self._labels[index] = self._records[index]["label"]
+    return int(self._labels[index])
+
+  def describe(self, index: int) -> str:
+    """Data set and place of one record."""
+    return f"{self.name}[{index}]"
+
+  def load(self, index: int) -> Image.Image:
+    """Decodes one record to RGB; raises BrokenImage."""
+    try:
+      record = self._records[index]
+    except Exception as err:  # whatever the record reader makes of damage
+      raise files.BrokenImage(f"{type(err).__name__}: {err}") from err
+    self._labels[index] = record["label"]
+    return files.decode(io.BytesIO(bytes(record["image"])))
+
+
+def _import() -> Any:
+  try:
+    import tensorflow_datasets
+  except ImportError as err:
+    raise InputError(
+      f"data.source=tfds:... needs packages that are not installed ({err}); "
+      f"run `{_PACKAGES}`."
+    ) from err
+  return tensorflow_datasets
+
+
+def _builder(package: Any, spec: str, data_dir: str) -> Any:
+  """The builder, once it is sure that the data set lies on the disk."""
+  try:
+    builder = package.builder(spec, data_dir=data_dir or None)
+  except (ValueError, AssertionError) as err:
+    reason = str(err).splitlines()[0]
+    raise InputError(
+      f"tensorflow-datasets knows no data set {spec!r} ({reason}); check the "
+      "name, configuration and version, and data.path."
+    ) from err
+  if not builder.is_prepared():
+    raise InputError(_how_to_prepare(spec, data_dir))
+  return builder
+
+
+def _split_name(builder: Any, spec: str, split: str) -> str:
+  choices = ["train"] if split == "train" else ["validation", "test"]
+  present = list(builder.info.splits)
+  for name in choices:
+    if name in present:
+      return name
+  raise InputError(
+    f"tfds:{spec} has the splits {present} and none called "
+    f"{' or '.join(choices)}."
+  )
+
+
+def _how_to_prepare(spec: str, data_dir: str) -> str:
+  where = f", data_dir={data_dir!r}" if data_dir else ""
+  return (
+    f"tfds:{spec} is not prepared as ArrayRecord in "
+    f"{data_dir or 'the default folder (data.path is empty)'}; run "
+    f'`{_PACKAGES}` and then `python -c "import tensorflow_datasets as tfds; '
+    f"tfds.builder({spec!r}{where}).download_and_prepare("
+    f"file_format='array_record')\"` (details in docs/data.md)."
+  )

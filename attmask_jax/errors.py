@@ -1,0 +1,16 @@
+"""The one error users meet: a wrong config value, path or file."""
+
+
+class InputError(ValueError):
+  """Bad input. The message is one sentence: the value, and what to do.
+
+  `main.py` prints it without a traceback and exits with a non-zero code.
+  """
+
+
+class NotFiniteError(RuntimeError):
+  """A loss or gradient became NaN or infinite; nothing bad was saved."""
+
+
+class StoppedError(RuntimeError):
+  """A signal ended the run after its state was saved."""

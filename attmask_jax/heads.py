@@ -1,0 +1,126 @@
+"""Projection heads on top of the backbone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attmask_jax import vit
+
+ACTIVATIONS = {
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "relu": nn.relu,
+}
+NORMS = ("none", "ln")
+
+
+class Prototypes(nn.Module):
+  """Weight-normalised linear map without bias: [..., C] -> [..., K] float32.
+
+  `W = g * v / |v|` with one gain and one direction per prototype.
+  """
+
+  out_dim: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, z: jax.Array) -> jax.Array:
+    width = z.shape[-1]
+    v = self.param(
+      "weight_v", vit.uniform_fan_in(width), (width, self.out_dim)
+    )
+    g = self.param("weight_g", nn.initializers.ones, (self.out_dim,))
+    w = v * (g / jnp.linalg.norm(v, axis=0))[None]
+    return jnp.matmul(
+      z.astype(self.dtype),
+      w.astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+
+class ProjectionMlp(nn.Module):
+  """D -> hidden -> ... -> C, then L2-normalised rows, float32."""
+
+  hidden: int
+  bottleneck: int
+  layers: int
+  act: str
+  norm: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    # quirk: one norm instance serves all hidden layers, as in iBOT.
+    norm = nn.LayerNorm(epsilon=1e-5, name="norm") if self.norm == "ln" else None
+    for i in range(self.layers):
+      width = self.bottleneck if i == self.layers - 1 else self.hidden
+      x = nn.Dense(
+        width,
+        dtype=self.dtype,
+        kernel_init=vit.trunc_normal(),
+        name=f"layer_{i}",
+      )(x)
+      if i < self.layers - 1:
+        x = x if norm is None else norm(x)
+        x = ACTIVATIONS[self.act](x)
+    x = x.astype(jnp.float32)
+    # The floor sits under the root: the norm's own gradient at 0 is NaN.
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(square, 1e-24))
+
+
+class Head(nn.Module):
+  """DINO / iBOT head: one MLP, then prototypes for class and patch tokens.
+
+  Attributes:
+    out_dim: K, prototypes of the class token.
+    patch_out_dim: prototypes of patch tokens in their own layer
+      (`last_layer2`); 0 = patches share the class token's layer.
+    hidden: width of the hidden layers.
+    bottleneck: C.
+    layers: linear layers of the MLP.
+    act: "gelu" (exact) or "relu".
+    norm: "none" or "ln", between linear and activation.
+
+  Source: iBOTHead. differs: logits are computed for chosen tokens only.
+  """
+
+  out_dim: int
+  patch_out_dim: int = 0
+  hidden: int = 2048
+  bottleneck: int = 256
+  layers: int = 3
+  act: str = "gelu"
+  norm: str = "none"
+  dtype: Any = jnp.float32
+
+  def setup(self) -> None:
+    self.mlp = ProjectionMlp(
+      self.hidden,
+      self.bottleneck,
+      self.layers,
+      self.act,
+      self.norm,
+      self.dtype,
+    )
+    self.last_layer = Prototypes(self.out_dim, self.dtype)
+    if self.patch_out_dim:
+      self.last_layer2 = Prototypes(self.patch_out_dim, self.dtype)
+
+  def project(self, tokens: jax.Array) -> jax.Array:
+    """[..., D] -> unit vectors [..., C] float32."""
+    return self.mlp(tokens)
+
+  def cls_logits(self, z: jax.Array) -> jax.Array:
+    """[..., C] -> [..., K] float32."""
+    return self.last_layer(z)
+
+  def patch_logits(self, z: jax.Array) -> jax.Array:
+    """[..., C] -> [..., patch_out_dim or K] float32."""
+    return (self.last_layer2 if self.patch_out_dim else self.last_layer)(z)
+
+  def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[R, L, D] -> class logits [R, K], patch logits [R, N, K]."""
+    z = self.project(tokens)
+    return self.cls_logits(z[:, 0]), self.patch_logits(z[:, 1:])

@@ -1,0 +1,95 @@
+"""Losses and centres as pure functions: arrays in, arrays out, float32.
+
+Means over the batch are plain means: inside a compiled program with a sharded
+batch they already run over all devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def teacher_probs(
+  logits: jax.Array, center: jax.Array, *, temp: jax.Array | float
+) -> jax.Array:
+  """Centred and sharpened teacher: softmax((logits - center) / temp).
+
+  Args:
+    logits: [..., K]; the gradient stops here.
+    center: [K] float32.
+    temp: teacher temperature, > 0.
+
+  Returns:
+    [..., K] float32, each row sums to 1.
+  """
+  center = center.reshape((1,) * (logits.ndim - 1) + (-1,))
+  centred = (logits.astype(jnp.float32) - center) / temp
+  return jax.lax.stop_gradient(jax.nn.softmax(centred, axis=-1))
+
+
+def cls_cross_entropy(
+  probs: jax.Array, student_logits: jax.Array, *, temp: float
+) -> jax.Array:
+  """Every teacher view predicts every other student view.
+
+    for g in teacher views: for v in student views: if v != g:
+      total += mean_over_batch(cross_entropy(probs[g], student[v] / temp))
+    loss = total / pairs
+
+  Args:
+    probs: [B, G, K] float32, teacher probabilities of the global views.
+    student_logits: [B, V, K], the global views first, V > 1.
+    temp: student temperature, > 0.
+
+  Returns:
+    [] float32.
+
+  Source: iBOTLoss.forward, the class-token term, without its weight.
+  """
+  g, v = probs.shape[1], student_logits.shape[1]
+  logits = student_logits.astype(jnp.float32) / temp
+  # Probabilities sum to 1, so cross-entropy = logsumexp - <probs, logits>.
+  product = jnp.einsum("bgk,bvk->bgv", probs, logits, precision=HIGHEST)
+  entropy = jax.nn.logsumexp(logits, axis=-1)[:, None] - product  # [B, G, V]
+  other = 1.0 - jnp.eye(g, v, dtype=jnp.float32)
+  return jnp.sum(jnp.mean(entropy, axis=0) * other) / (g * (v - 1))
+
+
+def masked_cross_entropy(
+  probs: jax.Array,
+  student_logits: jax.Array,
+  valid: jax.Array,
+  *,
+  temp: float,
+) -> jax.Array:
+  """Cross-entropy summed over the hidden patches of each row.
+
+  Args:
+    probs: [R, M, K] float32, teacher probabilities.
+    student_logits: [R, M, K].
+    valid: [R, M] bool, True = this patch is hidden.
+    temp: student temperature, > 0.
+
+  Returns:
+    [R] float32: divide by the row's hidden count (at least 1) and average
+    over all rows. A row without hidden patches adds 0 and still counts.
+
+  Source: iBOTLoss.forward, the patch term.
+  """
+  logits = student_logits.astype(jnp.float32) / temp
+  product = jnp.sum(probs * logits, axis=-1)
+  entropy = jax.nn.logsumexp(logits, axis=-1) - product
+  return jnp.sum(jnp.where(valid, entropy, 0.0), axis=-1)
+
+
+def update_center(
+  center: jax.Array, batch_mean: jax.Array, *, momentum: float
+) -> jax.Array:
+  """Running mean of raw teacher logits: [K], [K] -> [K] float32."""
+  return momentum * center + (1 - momentum) * batch_mean
+
+
+def entropy(probs: jax.Array) -> jax.Array:
+  """Mean entropy in nats: [..., K] -> [] float32."""
+  return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1))

@@ -1,0 +1,206 @@
+"""Which patches are hidden: in the graph by rank, on the host by drawing.
+
+Counts vary from step to step while shapes may not, so a mask in the graph is
+`rank < n` with a traced n. Every count is computed on the host in float64,
+because the references truncate double-precision products: 100 patches at
+ratio 0.29 give 28, in float32 29.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ATTENTION_POLICIES = ("attmask_high", "attmask_hint", "attmask_low")
+HOST_POLICIES = ("random", "block")
+POLICIES = (*ATTENTION_POLICIES, *HOST_POLICIES, "none")
+
+# Block-wise masking: attempts per rectangle and bounds of its aspect ratio.
+BLOCK_ATTEMPTS = 10
+BLOCK_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
+
+
+def draw_ratio(
+  rng: random.Random, ratios: Sequence[float], variances: Sequence[float]
+) -> float:
+  """One mask ratio: uniform in r +- v for one of the (r, v) pairs.
+
+  Every pair with v > 0 consumes a draw, then one pair is chosen, as in
+  ImageFolderMask.get_pred_ratio; a single pair is not chosen between.
+
+  Args:
+    rng: source of the draws.
+    ratios: mask ratios in [0, 1].
+    variances: half-widths, one per ratio.
+  """
+  drawn = [
+    rng.uniform(r - v, r + v) if v > 0 else r
+    for r, v in zip(ratios, variances, strict=True)
+  ]
+  return drawn[0] if len(drawn) == 1 else rng.choice(drawn)
+
+
+def random_mask(
+  rng: np.random.RandomState, grid: tuple[int, int], ratio: float
+) -> np.ndarray:
+  """Exactly int(ratio * N) patches hidden, uniformly: [h, w] bool."""
+  n = grid[0] * grid[1]
+  hidden = int(ratio * n)
+  mask = np.concatenate([np.zeros(n - hidden, bool), np.ones(hidden, bool)])
+  rng.shuffle(mask)
+  return mask.reshape(grid)
+
+
+def block_mask(
+  rng: random.Random, grid: tuple[int, int], ratio: float
+) -> np.ndarray:
+  """Rectangles until about ratio * N patches are hidden: [h, w] bool.
+
+  The count never exceeds ratio * N and usually stays slightly below it.
+
+  Source: the block-wise masks of iBOT (BEiT), draw for draw.
+  """
+  mask = np.zeros(grid, bool)
+  target = ratio * mask.size
+  hidden = 0
+  while hidden < target:
+    added = _add_block(rng, mask, target - hidden)
+    if not added:
+      break
+    hidden += added
+  return mask
+
+
+def _add_block(rng: random.Random, mask: np.ndarray, room: float) -> int:
+  """Hides one rectangle of at most `room` new patches; how many, 0 = none."""
+  height, width = mask.shape
+  smallest = (min(height, width) // 3) ** 2
+  for _ in range(BLOCK_ATTEMPTS):
+    # quirk: with little room left the interval is reversed; still uniform.
+    area = rng.uniform(smallest, room)
+    aspect = math.exp(rng.uniform(*BLOCK_LOG_ASPECT))
+    h = round(math.sqrt(area * aspect))
+    w = round(math.sqrt(area / aspect))
+    if h >= height or w >= width:
+      continue
+    top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+    block = mask[top : top + h, left : left + w]
+    new = h * w - int(block.sum())
+    if 0 < new <= room:
+      block[:] = True
+      return new
+  return 0
+
+
+def attention_counts(
+  patches: int, ratio: float, hint_ratio: float, show_max: float
+) -> tuple[int, int]:
+  """Patches to hide and hints to reveal, truncated in double precision.
+
+  quirk: the hints come from a ratio drawn a second time, so their number does
+  not follow the size of the mask (train_one_epoch).
+  """
+  return int(patches * ratio), int((show_max * hint_ratio) * patches)
+
+
+def rank(scores: jax.Array) -> jax.Array:
+  """Rank along the last axis, 0 = largest, ties to the lowest index: int32.
+
+  A sort of a sort, and not `lax.top_k`, which gathers a batch-sharded array
+  on every device.
+  """
+  order = jnp.argsort(-scores, axis=-1, stable=True)
+  return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+
+
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+  """One random key per row identity: [R] int32 -> [R] keys."""
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def attention_mask(
+  scores: jax.Array,
+  *,
+  policy: str,
+  n_mask: jax.Array | int,
+  keys: jax.Array | None = None,
+  probability: float = 1.0,
+  n_show: jax.Array | int = 0,
+  n_eligible: int = 0,
+) -> jax.Array:
+  """AttMask: hides patches by the attention the teacher pays to them.
+
+  Args:
+    scores: [R, N] float32, attention of the class token, mean over heads.
+    policy: "attmask_high" hides the most attended patches, "attmask_hint" the
+      same but for a few revealed ones, "attmask_low" the least attended.
+    n_mask: patches to hide per row.
+    keys: [R] random keys; may be None when nothing is random.
+    probability: a row keeps its mask with this probability.
+    n_show: hints revealed per row.
+    n_eligible: hints are chosen among that many most attended patches.
+
+  Returns:
+    [R, N] bool, True = hidden.
+
+  Source: AttMask and get_mask in AttMask (main_attmask.py, utils.py).
+  differs: draws are per row, so they do not depend on the device count;
+  revealing nothing is allowed (the release crashes).
+  """
+  place = rank(scores)
+  order = rank(-scores) if policy == "attmask_low" else place
+  mask = order < n_mask
+  if keys is None:
+    return mask
+  n = scores.shape[-1]
+  draws = jax.vmap(lambda key: jax.random.uniform(key, (n + 1,)))(keys)
+  mask &= draws[:, :1] <= probability
+  if policy == "attmask_hint":
+    mask &= ~reveal(place, draws[:, 1:], n_show=n_show, n_eligible=n_eligible)
+  return mask
+
+
+def reveal(
+  place: jax.Array,
+  draws: jax.Array,
+  *,
+  n_show: jax.Array | int,
+  n_eligible: int,
+) -> jax.Array:
+  """Hints: n_show distinct patches among the n_eligible most attended.
+
+  Args:
+    place: [R, N] int32, rank of attention.
+    draws: [R, N] uniform in [0, 1).
+    n_show: patches to reveal.
+    n_eligible: size of the eligible set.
+
+  Returns:
+    [R, N] bool, True = revealed (whether or not it was hidden).
+  """
+  eligible = place < n_eligible
+  lottery = rank(jnp.where(eligible, draws, -1.0))
+  return eligible & (lottery < n_show)
+
+
+def hidden_ids(mask: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
+  """Indices of hidden patches, padded to a static count.
+
+  Args:
+    mask: [R, N] bool with at most `limit` True per row.
+    limit: M.
+
+  Returns:
+    ids [R, M] int32 and valid [R, M] bool; padding points at shown patches.
+  """
+  order = jnp.argsort(~mask, axis=-1, stable=True)
+  ids = order[:, :limit].astype(jnp.int32)
+  return ids, gather(mask[:, :, None], ids)[:, :, 0]
+
+
+def gather(tokens: jax.Array, ids: jax.Array) -> jax.Array:
+  """Picks tokens per row: [R, N, D], [R, M] -> [R, M, D]."""
+  return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)

@@ -1,0 +1,132 @@
+"""The device mesh, sharding rules, and host rows to global arrays.
+
+Mesh axes: "data" splits the batch; "fsdp" splits it further and also splits
+large parameters. Arrays carry NamedShardings; the compiler adds the
+all-reduces.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from attmask_jax import Batch, Params
+from attmask_jax.errors import InputError
+
+BATCH_AXES = ("data", "fsdp")
+# Smaller tensors stay whole on every device: splitting them saves little and
+# costs a message each.
+FSDP_MIN_SIZE = 2**16
+
+
+def make_mesh(
+  *, fsdp: int = 1, devices: list[jax.Device] | None = None
+) -> Mesh:
+  """Mesh of all devices (or the given ones), shape [devices / fsdp, fsdp].
+
+  Raises:
+    InputError: `fsdp` does not divide the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if fsdp < 1 or len(devices) % fsdp:
+    raise InputError(
+      f"run.fsdp {fsdp} does not divide the {len(devices)} devices: "
+      "choose a divisor"
+    )
+  return jax.make_mesh(
+    (len(devices) // fsdp, fsdp),
+    BATCH_AXES,
+    axis_types=(AxisType.Auto,) * 2,
+    devices=devices,
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Leading axis split over all devices."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def param_shardings(mesh: Mesh, shapes: Params) -> Params:
+  """Size rule: large tensors split over "fsdp" along their longest axis.
+
+  Args:
+    mesh: device mesh; with an fsdp axis of 1 everything is replicated.
+    shapes: tree of arrays or ShapeDtypeStructs.
+  """
+  fsdp = mesh.shape["fsdp"]
+
+  def rule(x: Any) -> NamedSharding:
+    divisible = [i for i, n in enumerate(x.shape) if n % fsdp == 0]
+    if fsdp == 1 or x.size < FSDP_MIN_SIZE or not divisible:
+      return replicated(mesh)
+    axis = max(divisible, key=lambda i: x.shape[i])
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+  return jax.tree.map(rule, shapes)
+
+
+def check_batch(batch_size: int, *, mesh: Mesh, accumulate: int) -> None:
+  """The global batch must split evenly over devices and micro-batches.
+
+  Raises:
+    InputError: it does not; names the nearest batch sizes that do.
+  """
+  if accumulate < 1:
+    raise InputError(f"run.accumulate {accumulate} must be at least 1")
+  unit = mesh.size * accumulate
+  if batch_size < 1 or batch_size % unit:
+    down = max(batch_size // unit, 1) * unit
+    raise InputError(
+      f"data.batch_size {batch_size} does not divide over {mesh.size} devices "
+      f"x run.accumulate {accumulate}: use {down} or {down + unit}"
+    )
+
+
+def local_positions(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Rows of the global batch that this process's devices hold: [b] int32."""
+  sharding = batch_sharding(mesh)
+  indices = sharding.addressable_devices_indices_map((batch_size,))
+  rows = {r for (s,) in indices.values() for r in range(*s.indices(batch_size))}
+  return np.array(sorted(rows), np.int32)
+
+
+def shard(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
+  """This process's rows -> global arrays split over all devices."""
+  sharding = batch_sharding(mesh)
+  return {
+    k: jax.make_array_from_process_local_data(sharding, v)
+    for k, v in batch.items()
+  }
+
+
+def put(mesh: Mesh, scalars: dict[str, np.generic]) -> dict[str, jax.Array]:
+  """Host scalars -> replicated arrays."""
+  return jax.device_put(scalars, replicated(mesh))
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+  """This process's rows of a batch [B, ...], in the order of the batch."""
+  shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+  return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
+
+
+def ahead(
+  mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], *, depth: int = 2
+) -> Iterator[Batch]:
+  """Puts the next `depth` batches on the devices before they are asked for.
+
+  Transfers are asynchronous, so they run under the current step.
+  """
+  queue: list[Batch] = []
+  for batch in batches:
+    queue.append(shard(mesh, batch))
+    if len(queue) > depth:
+      yield queue.pop(0)
+  yield from queue

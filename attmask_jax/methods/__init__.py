@@ -1,0 +1,30 @@
+"""Methods by name, and what a method is.
+
+A method is a frozen dataclass in one file with
+
+  from_config(config, *, steps_per_epoch) -> method; raises InputError
+  init(rng) -> params, teacher, aux
+  at(step) -> {name: numpy scalar}: temperatures, counts; host, float64
+  item_extras(epoch, index) -> {name: array}: host-side extras of one image
+  loss(params, teacher, aux, batch, rng, scalars)
+      -> loss, (stats, metrics, per_image)
+  update_aux(aux, stats) -> aux, once per optimiser step
+  features(weights, images, *, last, norm) -> cls [B, last * D] or None,
+      patches [B, N, D]
+
+and the declared properties `teacher_first` (the teacher moves before the
+forward pass), `batch_coupled` (images meet in the loss, so accumulation would
+change it), `frozen_at_start` (regex of leaves held for `optim.freeze_epochs`,
+or None) and `untrained` (regex of leaves in `params` that never move).
+
+`params` is what the optimiser sees. `teacher` is its own tree, {} for none;
+each of its leaf paths exists in `params`, and the moving average walks the
+teacher's paths. `aux` is neither trained nor averaged: `loss` reads it,
+`update_aux` alone changes it. `per_image` maps "assignment" [B] int32 to the
+prototype that scores per epoch are made of. To make a new method: copy a file,
+add a line here, a config and a test; the loop stays as it is.
+"""
+
+from attmask_jax.methods import attmask
+
+METHODS = {"attmask": attmask.AttMask}

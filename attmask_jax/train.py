@@ -1,0 +1,390 @@
+"""The training loop: data, steps, metrics, evaluations, checkpoints.
+
+The loop knows no method: see `methods/__init__.py` for what it asks of one.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+
+from attmask_jax import augment, checkpoint, data, metrics, optim, train_step
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import InputError, NotFiniteError, StoppedError
+from attmask_jax.epoch import Epoch
+from attmask_jax.evals import online
+from attmask_jax.methods import METHODS
+
+
+class Run(NamedTuple):
+  """What a config describes, checked and ready, before anything is written.
+
+  Attributes:
+    config: the whole config.
+    mesh: all devices.
+    method: one of METHODS.
+    schedules: rates per step.
+    tx: the optimiser.
+    train_source: images to train on.
+    val_source: images to evaluate on, or None.
+    pipeline: batches of this process's rows.
+  """
+
+  config: ml_collections.ConfigDict
+  mesh: jax.sharding.Mesh
+  method: Any
+  schedules: optim.Schedules
+  tx: optax.GradientTransformationExtraArgs
+  train_source: data.Source
+  val_source: data.Source | None
+  pipeline: data.TrainPipeline
+
+
+def build(config: ml_collections.ConfigDict) -> Run:
+  """Builds all parts of a run from its config; writes nothing.
+
+  Raises:
+    InputError: the first value that cannot work, and what to do.
+  """
+  if config.method.name not in METHODS:
+    raise InputError(
+      f'method.name "{config.method.name}" is unknown: use one of '
+      f"{', '.join(METHODS)}"
+    )
+  mesh = meshes.make_mesh(fsdp=config.run.fsdp)
+  batch_size, accumulate = config.data.batch_size, config.run.accumulate
+  meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
+  optimizer = optim.Optimizer.from_config(config)
+
+  train_source = data.build(config.data, "train")
+  steps_per_epoch = len(train_source) // batch_size
+  if not steps_per_epoch:
+    raise InputError(
+      f"data.batch_size {batch_size} is larger than the training set of "
+      f"{len(train_source)} images: lower it or add images"
+    )
+  schedules = optim.Schedules.from_config(
+    config, steps_per_epoch=steps_per_epoch
+  )
+  method = METHODS[config.method.name].from_config(
+    config, steps_per_epoch=steps_per_epoch
+  )
+  if method.batch_coupled and accumulate > 1:
+    raise InputError(
+      f"run.accumulate {accumulate} would change method {config.method.name}, "
+      "whose loss compares the images of a batch: set run.accumulate=1"
+    )
+  val_source = data.build(config.data, "val")
+  online.check(config, train_source, val_source)
+  pipeline = data.TrainPipeline(
+    train_source,
+    _recipe(config.data),
+    batch_size=batch_size,
+    seed=config.data.seed,
+    positions=meshes.local_positions(mesh, batch_size),
+    extras=method.item_extras,
+    threads=config.run.threads,
+    prefetch=config.run.prefetch,
+    max_broken=config.data.max_broken,
+  )
+  tx = optimizer.build(
+    frozen_at_start=method.frozen_at_start, untrained=method.untrained
+  )
+  return Run(
+    config,
+    mesh,
+    method,
+    schedules,
+    tx,
+    train_source,
+    val_source,
+    pipeline,
+  )
+
+
+def _recipe(section: ml_collections.ConfigDict) -> augment.MultiCrop:
+  """The augmentation that the section `data` describes."""
+  names = {f.name for f in dataclasses.fields(augment.MultiCrop)}
+  return augment.MultiCrop(**{k: section[k] for k in names})
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Trains to the end of the config, continuing what the directory holds.
+
+  Args:
+    config: a whole config, see configs/.
+    workdir: run directory; made if missing.
+
+  Raises:
+    InputError: bad config, data or directory; nothing was written.
+    NotFiniteError: the loss left the numbers; the last checkpoint is kept.
+    StoppedError: SIGTERM or Ctrl-C; the state was saved first.
+  """
+  run = build(config)
+  folder = pathlib.Path(workdir)
+  checkpoint.check_workdir(folder)
+  checkpoint.check_config(config, folder)
+  state, shardings = train_step.init_state(
+    run.method, run.tx, run.mesh, seed=config.method.seed
+  )
+  best = "knn/top1" if online.enabled(config, run.val_source) else ""
+  with checkpoint.Checkpoints(
+    folder, keep_steps=config.run.keep_steps, best=best
+  ) as saved:
+    loop = Loop(run, folder, state, shardings, saved)
+    checkpoint.write_config(config, folder)
+    loop.run_all()
+
+
+class Loop:
+  """One training run under way."""
+
+  def __init__(
+    self,
+    run: Run,
+    folder: pathlib.Path,
+    state: train_step.TrainState,
+    shardings: train_step.TrainState,
+    saved: checkpoint.Checkpoints,
+  ) -> None:
+    config = run.config
+    self._run, self._folder, self._saved = run, folder, saved
+    self._state = state
+    self._epoch = Epoch(
+      run.schedules.steps_per_epoch,
+      meshes.local_positions(run.mesh, config.data.batch_size),
+      config.data.batch_size,
+    )
+    self._start = self._restore()
+    self._step_fn = train_step.make_step(
+      run.method,
+      run.tx,
+      run.mesh,
+      shardings,
+      seed=config.method.seed,
+      accumulate=config.run.accumulate,
+    )
+    self._evaluate = online.Evaluator(
+      config, run.method, run.train_source, run.val_source, run.mesh
+    )
+    self._writer = metrics.MetricsWriter(
+      folder,
+      resume_step=self._start or -1,
+      tensorboard=config.run.tensorboard,
+      wandb=dict(config.run.wandb) if config.run.wandb.project else None,
+    )
+    self._clock = Clock(config.data.batch_size)
+    self._signal: int | None = None
+
+  def run_all(self) -> None:
+    """Trains from the restored step to the last."""
+    total = self._run.schedules.total_steps
+    handlers = self._catch_signals()
+    try:
+      if self._start == 0:
+        self._write(0, self._evaluate.knn(self._state.teacher))
+      if self._start < total:
+        self._train(total)
+        logging.info("finished %d steps in %s", total, self._folder)
+      else:
+        logging.info("%s already holds all %d steps", self._folder, total)
+      self._write(total, self._figures(total))
+    finally:
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+      self._writer.close()
+
+  def _train(self, total: int) -> None:
+    """Steps from start to total. Reads metrics one step behind the device."""
+    run = self._run
+    host = run.pipeline.batches(self._start, total)
+    batches = meshes.ahead(run.mesh, host)
+    pending: tuple | None = None
+    bar = metrics.Progress(
+      total,
+      self._start,
+      "train",
+      images_per_step=run.config.data.batch_size,
+    )
+    with bar, contextlib.closing(host):
+      for i in range(self._start, total):
+        with self._clock.waiting():
+          batch = next(batches)
+        scalars = run.schedules.at(i) | run.method.at(i)
+        self._state, values, per_image = self._step_fn(
+          self._state, batch, meshes.put(run.mesh, scalars)
+        )
+        if pending:
+          self._take(*pending, bar)
+        pending = (i, values, scalars, batch["label"], per_image)
+        if self._due(i + 1, total):
+          # Before a save or an evaluation, this very step must be finite.
+          self._take(*pending, bar)
+          pending = None
+          self._after(i + 1, total)
+
+  def _due(self, done: int, total: int) -> bool:
+    every = self._run.config.run.save_steps
+    return bool(
+      done % self._run.schedules.steps_per_epoch == 0
+      or done == total
+      or (every and done % every == 0)
+      or self._stopping(done)
+    )
+
+  def _take(
+    self,
+    i: int,
+    values: dict[str, jax.Array],
+    scalars: dict[str, np.generic],
+    label: jax.Array,
+    per_image: dict[str, jax.Array],
+    bar: metrics.Progress,
+  ) -> None:
+    """Reads the results of step i: checks, sums, logs."""
+    numbers = {k: float(v) for k, v in jax.device_get(values).items()}
+    wrong = [k for k, v in numbers.items() if not np.isfinite(v)]
+    if wrong:
+      self._saved.wait()
+      shown = ", ".join(f"{k} = {numbers[k]}" for k in wrong)
+      raise NotFiniteError(
+        f"step {i + 1} is not finite: {shown}; the last good checkpoint is "
+        f"step {self._saved.latest} of {self._folder}: lower "
+        "optim.lr_per_256 or optim.clip, or warm up longer, in a new workdir"
+      )
+    numbers |= {k: float(v) for k, v in scalars.items()}
+    self._epoch.add(
+      i,
+      numbers,
+      meshes.local_rows(label),
+      meshes.local_rows(per_image["assignment"]),
+    )
+    self._clock.step()
+    bar.update(i + 1, numbers["loss"])
+    if (i + 1) % self._run.config.run.log_steps == 0:
+      window = self._epoch.window.mean()
+      self._epoch.window.reset()
+      self._write(i + 1, window | self._clock.lap(), "train/")
+
+  def _after(self, done: int, total: int) -> None:
+    """End of an epoch, or a save between: scores, k-NN, checkpoint."""
+    evals = self._run.config.evals
+    s = self._run.schedules.steps_per_epoch
+    scores: dict[str, float] = {}
+    if done % s == 0:
+      self._write(done, self._epoch.scores(), "epoch/")
+      self._epoch.reset()
+      if done == total or (done // s) % evals.eval_epochs == 0:
+        with self._clock.paused():
+          scores = self._evaluate.knn(self._state.teacher)
+        self._write(done, scores)
+    self._save(done, scores)
+    if self._signal is not None or self._saved.preempted(done):
+      self._saved.wait()
+      raise StoppedError(
+        f"stopped by a signal after step {done}; the state is saved in "
+        f"{self._folder}: run the same command to continue"
+      )
+
+  def _save(self, done: int, scores: dict[str, float]) -> None:
+    self._writer.flush()
+    items = self._state.items() | {"epoch": self._epoch.items(self._run.mesh)}
+    broken = {str(k): v for k, v in self._run.pipeline.broken.items()}
+    progress = self._epoch.progress() | {"broken": broken}
+    self._saved.save(done, items, progress, metrics=scores)
+
+  def _restore(self) -> int:
+    """Takes up the newest checkpoint; the step to go on from."""
+    latest = self._saved.latest
+    if latest is None:
+      return 0
+    like = self._state.items() | {"epoch": self._epoch.items(self._run.mesh)}
+    items, progress = self._saved.restore(latest, like)
+    self._state = self._state.from_items(items)
+    self._epoch.restore(items["epoch"], progress)
+    broken = {int(k): v for k, v in progress["broken"].items()}
+    self._run.pipeline.broken.update(broken)
+    return latest
+
+  def _figures(self, total: int) -> dict[str, float]:
+    path = self._folder / "figures" / "masks.png"
+    scores = self._evaluate.masks(self._state.teacher, path)
+    if path.exists():
+      self._writer.write_image(total, "masks", path)
+    return scores
+
+  def _write(
+    self, done: int, values: dict[str, float], prefix: str = ""
+  ) -> None:
+    if values:
+      self._writer.write(done, {prefix + k: v for k, v in values.items()})
+
+  def _catch_signals(self) -> dict[int, Any]:
+    """Single process: note the signal, finish the step, save, stop.
+
+    Several processes must stop at the same step; there Orbax agrees on it.
+    """
+    if jax.process_count() > 1:
+      return {}
+
+    def note(number: int, _: Any) -> None:
+      if self._signal is not None:
+        raise KeyboardInterrupt
+      self._signal = number
+      logging.warning("signal %d: saving after this step", number)
+
+    caught = (signal.SIGTERM, signal.SIGINT)
+    return {number: signal.signal(number, note) for number in caught}
+
+  def _stopping(self, done: int) -> bool:
+    return self._signal is not None or self._saved.preempted(done)
+
+
+class Clock:
+  """Images per second and the share of time spent waiting for data.
+
+  Evaluations and saves do not count.
+  """
+
+  def __init__(self, batch_size: int) -> None:
+    self._batch_size = batch_size
+    self._steps, self._waited = 0, 0.0
+    self._since = time.perf_counter()
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time inside as waiting for data."""
+    begin = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - begin
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out."""
+    begin = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - begin
+
+  def step(self) -> None:
+    """One more batch is done."""
+    self._steps += 1
+
+  def lap(self) -> dict[str, float]:
+    """Rates since the last lap: img_per_s, data_wait (0-1)."""
+    now = time.perf_counter()
+    spent = max(now - self._since, 1e-9)
+    rates = {
+      "img_per_s": self._steps * self._batch_size / spent,
+      "data_wait": self._waited / spent,
+    }
+    self._steps, self._waited, self._since = 0, 0.0, now
+    return rates

@@ -1,0 +1,179 @@
+"""The train state and the compiled train step.
+
+One step is one program: teacher, masks, student, losses, gradients, clip,
+optimiser, centres and the teacher's moving average.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from attmask_jax import Batch, Params, optim
+from attmask_jax import mesh as meshes
+
+Step = Callable[..., tuple["TrainState", Params, Params]]
+
+
+class TrainState(struct.PyTreeNode):
+  """Everything an optimiser step changes.
+
+  Attributes:
+    step: [] int32, completed steps.
+    params: what is trained.
+    teacher: its moving average.
+    aux: centres and the like.
+    opt: optimiser state.
+  """
+
+  step: jax.Array
+  params: Params
+  teacher: Params
+  aux: Params
+  opt: Any
+
+  def items(self) -> dict[str, Params]:
+    """The state as checkpoint items."""
+    train = {
+      "step": self.step,
+      "aux": self.aux,
+      "opt": dict(enumerate_leaves(self.opt)),
+    }
+    return {"params": self.params, "teacher": self.teacher, "train": train}
+
+  def from_items(self, items: dict[str, Params]) -> "TrainState":
+    """A state of this structure with the values of `items()`."""
+    train = items["train"]
+    names = [name for name, _ in enumerate_leaves(self.opt)]
+    leaves = [train["opt"][name] for name in names]
+    opt = jax.tree.unflatten(jax.tree.structure(self.opt), leaves)
+    return TrainState(
+      train["step"], items["params"], items["teacher"], train["aux"], opt
+    )
+
+
+def enumerate_leaves(tree: Any) -> list[tuple[str, jax.Array]]:
+  """Leaves with readable unique names that hold no slash."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = lambda path: re.sub(r"\W+", ".", jax.tree_util.keystr(path)).strip(".")
+  return [(name(path), leaf) for path, leaf in leaves]
+
+
+def init_state(
+  method: Any,
+  tx: optax.GradientTransformationExtraArgs,
+  mesh: jax.sharding.Mesh,
+  *,
+  seed: int,
+) -> tuple[TrainState, TrainState]:
+  """Fresh state on the mesh, and the shardings it lives on."""
+
+  def make() -> TrainState:
+    params, teacher, aux = method.init(jax.random.key(seed))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, teacher, aux, tx.init(params))
+
+  shardings = meshes.param_shardings(mesh, jax.eval_shape(make))
+  return jax.jit(make, out_shardings=shardings)(), shardings
+
+
+def make_step(
+  method: Any,
+  tx: optax.GradientTransformationExtraArgs,
+  mesh: jax.sharding.Mesh,
+  shardings: TrainState,
+  *,
+  seed: int,
+  accumulate: int = 1,
+) -> Step:
+  """Compiled (state, batch, scalars) -> state, metrics, per_image.
+
+  The state is donated. `scalars` holds `optim.Schedules.at` and `method.at` of
+  the step, traced. Metrics are [] float32 over the global batch; per_image
+  values [B] stay split over the devices like the batch.
+  """
+
+  def train_step(
+    state: TrainState, batch: Batch, scalars: dict[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array], Batch]:
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    momentum = scalars["momentum"]
+    teacher = state.teacher
+    if method.teacher_first:
+      teacher = optim.ema(teacher, state.params, momentum)
+
+    grad = jax.value_and_grad(method.loss, has_aux=True)
+    compute = lambda rows: grad(
+      state.params, teacher, state.aux, rows, rng, scalars
+    )
+    grads, stats, values, per_image = _accumulate(compute, batch, accumulate)
+
+    aux = method.update_aux(state.aux, stats)
+    updates, opt = tx.update(
+      grads,
+      state.opt,
+      state.params,
+      lr=scalars["lr"],
+      wd=scalars["wd"],
+      frozen=scalars["frozen"],
+    )
+    params = optax.apply_updates(state.params, updates)
+    if not method.teacher_first:
+      teacher = optim.ema(teacher, params, momentum)
+    values["grad_norm"] = optax.tree.norm(grads)
+    state = TrainState(state.step + 1, params, teacher, aux, opt)
+    return state, values, per_image
+
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    out_shardings=(
+      shardings,
+      meshes.replicated(mesh),
+      meshes.batch_sharding(mesh),
+    ),
+  )
+
+
+def _accumulate(
+  compute: Callable[[Batch], Any], batch: Batch, micro_batches: int
+) -> tuple[Params, Params, dict[str, jax.Array], Batch]:
+  """Means of gradients, statistics and metrics over micro-batches.
+
+  Each micro-batch takes every n-th row, so the rows of a sharded batch stay on
+  their devices; contiguous ones would have to move.
+
+  Args:
+    compute: rows -> (loss, (stats, metrics, per_image)), gradients.
+    batch: leaves [B, ...].
+    micro_batches: n, divides B on every device.
+  """
+  if micro_batches == 1:
+    (_, (stats, values, per_image)), grads = compute(batch)
+    return grads, stats, values, per_image
+  n = micro_batches
+  split = lambda x: jnp.moveaxis(
+    x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0
+  )
+  rows = jax.tree.map(split, batch)
+
+  def one(rows: Batch) -> tuple[Params, Batch]:
+    (_, (stats, values, per_image)), grads = compute(rows)
+    return (grads, stats, values), per_image
+
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype),
+    jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))[0],
+  )
+
+  def body(total: Params, rows: Batch) -> tuple[Params, Batch]:
+    part, per_image = one(rows)
+    return jax.tree.map(lambda a, b: a + b / n, total, part), per_image
+
+  (grads, stats, values), per_image = jax.lax.scan(body, zeros, rows)
+  merge = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+  return grads, stats, values, jax.tree.map(merge, per_image)

@@ -1,0 +1,432 @@
+"""The one Vision Transformer, as pure functions of its parameters.
+
+Parameter names follow timm. Blocks are stored stacked (`blocks/...` with a
+leading axis of length depth), whether they are scanned or unrolled.
+
+Source: ViT (arXiv:2010.11929) as DINO, iBOT and AttMask use it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from attmask_jax import Params
+from attmask_jax.errors import InputError
+
+LAYER_NORM_EPS = 1e-6
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# depth, width and heads of the published sizes.
+VARIANTS = {
+  "tiny": dict(width=192, depth=12, heads=3),
+  "small": dict(width=384, depth=12, heads=6),
+  "base": dict(width=768, depth=12, heads=12),
+  "large": dict(width=1024, depth=24, heads=16),
+}
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ATTENTION = ("auto", "xla", "cudnn")
+Initializer = Callable[..., jax.Array]
+
+
+class Output(NamedTuple):
+  """What a forward pass gives.
+
+  Attributes:
+    tokens: [R, L, D] float32, after the final norm.
+    blocks: the last `last` block outputs, oldest first, each [R, L, D]
+      float32 before the final norm.
+    attention: of the last block, float32, rows sum to 1 over all L tokens:
+      None, [R, A, N] (class row without the class column) or [R, A, L, L].
+  """
+
+  tokens: jax.Array
+  blocks: tuple[jax.Array, ...]
+  attention: jax.Array | None
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+  """uint8 [..., 3] -> ImageNet-normalised float32; floats pass unchanged."""
+  if images.dtype != jnp.uint8:
+    return images.astype(jnp.float32)
+  axes = (1,) * (images.ndim - 1) + (3,)
+  mean = jnp.asarray(IMAGENET_MEAN, jnp.float32).reshape(axes)
+  std = jnp.asarray(IMAGENET_STD, jnp.float32).reshape(axes)
+  return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def trunc_normal(std: float = 0.02) -> Initializer:
+  """Normal values clamped at +-2.
+
+  quirk: the bounds are absolute, so at std 0.02 nothing is ever cut.
+  """
+
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32):
+    return jnp.clip(std * jax.random.normal(key, shape, dtype), -2.0, 2.0)
+
+  return init
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+  """Uniform in +-1/sqrt(fan_in): the convolution default of the references."""
+  bound = fan_in**-0.5
+
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def position_weights(size: int, grid: int) -> np.ndarray:
+  """Bicubic resampling of a position axis: [grid, size] float64.
+
+  quirk: the sampling grid follows the scale factor (grid + 0.1) / size and not
+  the ratio of the sizes; Keys kernel with a = -0.75, taps clamped at the
+  border, no antialiasing.
+
+  Source: interpolate_pos_encoding of DINO and AttMask.
+  """
+  scale, a = (grid + 0.1) / size, -0.75
+  weights = np.zeros((grid, size))
+  for i in range(grid):
+    x = (i + 0.5) / scale - 0.5
+    for tap in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+      t = abs(x - tap)
+      if t <= 1:
+        w = (a + 2) * t**3 - (a + 3) * t**2 + 1
+      else:
+        w = a * (t**3 - 5 * t**2 + 8 * t - 4)
+      weights[i, min(max(tap, 0), size - 1)] += w
+  return weights
+
+
+def interpolate_positions(
+  table: jax.Array, height: int, width: int, patch_size: int
+) -> jax.Array:
+  """Position table for an image of height x width pixels.
+
+  Args:
+    table: [1, 1 + S*S, D], class slot first.
+    height: image height in pixels.
+    width: image width in pixels.
+    patch_size: patch side in pixels.
+
+  Returns:
+    [1, 1 + N, D]. A square image with as many patches as the table gets the
+    table itself; any other, non-square ones with the same count included, is
+    resampled.
+  """
+  _, tokens, d = table.shape
+  grid = (height // patch_size, width // patch_size)
+  if grid[0] * grid[1] == tokens - 1 and height == width:
+    return table
+  side = round((tokens - 1) ** 0.5)
+  rows, columns = (
+    jnp.asarray(position_weights(side, g), jnp.float32) for g in grid
+  )
+  patches = jnp.einsum(
+    "ys,xt,std->yxd",
+    rows,
+    columns,
+    table[0, 1:].reshape(side, side, d),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return jnp.concatenate([table[:, :1], patches.reshape(1, -1, d)], axis=1)
+
+
+def drop_path_draws(
+  key: jax.Array, rows: jax.Array, *, depth: int
+) -> jax.Array:
+  """Uniform draws for stochastic depth, one stream per row: [depth, 2, R].
+
+  Args:
+    key: random key of this step and this forward pass.
+    rows: [R] int32, identities of the rows in the global batch; they make the
+      draws independent of the number of devices and of accumulation.
+    depth: number of blocks; two residual branches each.
+  """
+  draw = lambda row: jax.random.uniform(jax.random.fold_in(key, row), (depth, 2))
+  return jnp.moveaxis(jax.vmap(draw)(rows), 0, -1)
+
+
+class PatchEmbed(nn.Module):
+  """[R, H, W, 3] -> [R, N, D]: a convolution of stride = kernel = P.
+
+  Written as one matrix product over cut-out patches, row-major. Pixels beyond
+  the last whole patch are dropped.
+  """
+
+  width: int
+  patch_size: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    p = self.patch_size
+    rows, height, width, channels = images.shape
+    init = uniform_fan_in(channels * p * p)
+    kernel = self.param("kernel", init, (p, p, channels, self.width))
+    bias = self.param("bias", init, (self.width,))
+    gy, gx = height // p, width // p
+    x = images[:, : gy * p, : gx * p].reshape(rows, gy, p, gx, p, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, gy * gx, p * p * channels)
+    kernel = kernel.reshape(p * p * channels, self.width)
+    x = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    return x.astype(jnp.float32) + bias[None, None]
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with a fused [q | k | v] projection."""
+
+  heads: int
+  dtype: Any
+  implementation: str
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, *, want: str
+  ) -> tuple[jax.Array, jax.Array | None]:
+    rows, tokens, d = x.shape
+    dense = functools.partial(
+      nn.Dense, dtype=self.dtype, kernel_init=trunc_normal()
+    )
+    qkv = dense(3 * d, name="qkv")(x)
+    qkv = qkv.reshape(rows, tokens, 3, self.heads, d // self.heads)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [R, L, A, D/A]
+    out = jax.nn.dot_product_attention(
+      q, k, v, implementation=self._implementation()
+    )
+    out = dense(d, name="proj")(out.reshape(rows, tokens, d))
+    if want == "none":
+      return out, None
+    # The fused kernels return no weights, and masking needs one row of them.
+    queries = q[:, :1] if want == "cls" else q
+    logits = jnp.einsum(
+      "rqad,rkad->raqk", queries, k, preferred_element_type=jnp.float32
+    )
+    weights = jax.nn.softmax(logits * (d // self.heads) ** -0.5, axis=-1)
+    return out, weights[:, :, 0, 1:] if want == "cls" else weights
+
+  def _implementation(self) -> str:
+    if self.implementation != "auto":
+      return self.implementation
+    fused = self.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    return "cudnn" if fused else "xla"
+
+
+class Mlp(nn.Module):
+  """Two linear layers around an exact GELU."""
+
+  hidden: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    dense = functools.partial(
+      nn.Dense, dtype=self.dtype, kernel_init=trunc_normal()
+    )
+    hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
+    return dense(x.shape[-1], name="fc2")(hidden)
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+  """LayerNorm in float32 with the reference's epsilon.
+
+  The two-pass variance keeps parity: E[x^2] - E[x]^2 loses three digits.
+  """
+  return nn.LayerNorm(
+    epsilon=LAYER_NORM_EPS, use_fast_variance=False, name=name
+  )
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block; the residual stream stays float32."""
+
+  heads: int
+  mlp_ratio: float
+  dtype: Any
+  implementation: str
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, keep: jax.Array | None = None, *, want: str = "none"
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """[R, L, D] -> ([R, L, D], attention); keep [2, R] scales the branches."""
+
+    def residual(x: jax.Array, y: jax.Array, branch: int) -> jax.Array:
+      y = y.astype(jnp.float32)
+      return x + (y if keep is None else y * keep[branch][:, None, None])
+
+    y, attention = Attention(
+      self.heads, self.dtype, self.implementation, name="attn"
+    )(layer_norm("norm1")(x), want=want)
+    x = residual(x, y, 0)
+    hidden = int(x.shape[-1] * self.mlp_ratio)
+    y = Mlp(hidden, self.dtype, name="mlp")(layer_norm("norm2")(x))
+    return residual(x, y, 1), attention
+
+
+class ViT(nn.Module):
+  """Vision Transformer with a class token and learned positions.
+
+  Attributes:
+    width: D.
+    depth: number of blocks.
+    heads: A; divides D.
+    patch_size: P in pixels.
+    image_size: side in pixels that the position table is made for.
+    mlp_ratio: hidden width of the MLP over D.
+    drop_path: stochastic-depth rate of the last block; block i of n uses
+      `drop_path * i / (n - 1)`. Active only when draws are given.
+    dtype: of the matrix products; all else is float32.
+    scan: scan over stacked blocks (compiles faster) or unroll them.
+    remat: "none", "full" or "dots": what the backward pass recomputes.
+    attention: "auto" (cuDNN for bfloat16 on a GPU), "xla" or "cudnn".
+  """
+
+  width: int
+  depth: int
+  heads: int
+  patch_size: int = 16
+  image_size: int = 224
+  mlp_ratio: float = 4.0
+  drop_path: float = 0.0
+  dtype: Any = jnp.float32
+  scan: bool = True
+  remat: str = "none"
+  attention: str = "auto"
+
+  @property
+  def grid(self) -> int:
+    """Patches along one side of an image of `image_size`."""
+    return self.image_size // self.patch_size
+
+  @nn.compact
+  def __call__(
+    self,
+    images: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    draws: jax.Array | None = None,
+    last: int = 1,
+    want: str = "none",
+  ) -> Output:
+    """Forward pass.
+
+    Args:
+      images: [R, H, W, 3] float32, normalised.
+      mask: [R, N] bool; True replaces the patch embedding by the mask token,
+        before positions are added.
+      draws: [depth, 2, R] uniform in [0, 1) from `drop_path_draws`, or None
+        for no stochastic depth.
+      last: how many block outputs to return, 1 to depth.
+      want: "none", "cls" or "full": see `Output.attention`.
+    """
+    rows, height, width, _ = images.shape
+    x = PatchEmbed(
+      self.width, self.patch_size, self.dtype, name="patch_embed"
+    )(images)
+    if mask is not None:
+      token = self.param(
+        "mask_token", nn.initializers.zeros, (1, 1, self.width)
+      )
+      x = jnp.where(mask[:, :, None], token, x)
+    cls = self.param("cls_token", trunc_normal(), (1, 1, self.width))
+    table = self.param(
+      "pos_embed", trunc_normal(), (1, 1 + self.grid**2, self.width)
+    )
+    cls = jnp.broadcast_to(cls, (rows, 1, self.width))
+    x = jnp.concatenate([cls, x], axis=1)
+    x = x + interpolate_positions(table, height, width, self.patch_size)
+    blocks, attention = self._blocks(x, draws, last, want)
+    return Output(layer_norm("norm")(blocks[-1]), blocks, attention)
+
+  def _blocks(
+    self, x: jax.Array, draws: jax.Array | None, last: int, want: str
+  ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """Runs all blocks; the last `last` ones unrolled, since they are kept."""
+    block = Block(
+      self.heads, self.mlp_ratio, self.dtype, self.attention, parent=None
+    )
+
+    def init(key: jax.Array) -> Params:
+      one = lambda key: block.init(key, x[:1])["params"]
+      return jax.vmap(one)(jax.random.split(key, self.depth))
+
+    weights = self.param("blocks", init)
+    keep = None
+    if draws is not None and self.drop_path > 0:
+      rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
+      rates = jnp.asarray(rates)[:, None, None]
+      keep = jnp.where(draws >= rates, 1 / (1 - rates), 0.0)
+
+    def body(x: jax.Array, layer: tuple[Params, jax.Array | None]):
+      return block.apply({"params": layer[0]}, x, layer[1])[0], None
+
+    if self.remat != "none":
+      body = jax.checkpoint(
+        body, policy=REMAT[self.remat], prevent_cse=not self.scan
+      )
+    layers, scanned = (weights, keep), self.depth - last
+    if self.scan and scanned:
+      first = jax.tree.map(lambda a: a[:scanned], layers)
+      x, _ = jax.lax.scan(body, x, first)
+    outputs, attention = [], None
+    for i in range(scanned if self.scan else 0, self.depth):
+      layer = jax.tree.map(lambda a, i=i: a[i], layers)
+      if i == self.depth - 1 and want != "none":
+        x, attention = block.apply(
+          {"params": layer[0]}, x, layer[1], want=want
+        )
+      else:
+        x, _ = body(x, layer)
+      outputs.append(x)
+    return tuple(outputs[-last:]), attention
+
+
+def build(
+  *, variant: str, patch_size: int, image_size: int, **options: Any
+) -> ViT:
+  """A ViT of a published size, or of any size given as "WIDTHxDEPTHxHEADS".
+
+  Raises:
+    InputError: unknown variant or option value, or sizes that do not divide.
+  """
+  if variant in VARIANTS:
+    size = VARIANTS[variant]
+  else:
+    parts = variant.split("x")
+    if len(parts) != 3 or not all(p.isdigit() for p in parts):
+      raise InputError(
+        f'method.variant "{variant}" is unknown: use one of '
+        f'{", ".join(VARIANTS)} or WIDTHxDEPTHxHEADS such as "192x6x3"'
+      )
+    size = dict(zip(("width", "depth", "heads"), map(int, parts), strict=True))
+  if image_size % patch_size:
+    raise InputError(
+      f"data.image_size {image_size} is not a multiple of method.patch_size "
+      f"{patch_size}: choose {image_size // patch_size * patch_size} or "
+      f"{-(-image_size // patch_size) * patch_size} pixels"
+    )
+  if size["width"] % size["heads"]:
+    raise InputError(
+      f"method.variant {variant}: width {size['width']} does not divide over "
+      f"{size['heads']} heads"
+    )
+  for key, known in (("remat", REMAT), ("attention", ATTENTION)):
+    if options.get(key, "none") not in (*known, "none"):
+      raise InputError(
+        f'method.{key} "{options[key]}" is unknown: use {", ".join(known)}'
+      )
+  return ViT(
+    **size, patch_size=patch_size, image_size=image_size, **options
+  )

@@ -1,0 +1,34 @@
+"""Eight CPU devices, strict broadcasting, and where recorded numbers lie."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """golden("attmask/head.npz"): a fixture file, under $ATTMASK_GOLDEN if set."""
+  root = pathlib.Path(os.environ.get("ATTMASK_GOLDEN", GOLDEN))
+  return lambda name: np.load(root / name)
+
+
+@pytest.fixture(scope="session")
+def images_root():
+  """Folder with the archives of real images, or a visible skip."""
+  root = os.environ.get("ATTMASK_DATA")
+  if not root:
+    pytest.skip("ATTMASK_DATA names no folder of real images")
+  return pathlib.Path(root)

@@ -1,0 +1,351 @@
+"""Augmentation steps against hand calculations and plain loops."""
+
+import colorsys
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from attmask_jax import augment
+
+
+def _rng(seed: int = 0) -> np.random.Generator:
+  return np.random.default_rng(seed)
+
+
+def _noise(width: int, height: int, seed: int = 0) -> Image.Image:
+  pixels = _rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+  return Image.fromarray(pixels)
+
+
+def _plain(colour: tuple[int, int, int], side: int = 4) -> Image.Image:
+  return Image.new("RGB", (side, side), colour)
+
+
+# --- modes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("mode", "value", "want"),
+  [
+    ("RGB", (1, 2, 3), (1, 2, 3)),
+    ("L", 77, (77, 77, 77)),
+    ("1", 1, (255, 255, 255)),
+    ("LA", (77, 10), (77, 77, 77)),
+    ("RGBA", (10, 20, 30, 0), (10, 20, 30)),  # alpha dropped, not blended
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ("I;16", 0xABCD, (0xAB,) * 3),
+    ("I", 0xABCD, (0xAB,) * 3),
+    ("I", 70000, (255,) * 3),  # above 16 bits
+  ],
+)
+def test_every_mode_becomes_rgb(mode: str, value: int, want: tuple) -> None:
+  image = augment.to_rgb(Image.new(mode, (3, 2), value))
+  assert image.mode == "RGB"
+  assert image.size == (3, 2)
+  assert image.getpixel((1, 1)) == want
+
+
+def test_palette_with_transparency(recwarn: pytest.WarningsRecorder) -> None:
+  image = Image.new("P", (2, 1))
+  image.putpalette([10, 20, 30, 200, 100, 50])
+  image.putpixel((1, 0), 1)
+  image.info["transparency"] = b"\x00\xff"
+  image = augment.to_rgb(image)
+  assert image.getpixel((0, 0)) == (10, 20, 30)
+  assert image.getpixel((1, 0)) == (200, 100, 50)
+  assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+  ("orientation", "corner"),
+  # Where the top left pixel of the stored image belongs, by the EXIF standard:
+  # 1 stays, 3 half a turn, 6 a quarter turn clockwise, 8 the other way.
+  [(1, (0, 0)), (3, (2, 1)), (6, (1, 0)), (8, (0, 2)), (0, (0, 0))],
+)
+def test_exif_rotation(
+  tmp_path: pytest.TempPathFactory, orientation: int, corner: tuple
+) -> None:
+  stored = Image.new("RGB", (3, 2))
+  stored.putpixel((0, 0), (255, 0, 0))
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  stored.save(tmp_path / "x.png", exif=exif)
+  with Image.open(tmp_path / "x.png") as image:
+    upright = augment.to_rgb(image)
+  assert upright.size == ((2, 3) if orientation in (6, 8) else (3, 2))
+  assert upright.getpixel(corner) == (255, 0, 0)
+
+
+def test_garbage_in_the_exif_header_is_ignored(
+  tmp_path: pytest.TempPathFactory,
+) -> None:
+  _plain((9, 9, 9)).save(tmp_path / "x.png", exif=b"Exif\x00\x00garbage!")
+  with Image.open(tmp_path / "x.png") as image:
+    assert augment.to_rgb(image).getpixel((0, 0)) == (9, 9, 9)
+
+
+# --- geometry ---------------------------------------------------------------
+
+
+def test_crop_boxes_have_the_asked_area_and_aspect() -> None:
+  rng = _rng()
+  boxes = [
+    augment.crop_box(500, 400, rng, scale=(0.1, 0.4)) for _ in range(4000)
+  ]
+  left, top, right, bottom = np.array(boxes).T
+  assert left.min() >= 0 and top.min() >= 0
+  assert right.max() <= 500 and bottom.max() <= 400
+  width, height = right - left, bottom - top
+  share, aspect = width * height / 200_000, width / height
+  # Rounding a side of at least 120 px to whole pixels moves either by < 1 %.
+  assert 0.099 < share.min() < 0.102 and 0.397 < share.max() < 0.404
+  assert 0.745 < aspect.min() < 0.76 and 1.32 < aspect.max() < 1.345
+  # Uniform area: mean 0.25, sd 0.0866; log-uniform aspect: mean log 0. Five
+  # standard errors of 4,000 draws each.
+  assert abs(share.mean() - 0.25) < 5 * 0.0866 / math.sqrt(4000)
+  assert abs(np.log(aspect).mean()) < 5 * 0.166 / math.sqrt(4000)
+  # The place is uniform: on average the middle.
+  assert abs((left + right).mean() / 2 - 250) < 5 * 85 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize(
+  ("size", "want"),
+  [
+    # Nothing of 90 % of the area fits: a centred box at the nearest aspect.
+    ((1000, 100), (433, 0, 566, 100)),  # width round(100 * 4/3) = 133
+    ((60, 300), (0, 110, 60, 190)),  # height round(60 / (3/4)) = 80
+  ],
+)
+def test_crop_falls_back_to_the_centre(size: tuple, want: tuple) -> None:
+  assert augment.crop_box(*size, _rng(), scale=(0.9, 1.0)) == want
+
+
+def test_crop_comes_before_the_resize() -> None:
+  # Left half black, right half white: a crop inside the left half must stay
+  # black, while a resize with a box would let the filter see the white.
+  pixels = np.zeros((64, 64, 3), np.uint8)
+  pixels[:, 32:] = 255
+  image = Image.fromarray(pixels)
+  checked = 0
+  for seed in range(200):
+    box = augment.crop_box(64, 64, _rng(seed), scale=(0.05, 0.1))
+    if box[2] == 32:
+      crop = augment.random_resized_crop(
+        image, _rng(seed), size=48, scale=(0.05, 0.1)
+      )
+      assert not np.asarray(crop).any()
+      checked += 1
+  assert checked > 0
+
+
+def test_flip_mirrors_half_of_the_images() -> None:
+  image = _noise(4, 3)
+  rng = _rng()
+  mirrored = np.asarray(image)[:, ::-1]
+  flips = sum(
+    np.array_equal(augment.random_flip(image, rng), mirrored)
+    for _ in range(1000)
+  )
+  assert 420 < flips < 580  # 500 +- 5 standard deviations of 15.8
+
+
+@pytest.mark.parametrize(
+  ("size", "shorter"), [(224, 256), (96, 109), (64, 73), (32, 36)]
+)
+def test_eval_crop_resizes_then_cuts_the_centre(
+  size: int, shorter: int
+) -> None:
+  image = _noise(300, 200)
+  got = np.asarray(augment.eval_crop(image, size))
+  longer = int(shorter * 300 / 200)
+  want = np.asarray(image.resize((longer, shorter), Image.Resampling.BICUBIC))
+  top, left = round((shorter - size) / 2), round((longer - size) / 2)
+  np.testing.assert_array_equal(got, want[top : top + size, left : left + size])
+
+
+# --- colour -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [-0.1, -0.03, 0.0, 0.07, 0.1])
+def test_hue_turns_the_circle_and_wraps(shift: float) -> None:
+  colours = [(250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 30, 60)]
+  for colour in colours:
+    got = augment.shift_hue(_plain(colour), shift).getpixel((0, 0))
+    h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
+    want = colorsys.hsv_to_rgb((h + int(shift * 255) / 255) % 1, s, v)
+    # Two steps of the 8-bit hue (rounding; it wraps at 256, not 255), each
+    # worth 6 * 220 / 255 grey levels.
+    np.testing.assert_allclose(got, np.array(want) * 255, atol=10.4)
+
+
+def test_hue_of_every_pixel_by_a_plain_loop() -> None:
+  image = _noise(9, 7)
+  hsv = np.asarray(image.convert("HSV")).astype(int)
+  want = hsv.copy()
+  for y in range(7):
+    for x in range(9):
+      want[y, x, 0] = (hsv[y, x, 0] - 25) % 256  # int(-0.1 * 255) = -25
+  want = Image.frombytes("HSV", (9, 7), want.astype(np.uint8).tobytes())
+  got = augment.shift_hue(image, -0.1)
+  np.testing.assert_array_equal(got, want.convert("RGB"))
+
+
+def test_jitter_blends_by_the_drawn_factors_in_the_drawn_order() -> None:
+  image = _noise(16, 16)
+  orders = set()
+  for seed in range(40):
+    rng = _rng(seed)
+    order = rng.permutation(4).tolist()
+    factors = (
+      rng.uniform(0.6, 1.4),
+      rng.uniform(0.6, 1.4),
+      rng.uniform(0.8, 1.2),
+    )
+    turn = rng.uniform(-0.1, 0.1)
+    want = image
+    for step in order:
+      if step == 0:
+        want = ImageEnhance.Brightness(want).enhance(factors[0])
+      elif step == 1:
+        want = ImageEnhance.Contrast(want).enhance(factors[1])
+      elif step == 2:
+        want = ImageEnhance.Color(want).enhance(factors[2])
+      else:
+        want = augment.shift_hue(want, turn)
+    got = augment.color_jitter(image, _rng(seed))
+    np.testing.assert_array_equal(got, want)
+    orders.add(tuple(order))
+  assert len(orders) > 12  # of 24
+
+
+def test_brightness_alone_by_hand() -> None:
+  rng = _rng(3)
+  rng.permutation(4)
+  factor = rng.uniform(0.6, 1.4)
+  got = augment.color_jitter(
+    _plain((40, 100, 250)), _rng(3), contrast=0, saturation=0, hue=0
+  )
+  want = [min(int(factor * c), 255) for c in (40, 100, 250)]
+  assert got.getpixel((0, 0)) == tuple(want)
+
+
+def test_grey_is_the_luma() -> None:
+  got = augment.to_grey(_plain((200, 100, 50))).getpixel((0, 0))
+  assert got == (round(0.299 * 200 + 0.587 * 100 + 0.114 * 50),) * 3
+
+
+def test_solarise_inverts_from_the_threshold() -> None:
+  got = augment.solarise(_plain((127, 128, 255))).getpixel((0, 0))
+  assert got == (127, 127, 0)
+
+
+def test_blur_radius_is_a_standard_deviation_in_pixels() -> None:
+  dot = np.zeros((41, 41, 3), np.uint8)
+  dot[20, 20] = 255
+  dot[19:22, 19:22] = 255
+  radius = _rng(1).uniform(0.1, 2.0)
+  assert radius > 1
+  got = np.asarray(augment.gaussian_blur(Image.fromarray(dot), _rng(1)))
+  weight = got[..., 0].astype(float)
+  spread = np.sum(weight * (np.arange(41) - 20) ** 2) / weight.sum()
+  # Variances add: 2/3 of the 3-pixel square; 8 bits cut the tails short.
+  np.testing.assert_allclose(spread, radius**2 + 2 / 3, rtol=0.1)
+
+
+# --- recipe -----------------------------------------------------------------
+
+
+def _recipe(**changes: object) -> augment.MultiCrop:
+  sizes = dict(image_size=24, local_size=12, local_crops=3) | changes
+  return augment.MultiCrop(**sizes)
+
+
+def test_multi_crop_shapes_and_repeatability() -> None:
+  image, recipe = _noise(60, 40), _recipe()
+  first, again, other = (recipe(image, _rng(s)) for s in (5, 5, 6))
+  assert first["images"].shape == (2, 24, 24, 3)
+  assert first["local_images"].shape == (3, 12, 12, 3)
+  assert first["images"].dtype == first["local_images"].dtype == np.uint8
+  for name in first:
+    np.testing.assert_array_equal(first[name], again[name])
+    assert not np.array_equal(first[name], other[name])
+
+
+def test_no_local_crops_leaves_the_key_out() -> None:
+  assert set(_recipe(local_crops=0)(_noise(30, 30), _rng())) == {"images"}
+
+
+def test_multi_crop_takes_images_smaller_than_the_crops() -> None:
+  crops = _recipe()(_noise(3, 2), _rng())
+  assert crops["images"].shape == (2, 24, 24, 3)
+
+
+@pytest.mark.parametrize(
+  ("colour", "blur", "solarise"),
+  [
+    (augment.FIRST_GLOBAL, 1.0, 0.0),
+    (augment.OTHER_GLOBAL, 0.1, 0.2),
+    (augment.LOCAL, 0.5, 0.0),
+  ],
+)
+def test_how_often_each_colour_step_happens(
+  monkeypatch: pytest.MonkeyPatch,
+  colour: augment.Photometric,
+  blur: float,
+  solarise: float,
+) -> None:
+  counts = dict.fromkeys(
+    ("color_jitter", "to_grey", "gaussian_blur", "solarise"), 0
+  )
+  calls = []
+  for name in counts:
+
+    def step(image: Image.Image, *_: object, name: str = name) -> Image.Image:
+      counts[name] += 1
+      calls.append(name)
+      return image
+
+    monkeypatch.setattr(augment, name, step)
+  image, rng = _plain((0, 0, 0)), _rng()
+  order = list(counts)
+  for _ in range(2000):
+    colour(image, rng)
+    places = [order.index(name) for name in calls]
+    assert places == sorted(places)
+    calls.clear()
+  want = (0.8, 0.2, blur, solarise)
+  for (name, count), prob in zip(counts.items(), want, strict=True):
+    # Five standard deviations of 2,000 draws; none when it is certain.
+    margin = 5 * math.sqrt(prob * (1 - prob) / 2000)
+    assert abs(count / 2000 - prob) <= margin, name
+
+
+def test_each_view_gets_its_own_recipe(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  seen = []
+
+  def view(
+    image: Image.Image,
+    rng: np.random.Generator,
+    colour: augment.Photometric,
+    *,
+    size: int,
+    scale: tuple[float, float],
+  ) -> np.ndarray:
+    seen.append((colour, size, scale))
+    return np.zeros((size, size, 3), np.uint8)
+
+  monkeypatch.setattr(augment, "random_view", view)
+  recipe = _recipe(
+    global_crops=3, global_scale=(0.3, 1), local_scale=(0.1, 0.3)
+  )
+  recipe(_noise(30, 30), _rng())
+  assert seen == [
+    (augment.FIRST_GLOBAL, 24, (0.3, 1)),
+    (augment.OTHER_GLOBAL, 24, (0.3, 1)),
+    (augment.OTHER_GLOBAL, 24, (0.3, 1)),
+    *[(augment.LOCAL, 12, (0.1, 0.3))] * 3,
+  ]

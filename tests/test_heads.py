@@ -1,0 +1,60 @@
+"""The projection head against recorded numbers and hand-made ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from attmask_jax import heads
+
+TOLERANCE = 1e-5  # tests/golden/attmask/README.md
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_golden_head(golden, kind):
+  file = golden("attmask/head.npz")
+  weights = reference.load(file, f"sd/{kind}/")
+  if kind == "shared":
+    del weights["last_layer2"]  # the same tensor twice
+  head = heads.Head(
+    out_dim=int(file["cfg/out_dim"]),
+    patch_out_dim=int(file["cfg/patch_out_dim"]) * (kind == "separate"),
+    hidden=int(file["cfg/hidden"]),
+    bottleneck=int(file["cfg/bottleneck"]),
+  )
+  cls, patch = head.apply({"params": weights}, file["in/tokens"])
+  z = head.apply({"params": weights}, file["in/cls_only"], method="project")
+  only = head.apply({"params": weights}, z, method="cls_logits")
+  for name, got in (("cls", cls), ("patch", patch), ("cls_only", only)):
+    want = file[f"out/{kind}/{name}"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+
+
+def test_prototypes_are_cosines_times_gains():
+  z = np.array([[3.0, 4.0]], np.float32)
+  weights = {
+    "weight_v": jnp.array([[2.0, 0.0], [0.0, -0.5]]),
+    "weight_g": jnp.array([1.0, 3.0]),
+  }
+  got = heads.Prototypes(2).apply({"params": weights}, z)
+  np.testing.assert_allclose(got, [[3.0, -12.0]], rtol=1e-6)
+
+
+def test_mean_logit_is_logit_of_the_mean():
+  # What the patch centre rests on: the last layer is linear.
+  head = heads.Head(out_dim=12, hidden=8, bottleneck=4)
+  tokens = jax.random.normal(jax.random.key(0), (3, 5, 6))
+  variables = head.init(jax.random.key(1), tokens)
+  z = head.apply(variables, tokens, method="project")
+  logits = head.apply(variables, z, method="patch_logits")
+  mean = head.apply(variables, z.mean((0, 1)), method="patch_logits")
+  np.testing.assert_allclose(mean, logits.mean((0, 1)), atol=1e-6)
+
+
+def test_one_norm_serves_all_hidden_layers():
+  head = heads.Head(out_dim=4, hidden=8, bottleneck=4, norm="ln")
+  variables = head.init(jax.random.key(0), jnp.ones((1, 2, 6)))
+  mlp = variables["params"]["mlp"]
+  assert set(mlp) == {"layer_0", "layer_1", "layer_2", "norm"}
+  assert mlp["norm"]["scale"].shape == (8,)

@@ -1,0 +1,203 @@
+"""The ViT against recorded numbers and against itself in other forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from attmask_jax import vit
+from attmask_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+  file = golden("attmask/vit_forward.npz")
+  model = vit.ViT(
+    width=int(file["cfg/dim"]),
+    depth=int(file["cfg/depth"]),
+    heads=int(file["cfg/heads"]),
+    patch_size=int(file["cfg/patch"]),
+    image_size=int(file["cfg/img"]),
+  )
+  return file, model, {"params": reference.load(file, "sd/")}
+
+
+def close(got, want, atol):
+  np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=atol)
+
+
+# Tolerances of this file: tests/golden/attmask/README.md.
+TOKENS, ATTENTION, POSITIONS = 1e-4, 1e-5, 5e-6
+
+
+@pytest.mark.parametrize("name", ["global", "local", "rect", "big"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_golden_forward(recorded, name, scan):
+  file, model, variables = recorded
+  model = model.clone(scan=scan)
+  images = reference.nhwc(file[f"in/{name}"])
+  out = model.apply(variables, images, want="full")
+  if name == "big":
+    close(out.tokens[:, 0], file["out/big/tokens_cls"], TOKENS)
+    close(out.tokens[:, -1], file["out/big/tokens_last"], TOKENS)
+  else:
+    close(out.tokens, file[f"out/{name}/tokens"], TOKENS)
+  if f"out/{name}/attn" in file.files:
+    close(out.attention, file[f"out/{name}/attn"], ATTENTION)
+  if f"out/{name}/cls_attention" in file.files:
+    row = jnp.mean(out.attention, axis=1)[:, 0, 1:]
+    close(row, file[f"out/{name}/cls_attention"], ATTENTION)
+
+
+@pytest.mark.parametrize("name", ["global", "rect"])
+def test_golden_masked(recorded, name):
+  file, model, variables = recorded
+  mask = file["in/mask" if name == "global" else f"in/{name}_mask"]
+  images = reference.nhwc(file[f"in/{name}"])
+  out = model.apply(
+    variables, images, mask.reshape(len(mask), -1), want="cls"
+  )
+  close(out.tokens, file[f"out/{name}_masked/tokens"], TOKENS)
+  if name == "global":
+    want = file["out/global_masked/cls_attention"]
+    close(jnp.mean(out.attention, axis=1), want, ATTENTION)
+
+
+def test_golden_last_blocks_and_class_row(recorded):
+  file, model, variables = recorded
+  images = reference.nhwc(file["in/global"])
+  out = model.apply(variables, images, last=2, want="cls")
+  want = file["out/global/last_selfattention_cls"]
+  close(out.attention, want, ATTENTION)
+  norm = {"params": variables["params"]["norm"]}
+  for i, block in enumerate(out.blocks):
+    got = vit.layer_norm(None).apply(norm, block)
+    close(got, file[f"out/global/intermediate_n2/{i}"], TOKENS)
+
+
+@pytest.mark.parametrize("name", ["local", "rect", "big"])
+def test_golden_positions(recorded, name):
+  file, model, variables = recorded
+  height, width = file[f"in/{name}"].shape[-2:]
+  got = vit.interpolate_positions(
+    variables["params"]["pos_embed"], height, width, model.patch_size
+  )
+  close(got, file[f"out/pos_embed/{name}"], POSITIONS)
+
+
+def test_positions_of_a_non_square_image_with_equal_count_are_resampled():
+  table = jax.random.normal(jax.random.key(0), (1, 1 + 16, 8))
+  same = vit.interpolate_positions(table, 32, 32, 8)
+  assert same is table
+  other = vit.interpolate_positions(table, 16, 64, 8)  # 2 x 8 = 16 patches
+  assert other.shape == table.shape
+  assert not np.allclose(other, table)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("last", [1, 3])
+def test_scan_and_remat_change_nothing(remat, last):
+  model = vit.ViT(24, 3, 2, 4, 16, drop_path=0.3, scan=False)
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+  variables = model.init(jax.random.key(1), images)
+  draws = vit.drop_path_draws(jax.random.key(2), jnp.arange(2), depth=3)
+
+  def loss(variables, model):
+    out = model.apply(variables, images, draws=draws, last=last)
+    return sum(jnp.sum(b**2) for b in out.blocks)
+
+  want = jax.grad(loss)(variables, model)
+  got = jax.grad(loss)(variables, model.clone(scan=True, remat=remat))
+  # Scanned and unrolled bodies fuse differently: a few float32 ulps of sums.
+  jax.tree.map(lambda a, b: close(a, b, 2e-4), got, want)
+
+
+def test_drop_path_by_hand():
+  depth, rate = 4, 0.6
+  model = vit.ViT(16, depth, 2, 4, 8, drop_path=rate)
+  images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+  variables = model.init(jax.random.key(1), images)
+  blocks = variables["params"]["blocks"]
+  # Block i has rate 0, .2, .4, .6. Draws just below a rate drop the branch.
+  draws = np.array([0.0, 0.19, 0.41, 0.59], np.float32)
+  draws = jnp.broadcast_to(draws[:, None, None], (depth, 2, 1))
+  got = model.apply(variables, images, draws=draws).blocks[0]
+  survivors = {0: 1.0, 2: 1 / (1 - 0.4)}
+
+  class FirstTokens(vit.ViT):
+    def _blocks(self, x, draws, last, want):
+      self.param("blocks", lambda key: blocks)
+      return (x,), None
+
+  x = FirstTokens(16, depth, 2, 4, 8).apply(variables, images).blocks[0]
+  for i, scale in survivors.items():
+    layer = jax.tree.map(lambda a, i=i: a[i], blocks)
+    keep = jnp.full((2, 1), scale)
+    x, _ = vit.Block(2, 4.0, jnp.float32, "xla").apply(
+      {"params": layer}, x, keep
+    )
+  close(got, np.asarray(x), 1e-5)
+
+
+def test_drop_path_draws_follow_the_row_and_not_its_place():
+  key = jax.random.key(0)
+  draws = vit.drop_path_draws(key, jnp.array([5, 7, 5]), depth=2)
+  np.testing.assert_array_equal(draws[..., 0], draws[..., 2])
+  assert not np.array_equal(draws[..., 0], draws[..., 1])
+
+
+def test_bfloat16_stays_close_and_keeps_float32_parameters(recorded):
+  file, model, variables = recorded
+  images = reference.nhwc(file["in/global"])
+  low = model.clone(dtype=jnp.bfloat16)
+  out = low.apply(variables, images).tokens
+  assert out.dtype == jnp.float32
+  error = np.abs(out - file["out/global/tokens"])
+  assert 1e-4 < error.max() and error.mean() < 0.05  # 8 bits of mantissa
+  fresh = low.init(jax.random.key(0), images)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fresh))
+
+
+def test_initial_values_follow_the_reference():
+  model = vit.ViT(64, 2, 2, 8, 32)
+  images = jnp.zeros((1, 32, 32, 3))
+  params = model.init(jax.random.key(0), images, jnp.zeros((1, 16), bool))
+  params = params["params"]
+  bound = (3 * 8 * 8) ** -0.5
+  for leaf in params["patch_embed"].values():
+    assert 0.9 * bound < np.abs(leaf).max() <= bound
+  for name in ("qkv", "proj"):
+    dense = params["blocks"]["attn"][name]
+    assert abs(np.std(dense["kernel"]) - 0.02) < 0.001
+    assert not dense["bias"].any()
+  first, second = params["blocks"]["mlp"]["fc1"]["kernel"]
+  assert not np.allclose(first, second)
+  assert not params["mask_token"].any()
+  assert abs(np.std(params["pos_embed"]) - 0.02) < 0.002
+
+
+def test_normalize_images_by_hand():
+  white = np.full((1, 2, 2, 3), 255, np.uint8)
+  got = vit.normalize_images(jnp.asarray(white))[0, 0, 0]
+  want = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+  close(got, want, 1e-6)
+  floats = jnp.full((1, 2, 2, 3), 0.5)
+  np.testing.assert_array_equal(vit.normalize_images(floats), floats)
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (dict(image_size=70), ["70", "64 or 80"]),
+    (dict(variant="huge"), ["huge", "tiny, small, base, large"]),
+    (dict(variant="100x2x3"), ["100", "3 heads"]),
+    (dict(remat="some"), ["some", "none, full, dots"]),
+    (dict(attention="flash"), ["flash", "auto, xla, cudnn"]),
+  ],
+)
+def test_bad_sizes(change, words):
+  options = dict(variant="tiny", patch_size=16, image_size=64) | change
+  with pytest.raises(InputError) as error:
+    vit.build(**options)
+  assert all(word in str(error.value) for word in words)
