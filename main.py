@@ -1,22 +1,116 @@
-"""Command line: python main.py --config=configs/NAME.py --workdir=DIR."""
+"""Command line: python main.py --config=configs/NAME.py --workdir=DIR.
+
+Exit codes: 0 the work asked for is done, 1 a failure of the program or the
+machine, 2 bad input, 3 the loss is not finite, 128 + n stopped by signal n
+after saving.
+"""
 
 import logging as python_logging
+import re
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
-flags.mark_flags_as_required(["config", "workdir"])
+from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 
-def main(argv):
-  import jax
-  from attmask_jax import train
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file; an argument for it follows after a colon."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Run directory: made if missing, continued if it holds a run.",
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train"], "What to do.")
+
+
+def run(argv: list[str]) -> None:
+  """Runs one mode of the program."""
+  import jax  # here, so that a wrong flag is answered at once
+
+  from attmask_jax import mesh, train
+
+  if len(argv) > 1:
+    raise InputError(
+      f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
+    )
+  _quiet_libraries()
   config = _CONFIG.value
   jax.config.update("jax_default_matmul_precision", config.run.matmul_precision)
-  for h in python_logging.root.handlers + [logging.get_absl_handler()]:
-    h.addFilter(lambda r: r.levelno >= 30 or "orbax" not in r.pathname)
-  train.train(config, _WORKDIR.value)
+  if config.run.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", config.run.compilation_cache)
+  mesh.init_distributed(config.run.distributed)
+  modes = {"train": train.train}
+  modes[_MODE.value](config, _WORKDIR.value)
+
+
+def main(argv: list[str]) -> int:
+  """`run`, with one sentence instead of a traceback where the user can act."""
+  try:
+    run(argv)
+  except InputError as error:
+    return _fail(error, 2)
+  except NotFiniteError as error:
+    return _fail(error, 3)
+  except StoppedError as error:
+    return _fail(error, 128 + error.signal)
+  return 0
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags; a wrong one ends the program with one sentence."""
+  try:
+    rest = flags.FLAGS(argv)
+    for flag in (_CONFIG, _WORKDIR):
+      if flag.value is None:
+        raise flags.IllegalFlagValueError(f"--{flag.name} is missing")
+    _CONFIG.value.lock()
+  except (AttributeError, KeyError) as error:
+    sys.exit(_fail(_unknown_key(str(error), argv), 2))
+  except OSError:  # of the config file; ml_collections keeps it until now
+    name = next((a for a in argv if a.startswith("--config=")), "--config")
+    sys.exit(_fail(f"{name}: no such config file; see the folder configs", 2))
+  except (flags.Error, ValueError, TypeError) as error:
+    sys.exit(_fail(_sentence(str(error)), 2))
+  return rest
+
+
+def _sentence(error: str) -> str:
+  """The first line, or the last of an error from within a config file."""
+  lines = error.strip().splitlines()
+  if len(lines) > 1 and "Traceback" in error:
+    return lines[-1].split(": ", 1)[-1]
+  return lines[0]
+
+
+def _unknown_key(error: str, argv: list[str]) -> str:
+  """A sentence for ml_collections' complaint about a key."""
+  near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', error)
+  keys = [a.split("=")[0] for a in argv if a.startswith("--config.")]
+  if not near:
+    name = error.strip("'\" ")
+    flag = next((k for k in keys if name in k.split(".")), name)
+    return f'unknown config key "{flag}": see configs/common.py for all keys'
+  flag = next((k for k in keys if near[2] in k.split(".")), near[2])
+  return f'unknown config key "{flag}": did you mean "{near[1]}"?'
+
+
+def _fail(error: object, code: int) -> int:
+  print(f"error: {error}", file=sys.stderr)
+  return code
+
+
+def _quiet_libraries() -> None:
+  """Progress to the terminal; Orbax's own diary only from warnings up."""
+  logging.set_verbosity(logging.INFO)
+
+  def ours(record: python_logging.LogRecord) -> bool:
+    library = "orbax" in record.pathname
+    return not library or record.levelno >= python_logging.WARNING
+
+  logging.get_absl_handler().addFilter(ours)
+
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse)

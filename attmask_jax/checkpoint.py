@@ -116,10 +116,14 @@ class Checkpoints:
       best: name of the metric whose maximum is kept, "" = none.
     """
     policies: list[keep.PreservationPolicy] = [keep.LatestN(1)]
+    value = lambda metrics: metrics.get(best, -np.inf)
     if best:
-      # Not `best_fn`: with it a poor newest checkpoint is deleted at once.
-      value = lambda metrics: metrics.get(best, -np.inf)
-      policies.append(keep.BestN(get_metric_fn=value, n=1))
+      # An earlier part of the run may have had k-NN off, hence no metrics.
+      policies.append(
+        keep.BestN(
+          get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
     if keep_steps:
       policies.append(keep.EveryNSteps(keep_steps))
     self.folder = workdir / "checkpoints"
@@ -127,6 +131,9 @@ class Checkpoints:
       self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(policies),
+        # Makes Orbax write the metrics down, so that a continued run knows its
+        # best; what is kept is up to the policies.
+        best_fn=value if best else None,
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
       ),
@@ -167,9 +174,7 @@ class Checkpoints:
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     self._manager.save(
       step,
-      args=ocp.args.Composite(
-        **args, progress=ocp.args.JsonSave(progress)
-      ),
+      args=ocp.args.Composite(**args, progress=ocp.args.JsonSave(progress)),
       metrics=metrics or {},
       force=True,
     )

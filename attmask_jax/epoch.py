@@ -39,7 +39,9 @@ class Epoch:
     """Means over the epoch, and NMI, ARI, F of the teacher's assignments."""
     label, assignment = self._gather()
     seen = assignment.ravel() >= 0
-    scores = clusters.cluster_scores(label.ravel()[seen], assignment.ravel()[seen])
+    scores = clusters.cluster_scores(
+      label.ravel()[seen], assignment.ravel()[seen]
+    )
     return self.sums.mean() | scores
 
   def reset(self) -> None:

@@ -13,4 +13,12 @@ class NotFiniteError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-  """A signal ended the run after its state was saved."""
+  """A signal ended the run after its state was saved.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, message: str, *, signal: int) -> None:
+    super().__init__(message)
+    self.signal = signal

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import linen as nn
 
 from attmask_jax import vit
@@ -27,9 +28,7 @@ class Prototypes(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
     width = z.shape[-1]
-    v = self.param(
-      "weight_v", vit.uniform_fan_in(width), (width, self.out_dim)
-    )
+    v = self.param("weight_v", vit.uniform_fan_in(width), (width, self.out_dim))
     g = self.param("weight_g", nn.initializers.ones, (self.out_dim,))
     w = v * (g / jnp.linalg.norm(v, axis=0))[None]
     return jnp.matmul(
@@ -52,7 +51,9 @@ class ProjectionMlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     # quirk: one norm instance serves all hidden layers, as in iBOT.
-    norm = nn.LayerNorm(epsilon=1e-5, name="norm") if self.norm == "ln" else None
+    norm = (
+      nn.LayerNorm(epsilon=1e-5, name="norm") if self.norm == "ln" else None
+    )
     for i in range(self.layers):
       width = self.bottleneck if i == self.layers - 1 else self.hidden
       x = nn.Dense(
@@ -124,3 +125,18 @@ class Head(nn.Module):
     """[R, L, D] -> class logits [R, K], patch logits [R, N, K]."""
     z = self.project(tokens)
     return self.cls_logits(z[:, 0]), self.patch_logits(z[:, 1:])
+
+
+def from_config(section: ml_collections.ConfigDict) -> tuple[Head, Head]:
+  """Heads of student and teacher from the section `method`."""
+  head = Head(
+    out_dim=section.out_dim,
+    patch_out_dim=0 if section.shared_head else section.patch_out_dim,
+    hidden=section.head_hidden,
+    bottleneck=section.head_bottleneck,
+    act=section.head_act,
+    norm=section.head_norm,
+    dtype=jnp.dtype(section.dtype),
+  )
+  separate = 0 if section.shared_head_teacher else section.patch_out_dim
+  return head, head.clone(patch_out_dim=separate)

@@ -4,6 +4,8 @@ Means over the batch are plain means: inside a compiled program with a sharded
 batch they already run over all devices.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -81,6 +83,33 @@ def masked_cross_entropy(
   product = jnp.sum(probs * logits, axis=-1)
   entropy = jax.nn.logsumexp(logits, axis=-1) - product
   return jnp.sum(jnp.where(valid, entropy, 0.0), axis=-1)
+
+
+def in_chunks(
+  term: Callable[..., jax.Array], *arrays: jax.Array, chunks: int
+) -> jax.Array:
+  """Sum of term(*part) over parts along axis 1, one part in memory at a time.
+
+  Args:
+    term: arrays [R, m, ...] -> [R]; zero rows of padding must add 0.
+    *arrays: [R, M, ...] each.
+    chunks: parts; 1 calls `term` once.
+
+  Returns:
+    [R].
+  """
+  if chunks == 1:
+    return term(*arrays)
+
+  def split(x: jax.Array) -> jax.Array:
+    pad = [(0, 0)] * x.ndim
+    pad[1] = (0, -x.shape[1] % chunks)
+    x = jnp.pad(x, pad)
+    x = x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  part = jax.checkpoint(lambda xs: term(*xs))
+  return jnp.sum(jax.lax.map(part, tuple(map(split, arrays))), axis=0)
 
 
 def update_center(

@@ -9,6 +9,7 @@ ratio 0.29 give 28, in float32 29.
 import math
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,39 @@ def _add_block(rng: random.Random, mask: np.ndarray, room: float) -> int:
       block[:] = True
       return new
   return 0
+
+
+def host_masks(
+  policy: str,
+  *,
+  seeds: tuple[int, ...],
+  grid: tuple[int, int],
+  views: int,
+  ratios: Sequence[float],
+  variances: Sequence[float],
+) -> np.ndarray:
+  """Block-wise or random masks of one image, a ratio drawn per view.
+
+  Args:
+    policy: one of HOST_POLICIES.
+    seeds: what the draws depend on, such as (seed, epoch, index).
+    grid: (h, w) with h * w = N.
+    views: V.
+    ratios: see `draw_ratio`.
+    variances: see `draw_ratio`.
+
+  Returns:
+    [V, N] bool.
+  """
+  rng, array_rng = random.Random(str(seeds)), np.random.RandomState(seeds)
+  masks = []
+  for _ in range(views):
+    ratio = draw_ratio(rng, ratios, variances)
+    if policy == "block":
+      masks.append(block_mask(rng, grid, ratio))
+    else:
+      masks.append(random_mask(array_rng, grid, ratio))
+  return np.stack(masks).reshape(views, -1)
 
 
 def attention_counts(
@@ -186,19 +220,32 @@ def reveal(
   return eligible & (lottery < n_show)
 
 
-def hidden_ids(mask: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """Indices of hidden patches, padded to a static count.
+class Hidden(NamedTuple):
+  """A mask, and the patches it hides in a static shape.
 
-  Args:
-    mask: [R, N] bool with at most `limit` True per row.
-    limit: M.
-
-  Returns:
-    ids [R, M] int32 and valid [R, M] bool; padding points at shown patches.
+  Attributes:
+    mask: [R, N] bool.
+    ids: [R, M] int32, hidden patches first; padding points at shown ones.
+    valid: [R, M] bool, False = padding.
   """
-  order = jnp.argsort(~mask, axis=-1, stable=True)
-  ids = order[:, :limit].astype(jnp.int32)
-  return ids, gather(mask[:, :, None], ids)[:, :, 0]
+
+  mask: jax.Array
+  ids: jax.Array
+  valid: jax.Array
+
+  @classmethod
+  def of(cls, mask: jax.Array, limit: int) -> "Hidden":
+    """Lists at most `limit` = M hidden patches per row of mask [R, N]."""
+    order = jnp.argsort(~mask, axis=-1, stable=True)
+    ids = order[:, :limit].astype(jnp.int32)
+    return cls(mask, ids, gather(mask[:, :, None], ids)[:, :, 0])
+
+  def metrics(self) -> dict[str, jax.Array]:
+    """masked_share of the rows, and mask_ratio among those, [] float32."""
+    share = jnp.mean(self.mask.astype(jnp.float32), axis=-1)  # [R]
+    masked = jnp.mean((share > 0).astype(jnp.float32))
+    ratio = jnp.mean(share) / jnp.maximum(masked, 1e-12)
+    return {"mask_ratio": ratio, "masked_share": masked}
 
 
 def gather(tokens: jax.Array, ids: jax.Array) -> jax.Array:

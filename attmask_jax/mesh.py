@@ -5,6 +5,7 @@ large parameters. Arrays carry NamedShardings; the compiler adds the
 all-reduces.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,32 @@ BATCH_AXES = ("data", "fsdp")
 # Smaller tensors stay whole on every device: splitting them saves little and
 # costs a message each.
 FSDP_MIN_SIZE = 2**16
+
+
+def init_distributed(wanted: bool) -> None:
+  """Joins the other processes of a run, if there are any.
+
+  `wanted` asks JAX to detect the cluster (Cloud TPU, Slurm, Open MPI, GKE).
+  Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+  Raises:
+    InputError: only some of the three variables are set.
+  """
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  values = [os.environ.get(name) for name in names]
+  if all(values):
+    address, count, mine = values
+    jax.distributed.initialize(
+      address, num_processes=int(count), process_id=int(mine)
+    )
+  elif any(values):
+    missing = [n for n, v in zip(names, values, strict=True) if not v]
+    raise InputError(
+      f"of the variables for several processes {', '.join(missing)} is not "
+      f"set: set all of {', '.join(names)}, or none"
+    )
+  elif wanted:
+    jax.distributed.initialize()
 
 
 def make_mesh(

@@ -53,6 +53,27 @@ def cosine(
   return float(final + 0.5 * (base - final) * (1 + np.cos(np.pi * k / n)))
 
 
+def warmup_table(
+  start: float, end: float, *, warmup: int, total: int, lead: int = 0
+) -> np.ndarray:
+  """Value per epoch: `lead` epochs at start, a linear warm-up, then end.
+
+  Returns:
+    [total] float64; `end` is reached at epoch lead + warmup - 1.
+
+  Raises:
+    InputError: lead and warm-up are longer than the run.
+  """
+  rest = total - lead - warmup
+  if rest < 0:
+    raise InputError(
+      f"a warm-up of {warmup} epochs after {lead} does not fit optim.epochs "
+      f"{total}: lower method.temp_warmup_epochs or train longer"
+    )
+  ramp = np.linspace(start, end, warmup)
+  return np.concatenate([np.full(lead, start), ramp, np.full(rest, end)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedules:
   """Learning rate, weight decay, teacher momentum and freezing per step.
@@ -198,7 +219,9 @@ def scale_by_rates(*, decoupled: bool) -> optax.GradientTransformationExtraArgs:
   )
 
 
-def coupled_decay(*, trust: float | None) -> optax.GradientTransformationExtraArgs:
+def coupled_decay(
+  *, trust: float | None
+) -> optax.GradientTransformationExtraArgs:
   """g + wd * w on decayed leaves; with `trust`, LARS's rate per tensor.
 
   Args:

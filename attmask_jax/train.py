@@ -19,8 +19,8 @@ from absl import logging
 
 from attmask_jax import augment, checkpoint, data, metrics, optim, train_step
 from attmask_jax import mesh as meshes
-from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 from attmask_jax.epoch import Epoch
+from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 from attmask_jax.evals import online
 from attmask_jax.methods import METHODS
 
@@ -197,7 +197,6 @@ class Loop:
         logging.info("finished %d steps in %s", total, self._folder)
       else:
         logging.info("%s already holds all %d steps", self._folder, total)
-      self._write(total, self._figures(total))
     finally:
       for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -287,12 +286,15 @@ class Loop:
         with self._clock.paused():
           scores = self._evaluate.knn(self._state.teacher)
         self._write(done, scores)
+    if done == total:  # before the save: a finished run is left as it is
+      self._write(done, self._figures(done))
     self._save(done, scores)
     if self._signal is not None or self._saved.preempted(done):
       self._saved.wait()
       raise StoppedError(
         f"stopped by a signal after step {done}; the state is saved in "
-        f"{self._folder}: run the same command to continue"
+        f"{self._folder}: run the same command to continue",
+        signal=self._signal or signal.SIGTERM,
       )
 
   def _save(self, done: int, scores: dict[str, float]) -> None:
@@ -312,7 +314,7 @@ class Loop:
     self._state = self._state.from_items(items)
     self._epoch.restore(items["epoch"], progress)
     broken = {int(k): v for k, v in progress["broken"].items()}
-    self._run.pipeline.broken.update(broken)
+    self._run.pipeline.restore_broken(broken)
     return latest
 
   def _figures(self, total: int) -> dict[str, float]:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import linen as nn
 
-from attmask_jax import Params
+from attmask_jax import Params, positions
 from attmask_jax.errors import InputError
 
 LAYER_NORM_EPS = 1e-6
@@ -86,63 +87,6 @@ def uniform_fan_in(fan_in: int) -> Initializer:
   return init
 
 
-def position_weights(size: int, grid: int) -> np.ndarray:
-  """Bicubic resampling of a position axis: [grid, size] float64.
-
-  quirk: the sampling grid follows the scale factor (grid + 0.1) / size and not
-  the ratio of the sizes; Keys kernel with a = -0.75, taps clamped at the
-  border, no antialiasing.
-
-  Source: interpolate_pos_encoding of DINO and AttMask.
-  """
-  scale, a = (grid + 0.1) / size, -0.75
-  weights = np.zeros((grid, size))
-  for i in range(grid):
-    x = (i + 0.5) / scale - 0.5
-    for tap in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
-      t = abs(x - tap)
-      if t <= 1:
-        w = (a + 2) * t**3 - (a + 3) * t**2 + 1
-      else:
-        w = a * (t**3 - 5 * t**2 + 8 * t - 4)
-      weights[i, min(max(tap, 0), size - 1)] += w
-  return weights
-
-
-def interpolate_positions(
-  table: jax.Array, height: int, width: int, patch_size: int
-) -> jax.Array:
-  """Position table for an image of height x width pixels.
-
-  Args:
-    table: [1, 1 + S*S, D], class slot first.
-    height: image height in pixels.
-    width: image width in pixels.
-    patch_size: patch side in pixels.
-
-  Returns:
-    [1, 1 + N, D]. A square image with as many patches as the table gets the
-    table itself; any other, non-square ones with the same count included, is
-    resampled.
-  """
-  _, tokens, d = table.shape
-  grid = (height // patch_size, width // patch_size)
-  if grid[0] * grid[1] == tokens - 1 and height == width:
-    return table
-  side = round((tokens - 1) ** 0.5)
-  rows, columns = (
-    jnp.asarray(position_weights(side, g), jnp.float32) for g in grid
-  )
-  patches = jnp.einsum(
-    "ys,xt,std->yxd",
-    rows,
-    columns,
-    table[0, 1:].reshape(side, side, d),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return jnp.concatenate([table[:, :1], patches.reshape(1, -1, d)], axis=1)
-
-
 def drop_path_draws(
   key: jax.Array, rows: jax.Array, *, depth: int
 ) -> jax.Array:
@@ -154,7 +98,9 @@ def drop_path_draws(
       draws independent of the number of devices and of accumulation.
     depth: number of blocks; two residual branches each.
   """
-  draw = lambda row: jax.random.uniform(jax.random.fold_in(key, row), (depth, 2))
+  draw = lambda row: jax.random.uniform(
+    jax.random.fold_in(key, row), (depth, 2)
+  )
   return jnp.moveaxis(jax.vmap(draw)(rows), 0, -1)
 
 
@@ -332,9 +278,9 @@ class ViT(nn.Module):
       want: "none", "cls" or "full": see `Output.attention`.
     """
     rows, height, width, _ = images.shape
-    x = PatchEmbed(
-      self.width, self.patch_size, self.dtype, name="patch_embed"
-    )(images)
+    x = PatchEmbed(self.width, self.patch_size, self.dtype, name="patch_embed")(
+      images
+    )
     if mask is not None:
       token = self.param(
         "mask_token", nn.initializers.zeros, (1, 1, self.width)
@@ -346,7 +292,7 @@ class ViT(nn.Module):
     )
     cls = jnp.broadcast_to(cls, (rows, 1, self.width))
     x = jnp.concatenate([cls, x], axis=1)
-    x = x + interpolate_positions(table, height, width, self.patch_size)
+    x = x + positions.interpolate(table, height, width, self.patch_size)
     blocks, attention = self._blocks(x, draws, last, want)
     return Output(layer_norm("norm")(blocks[-1]), blocks, attention)
 
@@ -384,49 +330,93 @@ class ViT(nn.Module):
     for i in range(scanned if self.scan else 0, self.depth):
       layer = jax.tree.map(lambda a, i=i: a[i], layers)
       if i == self.depth - 1 and want != "none":
-        x, attention = block.apply(
-          {"params": layer[0]}, x, layer[1], want=want
-        )
+        x, attention = block.apply({"params": layer[0]}, x, layer[1], want=want)
       else:
         x, _ = body(x, layer)
       outputs.append(x)
     return tuple(outputs[-last:]), attention
 
 
-def build(
-  *, variant: str, patch_size: int, image_size: int, **options: Any
-) -> ViT:
-  """A ViT of a published size, or of any size given as "WIDTHxDEPTHxHEADS".
+def from_config(config: ml_collections.ConfigDict) -> ViT:
+  """The backbone that the sections method, data and run describe.
 
   Raises:
-    InputError: unknown variant or option value, or sizes that do not divide.
+    InputError: unknown size or option, or sizes that do not divide.
   """
-  if variant in VARIANTS:
-    size = VARIANTS[variant]
-  else:
-    parts = variant.split("x")
-    if len(parts) != 3 or not all(p.isdigit() for p in parts):
-      raise InputError(
-        f'method.variant "{variant}" is unknown: use one of '
-        f'{", ".join(VARIANTS)} or WIDTHxDEPTHxHEADS such as "192x6x3"'
-      )
-    size = dict(zip(("width", "depth", "heads"), map(int, parts), strict=True))
-  if image_size % patch_size:
+  m, run, image_size = config.method, config.run, config.data.image_size
+  size = variant_size(m.variant)
+  if image_size < m.patch_size or image_size % m.patch_size:
+    down = max(image_size // m.patch_size, 1) * m.patch_size
     raise InputError(
       f"data.image_size {image_size} is not a multiple of method.patch_size "
-      f"{patch_size}: choose {image_size // patch_size * patch_size} or "
-      f"{-(-image_size // patch_size) * patch_size} pixels"
+      f"{m.patch_size}: choose {down} or {down + m.patch_size} pixels"
     )
-  if size["width"] % size["heads"]:
-    raise InputError(
-      f"method.variant {variant}: width {size['width']} does not divide over "
-      f"{size['heads']} heads"
-    )
-  for key, known in (("remat", REMAT), ("attention", ATTENTION)):
-    if options.get(key, "none") not in (*known, "none"):
+  for key, known in (("remat", tuple(REMAT)), ("attention", ATTENTION)):
+    if run[key] not in known:
       raise InputError(
-        f'method.{key} "{options[key]}" is unknown: use {", ".join(known)}'
+        f'run.{key} "{run[key]}" is unknown: use {", ".join(known)}'
       )
   return ViT(
-    **size, patch_size=patch_size, image_size=image_size, **options
+    **size,
+    patch_size=m.patch_size,
+    image_size=image_size,
+    drop_path=m.drop_path,
+    dtype=jnp.dtype(m.dtype),
+    scan=run.scan,
+    remat=run.remat,
+    attention=run.attention,
   )
+
+
+def variant_size(variant: str) -> dict[str, int]:
+  """width, depth and heads of a published size or of "WIDTHxDEPTHxHEADS".
+
+  Raises:
+    InputError: neither, or a width that does not divide over its heads.
+  """
+  if variant in VARIANTS:
+    return VARIANTS[variant]
+  parts = variant.split("x")
+  if len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
+    raise InputError(
+      f'method.variant "{variant}" is unknown: use one of '
+      f'{", ".join(VARIANTS)} or WIDTHxDEPTHxHEADS such as "192x6x3"'
+    )
+  width, depth, heads = map(int, parts)
+  if width % heads:
+    raise InputError(
+      f"method.variant {variant}: width {width} does not divide over {heads} "
+      f"heads, choose {width // heads * heads}"
+    )
+  return dict(width=width, depth=depth, heads=heads)
+
+
+def features(
+  backbone: ViT,
+  params: Params,
+  images: jax.Array,
+  *,
+  last: int = 1,
+  norm: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+  """Frozen features of whole images.
+
+  Args:
+    backbone: the network.
+    params: its parameters.
+    images: [B, H, W, 3], uint8 or normalised.
+    last: class tokens of that many last blocks, oldest first.
+    norm: apply the final norm to each of them.
+
+  Returns:
+    cls [B, last * D] and patches of the last block [B, N, D], float32.
+  """
+  out = backbone.apply({"params": params}, normalize_images(images), last=last)
+  blocks = out.blocks
+  if norm:
+    final = functools.partial(
+      layer_norm(None).apply, {"params": params["norm"]}
+    )
+    blocks = [final(x) for x in blocks]
+  cls = jnp.concatenate([x[:, 0] for x in blocks], axis=-1)
+  return cls, blocks[-1][:, 1:]

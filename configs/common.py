@@ -5,7 +5,22 @@ Recipes start from `attmask()` and change what differs. Sections:
 way; `run` how it is computed, and changes results by rounding at most.
 """
 
+from typing import Any
+
 import ml_collections
+
+
+def choose(options: dict[str, Any], arg: str) -> Any:
+  """The option that a recipe's argument names.
+
+  Raises:
+    ValueError: there is no such option; the message names all.
+  """
+  if arg not in options:
+    raise ValueError(
+      f'unknown config argument "{arg}": use one of {", ".join(options)}'
+    )
+  return options[arg]
 
 
 def attmask() -> ml_collections.ConfigDict:
@@ -61,7 +76,8 @@ def data() -> ml_collections.ConfigDict:
   """Images, order and augmentation."""
   return ml_collections.ConfigDict(
     dict(
-      source="folder",  # shapes | folder | flat | cifar10 | cifar100 | tfds:NAME
+      # shapes | folder | flat | cifar10 | cifar100 | tfds:NAME
+      source="folder",
       path="",  # see docs/data.md
       subset=0,  # training images per class, 0 = all
       batch_size=240,  # over all devices

@@ -35,7 +35,7 @@ def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
     head_bottleneck=64,
     temp_warmup_epochs=4,
   )
-  config.method.update(MASKS[arg])
+  config.method.update(common.choose(MASKS, arg))
   config.data.update(
     source="shapes",
     image_size=32,

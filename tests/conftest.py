@@ -20,7 +20,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def golden():
-  """golden("attmask/head.npz"): a fixture file, under $ATTMASK_GOLDEN if set."""
+  """golden("attmask/head.npz") opens a file, under $ATTMASK_GOLDEN if set."""
   root = pathlib.Path(os.environ.get("ATTMASK_GOLDEN", GOLDEN))
   return lambda name: np.load(root / name)
 

@@ -5,7 +5,10 @@ import re
 import numpy as np
 
 _NAMES = [
-  (r"mlp\.(\d)\.(weight|bias)$", lambda m: f"mlp.layer_{int(m[1]) // 2}.{m[2]}"),
+  (
+    r"mlp\.(\d)\.(weight|bias)$",
+    lambda m: f"mlp.layer_{int(m[1]) // 2}.{m[2]}",
+  ),
   (r"masked_embed$", lambda m: "mask_token"),
   (r"patch_embed\.proj", lambda m: "patch_embed"),
 ]

@@ -120,9 +120,7 @@ def test_masked_cross_entropy_is_the_loop_over_hidden_patches():
 
 
 def test_no_gradient_reaches_the_teacher():
-  grad = jax.grad(
-    lambda t: losses.teacher_probs(t, jnp.zeros(3), temp=0.1)[0]
-  )
+  grad = jax.grad(lambda t: losses.teacher_probs(t, jnp.zeros(3), temp=0.1)[0])
   assert not grad(jnp.array([1.0, 2.0, 3.0])).any()
 
 

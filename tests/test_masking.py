@@ -157,7 +157,7 @@ def test_revealing_nothing_is_allowed():
 
 def test_hidden_ids_list_the_hidden_patches_first():
   mask = jnp.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
-  ids, valid = masking.hidden_ids(mask, 2)
+  _, ids, valid = masking.Hidden.of(mask, 2)
   np.testing.assert_array_equal(ids, [[1, 3], [0, 1], [0, 1]])
   np.testing.assert_array_equal(valid, [[1, 1], [0, 0], [1, 0]])
 

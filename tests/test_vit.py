@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import vit
+from attmask_jax import positions, vit
 from attmask_jax.errors import InputError
+from configs import common
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,7 @@ def test_golden_masked(recorded, name):
   file, model, variables = recorded
   mask = file["in/mask" if name == "global" else f"in/{name}_mask"]
   images = reference.nhwc(file[f"in/{name}"])
-  out = model.apply(
-    variables, images, mask.reshape(len(mask), -1), want="cls"
-  )
+  out = model.apply(variables, images, mask.reshape(len(mask), -1), want="cls")
   close(out.tokens, file[f"out/{name}_masked/tokens"], TOKENS)
   if name == "global":
     want = file["out/global_masked/cls_attention"]
@@ -80,7 +79,7 @@ def test_golden_last_blocks_and_class_row(recorded):
 def test_golden_positions(recorded, name):
   file, model, variables = recorded
   height, width = file[f"in/{name}"].shape[-2:]
-  got = vit.interpolate_positions(
+  got = positions.interpolate(
     variables["params"]["pos_embed"], height, width, model.patch_size
   )
   close(got, file[f"out/pos_embed/{name}"], POSITIONS)
@@ -88,9 +87,9 @@ def test_golden_positions(recorded, name):
 
 def test_positions_of_a_non_square_image_with_equal_count_are_resampled():
   table = jax.random.normal(jax.random.key(0), (1, 1 + 16, 8))
-  same = vit.interpolate_positions(table, 32, 32, 8)
+  same = positions.interpolate(table, 32, 32, 8)
   assert same is table
-  other = vit.interpolate_positions(table, 16, 64, 8)  # 2 x 8 = 16 patches
+  other = positions.interpolate(table, 16, 64, 8)  # 2 x 8 = 16 patches
   assert other.shape == table.shape
   assert not np.allclose(other, table)
 
@@ -189,15 +188,23 @@ def test_normalize_images_by_hand():
 @pytest.mark.parametrize(
   "change, words",
   [
-    (dict(image_size=70), ["70", "64 or 80"]),
-    (dict(variant="huge"), ["huge", "tiny, small, base, large"]),
-    (dict(variant="100x2x3"), ["100", "3 heads"]),
-    (dict(remat="some"), ["some", "none, full, dots"]),
-    (dict(attention="flash"), ["flash", "auto, xla, cudnn"]),
+    ({"data.image_size": 70}, ["70", "64 or 80"]),
+    ({"data.image_size": 8}, ["8", "16 or 32"]),
+    ({"method.variant": "huge"}, ["huge", "tiny, small, base, large"]),
+    ({"method.variant": "100x2x3"}, ["100", "3 heads", "99"]),
+    ({"run.remat": "some"}, ["some", "none, full, dots"]),
+    ({"run.attention": "flash"}, ["flash", "auto, xla, cudnn"]),
   ],
 )
 def test_bad_sizes(change, words):
-  options = dict(variant="tiny", patch_size=16, image_size=64) | change
+  config = common.attmask()
+  config.update_from_flattened_dict(change)
   with pytest.raises(InputError) as error:
-    vit.build(**options)
+    vit.from_config(config)
   assert all(word in str(error.value) for word in words)
+
+
+def test_published_sizes():
+  model = vit.from_config(common.attmask())
+  assert (model.width, model.depth, model.heads) == (384, 12, 6)
+  assert model.grid == 14

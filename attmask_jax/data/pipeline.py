@@ -69,6 +69,16 @@ class BrokenFiles:
       if len(self.found) > self._max_share * len(self._source):
         raise InputError(self._message())
 
+  def known(self) -> dict[int, str]:
+    """A copy of `found`, taken while no thread adds to it."""
+    with self._lock:
+      return dict(self.found)
+
+  def restore(self, found: dict[int, str]) -> None:
+    """Counts files that were met before, without logging them again."""
+    with self._lock:
+      self.found |= found
+
   def _message(self) -> str:
     first = sorted(self.found)[:_LISTED]
     names = "; ".join(
@@ -146,7 +156,11 @@ class TrainPipeline:
   @property
   def broken(self) -> dict[int, str]:
     """Reason by index, for every unreadable file met so far."""
-    return dict(self._broken.found)
+    return self._broken.known()
+
+  def restore_broken(self, found: dict[int, str]) -> None:
+    """Takes up the `broken` of an earlier part of the run."""
+    self._broken.restore(found)
 
   def order(self, epoch: int) -> np.ndarray:
     """Indices that an epoch uses, in order: [S * B] int32, without repeats."""

@@ -38,11 +38,15 @@ def check(
   """
   evals = config.evals
   if evals.eval_epochs < 1:
-    raise InputError(f"evals.eval_epochs {evals.eval_epochs} must be at least 1")
+    raise InputError(
+      f"evals.eval_epochs {evals.eval_epochs} must be at least 1"
+    )
   if not enabled(config, val_source):
     return
   bank = len(_spread(len(train_source), evals.knn_bank))
-  if not evals.knn_ks or not 1 <= min(evals.knn_ks) <= max(evals.knn_ks) <= bank:
+  if (
+    not evals.knn_ks or not 1 <= min(evals.knn_ks) <= max(evals.knn_ks) <= bank
+  ):
     raise InputError(
       f"evals.knn_ks {tuple(evals.knn_ks)} must lie between 1 and the k-NN "
       f"bank's {bank} images: lower k or enlarge the bank"

@@ -14,21 +14,28 @@ Source: the AttMask release (train_one_epoch, iBOTLoss, AttMask). Differs:
 
 import dataclasses
 import random
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from attmask_jax import Batch, Params, heads, losses, masking, vit
-from attmask_jax.errors import InputError
+from attmask_jax import Batch, Params, heads, losses, masking, optim, vit
+from attmask_jax.methods import checks
+from attmask_jax.views import flatten, row_ids, unflatten
 
-Scalars = dict[str, np.generic]
+Scalars = dict[str, jax.Array]
 
 
 class Teacher(NamedTuple):
-  """Teacher outputs for R rows: z [R, L, C], logits [R, K], attention [R, N]."""
+  """Teacher outputs of R rows.
+
+  Attributes:
+    z: [R, L, C], of the class token alone (L = 1) without a patch loss.
+    logits: [R, K] of the class token.
+    attention: [R, N], mean over heads, or None where no mask asks for it.
+  """
 
   z: jax.Array
   logits: jax.Array
@@ -36,50 +43,24 @@ class Teacher(NamedTuple):
 
 
 class Student(NamedTuple):
-  """Student outputs: class logits [B, V, K] and hidden patches' z [R, M, C]."""
+  """Student outputs: class logits [B, V, K]; z [R, M, C] where hidden."""
 
   logits: jax.Array
   z: jax.Array | None
 
 
-class Hidden(NamedTuple):
-  """The mask [R, N] bool and its hidden patches: ids, valid [R, M]."""
-
-  mask: jax.Array
-  ids: jax.Array
-  valid: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class AttMask:
-  """The method. Fields are plain values; see configs/attmask_vits16.py.
+  """The method; configs/common.py says what each field means and its range.
 
   Attributes:
-    backbone: the ViT of student and teacher.
+    backbone: ViT of student and teacher.
     head: the student's head.
     teacher_head: the teacher's head.
     epochs: length of the run.
     steps_per_epoch: S.
     global_crops: G.
     local_crops: V - G.
-    mask: one of `masking.POLICIES`.
-    mask_ratio: ratios to draw from.
-    mask_ratio_var: half-width of the uniform jitter of each ratio.
-    mask_prob: a view keeps its attention mask with this probability.
-    show_max: share of most attended patches that hints are chosen from.
-    mask_start_epoch: no masks before this epoch.
-    mask_input: False leaves the student's input whole; the mask then only
-      says where the patch loss applies.
-    norm_last_layer: keep the student's prototype gains fixed.
-    cls_weight: weight of the class-token loss.
-    patch_weight: weight of the patch loss; 0 leaves it out altogether.
-    student_temp: temperature of the student.
-    teacher_temp: (at the start, after warm-up) for class tokens.
-    teacher_patch_temp: the same for patches.
-    temp_warmup_epochs: length of both warm-ups.
-    center_momentum: of both running centres.
-    patch_loss_chunks: split the patch loss to save memory; no effect on it.
-    seed: of masks and ratios.
   """
 
   backbone: vit.ViT
@@ -109,7 +90,7 @@ class AttMask:
 
   teacher_first = False  # the teacher moves after the student's update
   batch_coupled = False  # images meet in the centres only, which are means
-  frozen_at_start = "head/last_layer"  # leaves held for optim.freeze_epochs
+  frozen_at_start = "head/last_layer"
 
   @classmethod
   def from_config(
@@ -120,50 +101,27 @@ class AttMask:
     Raises:
       InputError: a value out of range or values that do not fit together.
     """
-    m, data, run = config.method, config.data, config.run
-    dtype = jnp.dtype(m.dtype)
-    separate = 0 if m.shared_head else m.patch_out_dim
-    teacher_separate = 0 if m.shared_head_teacher else m.patch_out_dim
-    _check_heads(m)
-    head = heads.Head(
-      out_dim=m.out_dim,
-      patch_out_dim=separate,
-      hidden=m.head_hidden,
-      bottleneck=m.head_bottleneck,
-      act=m.head_act,
-      norm=m.head_norm,
-      dtype=dtype,
-    )
-    backbone = vit.build(
-      variant=m.variant,
-      patch_size=m.patch_size,
-      image_size=data.image_size,
-      drop_path=m.drop_path,
-      dtype=dtype,
-      scan=run.scan,
-      remat=run.remat,
-      attention=run.attention,
-    )
-    own = {f.name for f in dataclasses.fields(cls)} & set(m.keys())
-    fields = {k: _plain(m[k]) for k in own}
+    checks.section(config)
+    head, teacher_head = heads.from_config(config.method)
     return cls(
-      backbone=backbone,
+      backbone=vit.from_config(config),
       head=head,
-      teacher_head=head.clone(patch_out_dim=teacher_separate),
+      teacher_head=teacher_head,
       epochs=config.optim.epochs,
       steps_per_epoch=steps_per_epoch,
-      global_crops=data.global_crops,
-      local_crops=data.local_crops,
-      patch_loss_chunks=run.patch_loss_chunks,
-      **fields,
+      global_crops=config.data.global_crops,
+      local_crops=config.data.local_crops,
+      patch_loss_chunks=config.run.patch_loss_chunks,
+      **checks.own_fields(cls, config.method),
     )
 
   def __post_init__(self) -> None:
     if len(self.mask_ratio_var) == 1 < len(self.mask_ratio):
       spread = self.mask_ratio_var * len(self.mask_ratio)
       object.__setattr__(self, "mask_ratio_var", spread)
-    _check_masks(self)
-    _check_views(self)
+    checks.masks(self)
+    checks.views(self)
+    self.temperatures()  # raises where a warm-up does not fit
 
   @property
   def patches(self) -> int:
@@ -175,6 +133,11 @@ class AttMask:
     """M: no mask of this configuration hides more patches."""
     pairs = zip(self.mask_ratio, self.mask_ratio_var, strict=True)
     return max(1, *(int(self.patches * (r + v)) for r, v in pairs))
+
+  @property
+  def by_attention(self) -> bool:
+    """Whether masks come from the teacher's attention."""
+    return self.mask in masking.ATTENTION_POLICIES
 
   @property
   def uses_patches(self) -> bool:
@@ -191,14 +154,15 @@ class AttMask:
     rng_backbone, rng_head = jax.random.split(rng)
     side, n = self.backbone.image_size, self.patches
     images = jnp.zeros((1, side, side, 3))
-    mask = jnp.zeros((1, n), bool) if self._has_mask_token else None
+    has_token = self.mask_input and self.mask != "none"
+    mask = jnp.zeros((1, n), bool) if has_token else None
     tokens = jnp.zeros((1, 1 + n, self.backbone.width))
     params = {
       "backbone": self.backbone.init(rng_backbone, images, mask)["params"],
       "head": self.head.init(rng_head, tokens)["params"],
     }
-    backbone = {k: v for k, v in params["backbone"].items() if k != "mask_token"}
-    head = dict(params["head"])
+    backbone, head = dict(params["backbone"]), dict(params["head"])
+    backbone.pop("mask_token", None)
     if self.head.patch_out_dim and not self.teacher_head.patch_out_dim:
       # quirk: the teacher's one layer starts as the student's patch layer
       # (copied last) and then follows its class layer (iBOT).
@@ -210,7 +174,7 @@ class AttMask:
       aux["center_patch"] = jnp.zeros(width)
     return params, teacher, aux
 
-  def at(self, step: int) -> Scalars:
+  def at(self, step: int) -> dict[str, np.generic]:
     """What changes per step, from (seed, step): float64 on the host."""
     epoch = min(step // self.steps_per_epoch, self.epochs - 1)
     rng = random.Random(f"{self.seed}-ratio-{step}")
@@ -233,36 +197,34 @@ class AttMask:
     return masking.draw_ratio(rng, self.mask_ratio, self.mask_ratio_var)
 
   def temperatures(self) -> tuple[np.ndarray, np.ndarray]:
-    """Teacher temperatures per epoch, for class tokens and patches: [epochs].
+    """Teacher temperatures of class tokens and of patches: [epochs] each.
 
     The patch warm-up begins when masking does.
     """
-
-    def table(start: float, end: float, lead: int) -> np.ndarray:
-      warm = np.linspace(start, end, self.temp_warmup_epochs)
-      rest = self.epochs - lead - self.temp_warmup_epochs
-      return np.concatenate([np.full(lead, start), warm, np.full(rest, end)])
-
-    return (
-      table(*self.teacher_temp, 0),
-      table(*self.teacher_patch_temp, self.mask_start_epoch),
+    warmup, total = self.temp_warmup_epochs, self.epochs
+    patch = optim.warmup_table(
+      *self.teacher_patch_temp,
+      warmup=warmup,
+      total=total,
+      lead=self.mask_start_epoch,
     )
+    cls = optim.warmup_table(*self.teacher_temp, warmup=warmup, total=total)
+    return cls, patch
 
   def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-    """Host-side masks of one image's global views: masks [G, N] bool."""
+    """Masks drawn on the host, of one image: masks [G, N] bool."""
     if self.mask not in masking.HOST_POLICIES:
       return {}
-    rng = random.Random(f"{self.seed}-mask-{epoch}-{index}")
-    array_rng = np.random.RandomState([self.seed, epoch, index])
-    grid = (self.backbone.grid, self.backbone.grid)
-    masks = []
-    for _ in range(self.global_crops):
-      ratio = self.ratio(rng, epoch)
-      if self.mask == "block":
-        masks.append(masking.block_mask(rng, grid, ratio))
-      else:
-        masks.append(masking.random_mask(array_rng, grid, ratio))
-    return {"masks": np.stack(masks).reshape(self.global_crops, -1)}
+    started = epoch >= self.mask_start_epoch
+    masks = masking.host_masks(
+      self.mask,
+      seeds=(self.seed, epoch, index),
+      grid=(self.backbone.grid, self.backbone.grid),
+      views=self.global_crops,
+      ratios=self.mask_ratio if started else (0.0,),
+      variances=self.mask_ratio_var if started else (0.0,),
+    )
+    return {"masks": masks}
 
   def loss(
     self,
@@ -271,7 +233,7 @@ class AttMask:
     aux: Params,
     batch: Batch,
     rng: jax.Array,
-    scalars: dict[str, jax.Array],
+    scalars: Scalars,
   ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
     """One forward pass of both networks.
 
@@ -289,13 +251,14 @@ class AttMask:
     """
     rng_mask, rng_global, rng_local = jax.random.split(rng, 3)
     images = vit.normalize_images(batch["images"])
-    position = batch["position"]
-    whole = self._teacher(teacher, flatten(images))
-    hidden = self._hide(whole.attention, batch, rng_mask, scalars)
-    rng_drop = (rng_global, rng_local)
-    student = self._student(params, images, batch, hidden, rng_drop)
+    b = images.shape[0]
+    whole = self.look(teacher, flatten(images))
+    hidden = self.hide(whole.attention, batch, rng_mask, scalars)
+    student = self._student(
+      params, images, batch, hidden, (rng_global, rng_local)
+    )
 
-    logits = unflatten(whole.logits, position)  # [B, G, K]
+    logits = unflatten(whole.logits, b)  # [B, G, K]
     probs = losses.teacher_probs(
       logits, aux["center"], temp=scalars["teacher_temp"]
     )
@@ -323,8 +286,8 @@ class AttMask:
       "teacher_entropy": losses.entropy(probs),
       "center_norm": jnp.linalg.norm(aux["center"]),
       "agreement": jnp.mean(agree.astype(jnp.float32)),
-      **_mask_metrics(hidden),
     }
+    metrics |= {} if hidden is None else hidden.metrics()
     per_image = {"assignment": assigned.astype(jnp.int32)}
     return cls + patch, (stats, metrics, per_image)
 
@@ -345,27 +308,10 @@ class AttMask:
     last: int = 1,
     norm: bool = True,
   ) -> tuple[jax.Array, jax.Array]:
-    """Frozen features of whole images.
-
-    Args:
-      weights: `params` or `teacher`.
-      images: [B, H, W, 3], uint8 or normalised.
-      last: class tokens of that many last blocks, oldest first.
-      norm: apply the final norm.
-
-    Returns:
-      cls [B, last * D] and patches of the last block [B, N, D], float32.
-    """
-    images = vit.normalize_images(images)
-    backbone = {"params": weights["backbone"]}
-    out = self.backbone.apply(backbone, images, last=last)
-    blocks = list(out.blocks)
-    if norm:
-      final = vit.layer_norm(None)
-      scale = {"params": weights["backbone"]["norm"]}
-      blocks = [final.apply(scale, x) for x in blocks]
-    cls = jnp.concatenate([x[:, 0] for x in blocks], axis=-1)
-    return cls, blocks[-1][:, 1:]
+    """cls [B, last * D], patches [B, N, D]: see `vit.features`."""
+    return vit.features(
+      self.backbone, weights["backbone"], images, last=last, norm=norm
+    )
 
   def attention(self, weights: Params, images: jax.Array) -> jax.Array:
     """Class-token attention of the last block: [B, H, W, 3] -> [B, A, N]."""
@@ -373,80 +319,74 @@ class AttMask:
     backbone = {"params": weights["backbone"]}
     return self.backbone.apply(backbone, images, want="cls").attention
 
-  @property
-  def _has_mask_token(self) -> bool:
-    return self.mask_input and self.mask != "none"
-
-  def _teacher(self, teacher: Params, rows: jax.Array) -> Teacher:
+  def look(self, teacher: Params, rows: jax.Array) -> Teacher:
     """Whole images [R, H, W, 3] through the teacher, without drop path."""
-    masks_by_attention = self.mask in masking.ATTENTION_POLICIES
     out = self.backbone.apply(
       {"params": teacher["backbone"]},
       rows,
-      want="cls" if masks_by_attention else "none",
+      want="cls" if self.by_attention else "none",
     )
     tokens = out.tokens if self.uses_patches else out.tokens[:, :1]
     head = {"params": teacher["head"]}
     z = self.teacher_head.apply(head, tokens, method="project")
     logits = self.teacher_head.apply(head, z[:, 0], method="cls_logits")
     attention = None
-    if masks_by_attention:
+    if self.by_attention:
       attention = jnp.mean(out.attention, axis=1)  # over heads
     return Teacher(z, logits, attention)
 
-  def _hide(
+  def hide(
     self,
     attention: jax.Array | None,
     batch: Batch,
     rng: jax.Array,
-    scalars: dict[str, jax.Array],
-  ) -> Hidden | None:
+    scalars: Scalars,
+  ) -> masking.Hidden | None:
     """Chooses the hidden patches of every row, or None without masks."""
     if self.mask == "none":
       return None
-    if self.mask in masking.HOST_POLICIES:
-      mask = flatten(batch["masks"])
-    else:
-      rows = row_ids(batch["position"], self.global_crops)
-      mask = masking.attention_mask(
-        attention,
-        policy=self.mask,
-        n_mask=scalars["n_mask"],
-        keys=masking.row_keys(rng, rows),
-        probability=self.mask_prob,
-        n_show=scalars["n_show"],
-        n_eligible=int(self.patches * self.show_max),
-      )
-    return Hidden(mask, *masking.hidden_ids(mask, self.max_hidden))
+    if not self.by_attention:
+      return masking.Hidden.of(flatten(batch["masks"]), self.max_hidden)
+    rows = row_ids(batch["position"], self.global_crops)
+    mask = masking.attention_mask(
+      attention,
+      policy=self.mask,
+      n_mask=scalars["n_mask"],
+      keys=masking.row_keys(rng, rows),
+      probability=self.mask_prob,
+      n_show=scalars["n_show"],
+      n_eligible=int(self.patches * self.show_max),
+    )
+    return masking.Hidden.of(mask, self.max_hidden)
 
   def _student(
     self,
     params: Params,
     images: jax.Array,
     batch: Batch,
-    hidden: Hidden | None,
+    hidden: masking.Hidden | None,
     rngs: tuple[jax.Array, jax.Array],
   ) -> Student:
-    """Masked global views, then whole local ones: [B, G, H, W, 3] -> Student."""
+    """Masked global views [B, G, H, W, 3], then whole local ones."""
+    b, head = images.shape[0], {"params": params["head"]}
     mask = hidden.mask if hidden is not None and self.mask_input else None
-    tokens = self._student_tokens(params, images, mask, batch, rngs[0])
-    head = {"params": params["head"]}
+    tokens = self._tokens(params, images, mask, batch, rngs[0])
     wanted = tokens[:, :1]
     if self.uses_patches:
       picked = masking.gather(tokens[:, 1:], hidden.ids)
       wanted = jnp.concatenate([wanted, picked], axis=1)
     z = self.head.apply(head, wanted, method="project")
-    views = [unflatten(z[:, 0], batch["position"])]
+    views = [unflatten(z[:, 0], b)]
     if self.local_crops:
       local = vit.normalize_images(batch["local_images"])
-      tokens = self._student_tokens(params, local, None, batch, rngs[1])
+      tokens = self._tokens(params, local, None, batch, rngs[1])
       local_z = self.head.apply(head, tokens[:, 0], method="project")
-      views.append(unflatten(local_z, batch["position"]))
+      views.append(unflatten(local_z, b))
     views = jnp.concatenate(views, axis=1)  # [B, V, C]
     logits = self.head.apply(head, views, method="cls_logits")
     return Student(logits, z[:, 1:] if self.uses_patches else None)
 
-  def _student_tokens(
+  def _tokens(
     self,
     params: Params,
     images: jax.Array,
@@ -460,9 +400,8 @@ class AttMask:
       rows = row_ids(batch["position"], images.shape[1])
       draws = vit.drop_path_draws(rng, rows, depth=self.backbone.depth)
     backbone = {"params": params["backbone"]}
-    return self.backbone.apply(
-      backbone, flatten(images), mask, draws=draws
-    ).tokens
+    rows = flatten(images)
+    return self.backbone.apply(backbone, rows, mask, draws=draws).tokens
 
   def _patch_loss(
     self,
@@ -471,8 +410,8 @@ class AttMask:
     aux: Params,
     student_z: jax.Array,
     teacher_z: jax.Array,
-    hidden: Hidden,
-    scalars: dict[str, jax.Array],
+    hidden: masking.Hidden,
+    scalars: Scalars,
   ) -> jax.Array:
     """Cross-entropy at the hidden patches: mean per row, then over rows.
 
@@ -489,8 +428,7 @@ class AttMask:
       [] float32. quirk: rows without a mask add 0 and count (iBOT).
     """
 
-    def term(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-      z, whole_z, valid = chunk
+    def term(z: jax.Array, whole_z: jax.Array, valid: jax.Array) -> jax.Array:
       probs = losses.teacher_probs(
         self._patch_logits(self.teacher_head, teacher, whole_z),
         aux["center_patch"],
@@ -501,126 +439,18 @@ class AttMask:
         probs, logits, valid, temp=self.student_temp
       )
 
-    parts = (student_z, masking.gather(teacher_z, hidden.ids), hidden.valid)
-    if self.patch_loss_chunks > 1:
-      parts = jax.tree.map(self._chunk, parts)
-      total = jnp.sum(jax.lax.map(jax.checkpoint(term), parts), axis=0)
-    else:
-      total = term(parts)
+    total = losses.in_chunks(
+      term,
+      student_z,
+      masking.gather(teacher_z, hidden.ids),
+      hidden.valid,
+      chunks=self.patch_loss_chunks,
+    )
     count = jnp.sum(hidden.mask, axis=-1).astype(jnp.float32)
     return jnp.mean(total / jnp.maximum(count, 1.0))
-
-  def _chunk(self, x: jax.Array) -> jax.Array:
-    """[R, M, ...] -> [chunks, R, M / chunks, ...], zero-padded along M."""
-    chunks = self.patch_loss_chunks
-    pad = [(0, 0)] * x.ndim
-    pad[1] = (0, -x.shape[1] % chunks)
-    x = jnp.pad(x, pad)
-    x = x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
 
   def _patch_logits(
     self, head: heads.Head, weights: Params, z: jax.Array
   ) -> jax.Array:
     """[..., C] -> [..., K] by the patch prototypes of `weights`."""
     return head.apply({"params": weights["head"]}, z, method="patch_logits")
-
-
-def flatten(x: jax.Array) -> jax.Array:
-  """[B, V, ...] -> [B * V, ...], image-major."""
-  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def unflatten(x: jax.Array, position: jax.Array) -> jax.Array:
-  """[B * V, ...] -> [B, V, ...], with B from position [B]."""
-  b = position.shape[0]
-  return x.reshape(b, x.shape[0] // b, *x.shape[1:])
-
-
-def row_ids(position: jax.Array, views: int) -> jax.Array:
-  """Identity of each row in the global batch: [B] -> [B * V] int32."""
-  view = jnp.arange(views, dtype=position.dtype)
-  return (position[:, None] * views + view[None]).reshape(-1)
-
-
-def _mask_metrics(hidden: Hidden | None) -> dict[str, jax.Array]:
-  """Share of views that are masked, and share hidden among those."""
-  if hidden is None:
-    return {"mask_ratio": jnp.zeros(()), "masked_share": jnp.zeros(())}
-  share = jnp.mean(hidden.mask.astype(jnp.float32), axis=-1)  # [R]
-  masked = jnp.mean((share > 0).astype(jnp.float32))
-  ratio = jnp.mean(share) / jnp.maximum(masked, 1e-12)
-  return {"mask_ratio": ratio, "masked_share": masked}
-
-
-def _plain(value: Any) -> Any:
-  """Lists from the command line become tuples, which hash."""
-  return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def _check_heads(m: ml_collections.ConfigDict) -> None:
-  if m.head_norm not in heads.NORMS:
-    raise InputError(
-      f'method.head_norm "{m.head_norm}" is unknown: use '
-      f"{' or '.join(heads.NORMS)}"
-    )
-  if m.head_act not in heads.ACTIVATIONS:
-    raise InputError(
-      f'method.head_act "{m.head_act}" is unknown: use '
-      f"{' or '.join(heads.ACTIVATIONS)}"
-    )
-  if m.shared_head and not m.shared_head_teacher:
-    raise InputError(
-      "method.shared_head=True with method.shared_head_teacher=False leaves "
-      "the teacher's patch layer without a student to follow: set both alike"
-    )
-  if (
-    not m.shared_head
-    and m.shared_head_teacher
-    and m.patch_out_dim != m.out_dim
-  ):
-    raise InputError(
-      f"a separate student head with method.patch_out_dim {m.patch_out_dim} "
-      f"cannot follow a shared teacher head with method.out_dim {m.out_dim}: "
-      "set both to one size, or method.shared_head_teacher=False"
-    )
-
-
-def _check_masks(method: AttMask) -> None:
-  if method.mask not in masking.POLICIES:
-    raise InputError(
-      f'method.mask "{method.mask}" is unknown: use '
-      f"{', '.join(masking.POLICIES)}"
-    )
-  if len(method.mask_ratio) != len(method.mask_ratio_var):
-    raise InputError(
-      f"method.mask_ratio has {len(method.mask_ratio)} values and "
-      f"method.mask_ratio_var {len(method.mask_ratio_var)}: give one variance "
-      "or as many as ratios"
-    )
-  for r, v in zip(method.mask_ratio, method.mask_ratio_var, strict=True):
-    if r < v or r + v > 1 or v < 0:
-      raise InputError(
-        f"method.mask_ratio {r} with method.mask_ratio_var {v} leaves [0, 1]: "
-        "the ratio must be at least its variance, and their sum at most 1"
-      )
-  for name in ("mask_prob", "show_max"):
-    value = getattr(method, name)
-    if not 0 <= value <= 1:
-      raise InputError(f"method.{name} {value} must lie between 0 and 1")
-
-
-def _check_views(method: AttMask) -> None:
-  g, local = method.global_crops, method.local_crops
-  if g < 1 or local < 0 or g + local < 2:
-    raise InputError(
-      f"data.global_crops {g} and data.local_crops {local} leave no other "
-      "view to predict: use at least two global crops, or one and local ones"
-    )
-  warm = method.temp_warmup_epochs + method.mask_start_epoch
-  if warm > method.epochs:
-    raise InputError(
-      f"method.temp_warmup_epochs {method.temp_warmup_epochs} and "
-      f"method.mask_start_epoch {method.mask_start_epoch} are longer than "
-      f"optim.epochs {method.epochs}: shorten them to {method.epochs} in all"
-    )

@@ -1,0 +1,39 @@
+"""Pretraining on CIFAR-10 at 32 px, on one GPU or a laptop.
+
+Papers:    none trains at this size, so the values below are ours. Arguments:
+             attmask  AttMask-High, arXiv:2203.12719
+             hint     AttMask-Hint, the same paper
+             ibot     block-wise masks, arXiv:2111.07832
+             dino     no masks and no patch loss, arXiv:2104.14294
+Commands:  One GPU:
+             python main.py --config=configs/cifar10.py:attmask \\
+                 --workdir=runs/cifar10 --config.data.path=/data/cifar \\
+                 --config.method.dtype=bfloat16
+           A laptop: half the depth, a tenth of the images, fewer epochs:
+             python main.py --config=configs/cifar10.py:attmask \\
+                 --workdir=runs/cifar10 --config.data.path=/data/cifar \\
+                 --config.method.variant=192x6x3 --config.data.subset=500 \\
+                 --config.data.batch_size=128 --config.optim.epochs=30
+Data:      the binary version (docs/data.md). CIFAR-100 in the same way with
+           --config.data.source=cifar100; 32 px images in train/CLASS/ and
+           val/CLASS/ with --config.data.source=folder.
+Hardware:  one GPU, or a CPU with patience. Hours: not measured yet.
+Expected:  not measured yet. The log's knn/top1 (k = 20) should leave the value
+           before the first step, which is that of random weights, well behind.
+
+The recipe is that of configs/small_images.py with patches of 4 px, so an image
+has 8 x 8 patches again, and a local crop of 16 px 4 x 4. As there, a run
+shorter than the 10 epochs of method.temp_warmup_epochs is refused.
+"""
+
+import ml_collections
+
+from configs import small_images
+
+
+def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
+  """One of small_images.MASKS."""
+  config = small_images.get_config(arg)
+  config.method.update(patch_size=4)
+  config.data.update(source="cifar10", image_size=32, local_size=16)
+  return config

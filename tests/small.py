@@ -1,0 +1,125 @@
+"""A run small enough for dozens of them, and how to compile it quickly."""
+
+import contextlib
+import os
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from attmask_jax import mesh as meshes
+from attmask_jax import train, train_step
+from configs import tiny
+
+SIZES = {
+  "method.variant": "16x2x2",
+  "method.out_dim": 16,
+  "method.patch_out_dim": 16,
+  "method.head_hidden": 16,
+  "method.head_bottleneck": 8,
+  "method.temp_warmup_epochs": 1,
+  "data.image_size": 16,
+  "data.local_size": 8,
+  "data.local_crops": 2,
+  "data.shapes_train": 64,
+  "data.shapes_val": 24,
+  "data.batch_size": 8,
+  "optim.epochs": 2,
+  "optim.warmup_epochs": 1,
+  "optim.lr_per_256": 0.1,
+  "evals.eval_epochs": 1,
+  "evals.knn_ks": (5,),
+  "evals.avgpool": 2,
+  "evals.batch_size": 32,
+  "evals.mask_images": 2,
+  "evals.overlap_images": 8,
+  "run.log_steps": 3,
+  "run.tensorboard": False,
+}
+STEPS_PER_EPOCH, TOTAL_STEPS = 8, 16
+
+_make_mesh = meshes.make_mesh
+
+
+def config(changes=None, *, arg="attmask"):
+  """Locked config of 2 epochs of 8 steps; `changes` by dotted key."""
+  config = tiny.get_config(arg)
+  config.update_from_flattened_dict(SIZES | (changes or {}))
+  return config.lock()
+
+
+def use_devices(monkeypatch, count):
+  """Makes all meshes of the first `count` devices."""
+
+  def make_mesh(*, fsdp=1):
+    return _make_mesh(fsdp=fsdp, devices=jax.devices()[:count])
+
+  monkeypatch.setattr(meshes, "make_mesh", make_mesh)
+
+
+def parts(config):
+  """The run, its first state and its step, as the loop builds them."""
+  run = train.build(config)
+  state, shardings = train_step.init_state(
+    run.method, run.tx, run.mesh, seed=config.method.seed
+  )
+  step = train_step.make_step(
+    run.method,
+    run.tx,
+    run.mesh,
+    shardings,
+    seed=config.method.seed,
+    accumulate=config.run.accumulate,
+  )
+  return run, state, step
+
+
+def arguments(run, count, start=0):
+  """Batch and scalars of `count` steps, on the devices."""
+  with contextlib.closing(run.pipeline.batches(start, start + count)) as host:
+    for i, batch in enumerate(host, start=start):
+      scalars = run.schedules.at(i) | run.method.at(i)
+      yield meshes.shard(run.mesh, batch), meshes.put(run.mesh, scalars)
+
+
+def run_steps(config, count):
+  """State after `count` steps and [{name: value}] of each step."""
+  run, state, step = parts(config)
+  history = []
+  for batch, scalars in arguments(run, count):
+    state, values, per_image = step(state, batch, scalars)
+    numbers = {k: float(v) for k, v in values.items()}
+    history.append(numbers | {"assignment": np.asarray(per_image["assignment"])})
+  return state, history
+
+
+PROGRAMS = {
+  "jax_disable_most_optimizations": True,
+  "jax_persistent_cache_min_compile_time_secs": 0,
+}
+
+
+@contextlib.contextmanager
+def quick_compiler(folder):
+  """Optimises little, a quarter of the time, and keeps programs in `folder`.
+
+  Runs that are compared go through it both: programs are the same in both.
+  """
+  settings = PROGRAMS | {"jax_compilation_cache_dir": os.fspath(folder)}
+  before = {name: jax.config.values[name] for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def environment(folder):
+  """The same for another process, with one device."""
+  quick = {name.upper(): str(int(value)) for name, value in PROGRAMS.items()}
+  return os.environ | quick | {
+    "JAX_COMPILATION_CACHE_DIR": os.fspath(folder),
+    "XLA_FLAGS": "",
+  }
