@@ -255,9 +255,12 @@ class Loop:
     if wrong:
       self._saved.wait()
       shown = ", ".join(f"{k} = {numbers[k]}" for k in wrong)
+      latest = self._saved.latest
+      kept = "there is no checkpoint yet"
+      if latest is not None:
+        kept = f"the last good checkpoint is step {latest} of {self._folder}"
       raise NotFiniteError(
-        f"step {i + 1} is not finite: {shown}; the last good checkpoint is "
-        f"step {self._saved.latest} of {self._folder}: lower "
+        f"step {i + 1} is not finite: {shown}; {kept}: lower "
         "optim.lr_per_256 or optim.clip, or warm up longer, in a new workdir"
       )
     numbers |= {k: float(v) for k, v in scalars.items()}

@@ -94,8 +94,9 @@ def test_loss_of_the_full_size_has_shapes(name):
   key = jax.random.key(0)
   params, teacher, aux = jax.eval_shape(method.init, key)
   count = sum(x.size for x in jax.tree.leaves(teacher["backbone"]))
-  want = {"small": 21.7e6, "tiny": 5.4e6}.get(config.method.variant, count)
-  assert count == pytest.approx(want, rel=0.02)
+  if name != "tiny":
+    want = 21.7e6 if name.endswith("_vits16") else 5.4e6
+    assert count == pytest.approx(want, rel=0.02)
 
   scalars = schedules.at(0) | method.at(0)
   loss, (stats, _, per_image) = jax.eval_shape(
@@ -207,7 +208,7 @@ def test_hint_counts_of_the_published_jitter():
   drawn = [method.at(step) for step in range(500)]
   hidden = [int(scalars["n_mask"]) for scalars in drawn]
   shown = [int(scalars["n_show"]) for scalars in drawn]
-  # 196 patches at 0.1 to 0.5; both ends come up in 500 draws but for 1 in 400.
+  # 196 patches at 0.1 to 0.5: 500 draws reach these ends in 499 of 500 cases.
   assert (min(hidden), max(hidden)) in {(19, 97), (20, 97)}
   assert (min(shown), max(shown)) == (1, 9)
 
@@ -279,7 +280,6 @@ def test_trains_two_steps_and_is_then_done(name, arg, tmp_path):
     "data.batch_size": 8,
     "optim.epochs": 1,
     "evals.knn_ks": (3,),
-    "evals.mask_images": 0,
     "run.log_steps": 1,
   }
   config.update_from_flattened_dict(shrunk)
