@@ -216,12 +216,18 @@ def solarise(image: Image.Image, *, threshold: int = 128) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Photometric:
-  """Probabilities of the colour steps of one kind of crop."""
+  """The colour steps of one kind of crop.
+
+  Attributes:
+    blur, solarise, jitter, grey: probabilities, 0-1.
+    blur_radius: largest radius of the blur in pixels, at least 0.1.
+  """
 
   blur: float
   solarise: float = 0.0
   jitter: float = 0.8
   grey: float = 0.2
+  blur_radius: float = 2.0
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
@@ -232,7 +238,7 @@ class Photometric:
     if rng.random() < self.grey:
       image = to_grey(image)
     if rng.random() < self.blur:
-      image = gaussian_blur(image, rng)
+      image = gaussian_blur(image, rng, radius=(0.1, self.blur_radius))
     if rng.random() < self.solarise:
       image = solarise(image)
     return image
@@ -267,6 +273,9 @@ def multi_crop(
   global_scale: tuple[float, float],
   local_crops: int,
   local_scale: tuple[float, float],
+  jitter: float = 0.8,
+  grey: float = 0.2,
+  blur_radius: float = 2.0,
 ) -> dict[str, np.ndarray]:
   """Global and local crops of one RGB image, as DINO, iBOT and AttMask cut it.
 
@@ -276,6 +285,7 @@ def multi_crop(
     image_size, local_size: sides of global and local crops, in pixels.
     global_crops, local_crops: G >= 1 and Lc >= 0, how many of each.
     global_scale, local_scale: share of the image's area, 0-1.
+    jitter, grey, blur_radius: see `Photometric`.
 
   Returns:
     "images" [G, image_size, image_size, 3] uint8 and, unless Lc is 0,
@@ -283,7 +293,12 @@ def multi_crop(
 
   Source: AttMask main_attmask.py, DataAugmentationiBOT.
   """
-  colours = [FIRST_GLOBAL] + [OTHER_GLOBAL] * (global_crops - 1)
+  strength = dict(jitter=jitter, grey=grey, blur_radius=blur_radius)
+  first, other, local = (
+    dataclasses.replace(colour, **strength)
+    for colour in (FIRST_GLOBAL, OTHER_GLOBAL, LOCAL)
+  )
+  colours = [first] + [other] * (global_crops - 1)
   crops = {}
   crops["images"] = np.stack(
     [
@@ -294,7 +309,7 @@ def multi_crop(
   if local_crops:
     crops["local_images"] = np.stack(
       [
-        random_view(image, rng, LOCAL, size=local_size, scale=local_scale)
+        random_view(image, rng, local, size=local_size, scale=local_scale)
         for _ in range(local_crops)
       ]
     )
@@ -311,6 +326,9 @@ class MultiCrop:
   global_scale: tuple[float, float] = (0.25, 1.0)
   local_crops: int = 10
   local_scale: tuple[float, float] = (0.05, 0.25)
+  jitter: float = 0.8
+  grey: float = 0.2
+  blur_radius: float = 2.0
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator

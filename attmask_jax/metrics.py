@@ -1,27 +1,21 @@
-"""Run logging: metrics.jsonl, TensorBoard, wandb, and the progress line."""
+"""Run logging: metrics.jsonl, TensorBoard, wandb; sums for means."""
 
-import collections
 import contextlib
 import importlib
 import json
 import math
 import os
 import pathlib
-import sys
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
-import tqdm
 from absl import logging
 from PIL import Image
 
 from attmask_jax.errors import InputError
-
-SPEED_WINDOW_STEPS = 50  # steps over which the progress line measures speed
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
@@ -178,82 +172,6 @@ class Averager:
     averager._sums = {k: _decode(v) for k, v in state["sums"].items()}
     averager._counts = {k: int(v) for k, v in state["counts"].items()}
     return averager
-
-
-class Progress(contextlib.AbstractContextManager):
-  """Where a run is: loss, images per second and the time left.
-
-  A tqdm line on a terminal, a log line now and then elsewhere; silent on all
-  processes but the first.
-  """
-
-  def __init__(
-    self,
-    total: int,
-    initial: int,
-    desc: str,
-    *,
-    images_per_step: int,
-    every_seconds: float = 30.0,
-  ):
-    """Starts the clock.
-
-    Args:
-      total: steps at the end; initial: steps already done.
-      desc: first words of the line.
-      images_per_step: global batch size, for images/s.
-      every_seconds: least time between log lines where there is no terminal.
-    """
-    self._total, self._desc = total, desc
-    self._images_per_step = images_per_step
-    self._every_seconds = every_seconds
-    self._silent = jax.process_index() != 0
-    self._times = collections.deque(maxlen=SPEED_WINDOW_STEPS + 1)
-    self._times.append((time.monotonic(), initial))
-    self._logged = -math.inf
-    self._bar: tqdm.tqdm | None = None
-    if not self._silent and sys.stderr.isatty():
-      self._bar = tqdm.tqdm(
-        total=total,
-        initial=initial,
-        desc=desc,
-        unit="step",
-        dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f} % |{bar}| {n}/{total}{postfix}",
-      )
-
-  def update(self, step: int, loss: float) -> None:
-    """Shows that `step` steps are done in all, the last one with `loss`."""
-    if self._silent:
-      return
-    now = time.monotonic()
-    self._times.append((now, step))
-    text = self._text(loss)
-    if self._bar is not None:
-      self._bar.set_postfix_str(text, refresh=False)
-      self._bar.update(step - self._bar.n)
-    elif now - self._logged >= self._every_seconds or step >= self._total:
-      self._logged = now
-      logging.info("%s %d/%d, %s", self._desc, step, self._total, text)
-
-  def _text(self, loss: float) -> str:
-    """Loss, speed over the window and time left at that speed."""
-    (start, first), (end, last) = self._times[0], self._times[-1]
-    steps_per_second = (last - first) / max(end - start, 1e-9)
-    left = (self._total - last) / max(steps_per_second, 1e-9)
-    return (
-      f"loss {loss:.4f}, {steps_per_second * self._images_per_step:.0f}"
-      f" images/s, {tqdm.tqdm.format_interval(left)} left"
-    )
-
-  def __exit__(self, *error: object) -> None:
-    self.close()
-
-  def close(self) -> None:
-    """Leaves the last state of the line on the terminal."""
-    if self._bar is not None:
-      self._bar.refresh()
-      self._bar.close()
 
 
 def _number(value: Any) -> float | int:

@@ -4,117 +4,21 @@ The loop knows no method: see `methods/__init__.py` for what it asks of one.
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import signal
-import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-import optax
 from absl import logging
 
-from attmask_jax import augment, checkpoint, data, metrics, optim, train_step
+from attmask_jax import checkpoint, metrics, progress, train_step
 from attmask_jax import mesh as meshes
 from attmask_jax.epoch import Epoch
-from attmask_jax.errors import InputError, NotFiniteError, StoppedError
+from attmask_jax.errors import NotFiniteError, StoppedError
 from attmask_jax.evals import online
-from attmask_jax.methods import METHODS
-
-
-class Run(NamedTuple):
-  """What a config describes, checked and ready, before anything is written.
-
-  Attributes:
-    config: the whole config.
-    mesh: all devices.
-    method: one of METHODS.
-    schedules: rates per step.
-    tx: the optimiser.
-    train_source: images to train on.
-    val_source: images to evaluate on, or None.
-    pipeline: batches of this process's rows.
-  """
-
-  config: ml_collections.ConfigDict
-  mesh: jax.sharding.Mesh
-  method: Any
-  schedules: optim.Schedules
-  tx: optax.GradientTransformationExtraArgs
-  train_source: data.Source
-  val_source: data.Source | None
-  pipeline: data.TrainPipeline
-
-
-def build(config: ml_collections.ConfigDict) -> Run:
-  """Builds all parts of a run from its config; writes nothing.
-
-  Raises:
-    InputError: the first value that cannot work, and what to do.
-  """
-  if config.method.name not in METHODS:
-    raise InputError(
-      f'method.name "{config.method.name}" is unknown: use one of '
-      f"{', '.join(METHODS)}"
-    )
-  mesh = meshes.make_mesh(fsdp=config.run.fsdp)
-  batch_size, accumulate = config.data.batch_size, config.run.accumulate
-  meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
-  optimizer = optim.Optimizer.from_config(config)
-
-  train_source = data.build(config.data, "train")
-  steps_per_epoch = len(train_source) // batch_size
-  if not steps_per_epoch:
-    raise InputError(
-      f"data.batch_size {batch_size} is larger than the training set of "
-      f"{len(train_source)} images: lower it or add images"
-    )
-  schedules = optim.Schedules.from_config(
-    config, steps_per_epoch=steps_per_epoch
-  )
-  method = METHODS[config.method.name].from_config(
-    config, steps_per_epoch=steps_per_epoch
-  )
-  if method.batch_coupled and accumulate > 1:
-    raise InputError(
-      f"run.accumulate {accumulate} would change method {config.method.name}, "
-      "whose loss compares the images of a batch: set run.accumulate=1"
-    )
-  val_source = data.build(config.data, "val")
-  online.check(config, train_source, val_source)
-  pipeline = data.TrainPipeline(
-    train_source,
-    _recipe(config.data),
-    batch_size=batch_size,
-    seed=config.data.seed,
-    positions=meshes.local_positions(mesh, batch_size),
-    extras=method.item_extras,
-    threads=config.run.threads,
-    prefetch=config.run.prefetch,
-    max_broken=config.data.max_broken,
-  )
-  tx = optimizer.build(
-    frozen_at_start=method.frozen_at_start, untrained=method.untrained
-  )
-  return Run(
-    config,
-    mesh,
-    method,
-    schedules,
-    tx,
-    train_source,
-    val_source,
-    pipeline,
-  )
-
-
-def _recipe(section: ml_collections.ConfigDict) -> augment.MultiCrop:
-  """The augmentation that the section `data` describes."""
-  names = {f.name for f in dataclasses.fields(augment.MultiCrop)}
-  return augment.MultiCrop(**{k: section[k] for k in names})
+from attmask_jax.run import Run, build
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -182,7 +86,7 @@ class Loop:
       tensorboard=config.run.tensorboard,
       wandb=dict(config.run.wandb) if config.run.wandb.project else None,
     )
-    self._clock = Clock(config.data.batch_size)
+    self._clock = progress.Clock(config.data.batch_size)
     self._signal: int | None = None
 
   def run_all(self) -> None:
@@ -208,7 +112,7 @@ class Loop:
     host = run.pipeline.batches(self._start, total)
     batches = meshes.ahead(run.mesh, host)
     pending: tuple | None = None
-    bar = metrics.Progress(
+    bar = progress.Progress(
       total,
       self._start,
       "train",
@@ -247,7 +151,7 @@ class Loop:
     scalars: dict[str, np.generic],
     label: jax.Array,
     per_image: dict[str, jax.Array],
-    bar: metrics.Progress,
+    bar: progress.Progress,
   ) -> None:
     """Reads the results of step i: checks, sums, logs."""
     numbers = {k: float(v) for k, v in jax.device_get(values).items()}
@@ -304,8 +208,9 @@ class Loop:
     self._writer.flush()
     items = self._state.items() | {"epoch": self._epoch.items(self._run.mesh)}
     broken = {str(k): v for k, v in self._run.pipeline.broken.items()}
-    progress = self._epoch.progress() | {"broken": broken}
-    self._saved.save(done, items, progress, metrics=scores)
+    sums = self._epoch.progress() | {"broken": broken}
+    with self._clock.paused():
+      self._saved.save(done, items, sums, metrics=scores)
 
   def _restore(self) -> int:
     """Takes up the newest checkpoint; the step to go on from."""
@@ -313,10 +218,10 @@ class Loop:
     if latest is None:
       return 0
     like = self._state.items() | {"epoch": self._epoch.items(self._run.mesh)}
-    items, progress = self._saved.restore(latest, like)
+    items, sums = self._saved.restore(latest, like)
     self._state = self._state.from_items(items)
-    self._epoch.restore(items["epoch"], progress)
-    broken = {int(k): v for k, v in progress["broken"].items()}
+    self._epoch.restore(items["epoch"], sums)
+    broken = {int(k): v for k, v in sums["broken"].items()}
     self._run.pipeline.restore_broken(broken)
     return latest
 
@@ -352,44 +257,3 @@ class Loop:
 
   def _stopping(self, done: int) -> bool:
     return self._signal is not None or self._saved.preempted(done)
-
-
-class Clock:
-  """Images per second and the share of time spent waiting for data.
-
-  Evaluations and saves do not count.
-  """
-
-  def __init__(self, batch_size: int) -> None:
-    self._batch_size = batch_size
-    self._steps, self._waited = 0, 0.0
-    self._since = time.perf_counter()
-
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Counts the time inside as waiting for data."""
-    begin = time.perf_counter()
-    yield
-    self._waited += time.perf_counter() - begin
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leaves the time inside out."""
-    begin = time.perf_counter()
-    yield
-    self._since += time.perf_counter() - begin
-
-  def step(self) -> None:
-    """One more batch is done."""
-    self._steps += 1
-
-  def lap(self) -> dict[str, float]:
-    """Rates since the last lap: img_per_s, data_wait (0-1)."""
-    now = time.perf_counter()
-    spent = max(now - self._since, 1e-9)
-    rates = {
-      "img_per_s": self._steps * self._batch_size / spent,
-      "data_wait": self._waited / spent,
-    }
-    self._steps, self._waited, self._since = 0, 0.0, now
-    return rates

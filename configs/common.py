@@ -87,6 +87,9 @@ def data() -> ml_collections.ConfigDict:
       local_size=96,
       local_crops=10,
       local_scale=(0.05, 0.25),
+      jitter=0.8,  # probability of colour jitter
+      grey=0.2,  # probability of a grey crop
+      blur_radius=2.0,  # largest, in pixels; as published for 224 px
       max_broken=0.01,  # a larger share of unreadable files stops the run
       shapes_train=4000,  # images of source "shapes"
       shapes_val=800,

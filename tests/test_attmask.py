@@ -309,7 +309,7 @@ def test_golden_temperatures(golden):
       temp_warmup_epochs=cfg("warmup_teacher_temp_epochs"),
       teacher_temp=(0.04, cfg("tt")),
     )
-    got, patch = method.temperatures()
+    got, patch = method.temperatures
     want = file[f"out/{run}/teacher_temp"]
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
     want = file[f"out/{run}/teacher_patch_temp"]
@@ -327,7 +327,7 @@ def test_golden_loss_temperatures_with_a_late_start(golden):
       teacher_patch_temp=(cfg("wt2"), cfg("tt2")),
       mask_start_epoch=cfg("mim0"),
     )
-    tables = method.temperatures()
+    tables = method.temperatures
     for table, name in zip(
       tables, ("teacher_temp", "teacher_patch_temp"), strict=True
     ):

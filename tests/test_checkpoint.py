@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import small
+from PIL import Image
 
 from attmask_jax import checkpoint, data, metrics, train, train_step
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
@@ -96,7 +97,9 @@ def stop(config, folder, step, act=None):
 
 
 def steps_of(folder):
-  return sorted(int(p.name) for p in (folder / "checkpoints").glob("[0-9]*"))
+  """Complete checkpoints on disk."""
+  names = [p.name for p in (folder / "checkpoints").glob("*")]
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def checkpoint_of(folder, step):
@@ -176,20 +179,20 @@ def test_control_c_stops_like_a_signal(tmp_path):
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("crash, saved", [(3, None), (8, 5), (13, 10)])
+@pytest.mark.parametrize("crash, saved", [(8, 5), (13, 10)])
 def test_crashed_between_checkpoints_is_the_same_run(
   tmp_path, whole, crash, saved
 ):
   config = small.config({"run.save_steps": 5})
   with at_step(crash, power_cut), pytest.raises(RuntimeError, match="power"):
     train.train(config, str(tmp_path))
-  assert steps_of(tmp_path)[-1:] == ([saved] if saved else [])
+  assert steps_of(tmp_path)[-1] == saved
   train.train(small.config(), str(tmp_path))
   assert_same_end(tmp_path, whole)
 
 
 def test_crashed_before_the_first_checkpoint_starts_again(tmp_path, whole):
-  with at_step(4, power_cut), pytest.raises(RuntimeError):
+  with at_step(5, power_cut), pytest.raises(RuntimeError):
     train.train(small.config(), str(tmp_path))
   assert steps_of(tmp_path) == []
   assert records_of(tmp_path)[-1]["step"] == 3
@@ -308,7 +311,7 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path, whole):
     train.train(small.config({"method.variant": "24x2x2"}), str(folder))
   message = str(error.value)
   assert "another architecture" in message and "\n" not in message
-  assert "(16,)" in message and "(24,)" in message
+  assert "(2, 16) there and (2, 24) here" in message
   assert contents(folder) == before
 
 
@@ -395,7 +398,7 @@ def test_checkpoints_without_scores_do_not_pile_up(tmp_path):
   assert save(tmp_path, {2: None, 3: 5.0, 4: None})[-1] == [3, 4]
 
 
-def images(folder, broken=()):
+def write_images(folder, broken=()):
   """16 images of two classes in both splits; names in `broken` are cut."""
   rng = np.random.default_rng(0)
   for split in ("train", "val"):
@@ -403,20 +406,14 @@ def images(folder, broken=()):
       path = folder / split / f"class{i % 2}" / f"{i}.png"
       path.parent.mkdir(parents=True, exist_ok=True)
       pixels = rng.integers(0, 256, (20, 20, 3), np.uint8)
-      data_image(pixels).save(path)
+      Image.fromarray(pixels).save(path)
   for name in broken:
     path = next((folder / "train").rglob(name))
     path.write_bytes(path.read_bytes()[:60])
 
 
-def data_image(pixels):
-  from PIL import Image
-
-  return Image.fromarray(pixels)
-
-
 def test_broken_files_are_remembered_when_a_run_continues(tmp_path):
-  images(tmp_path / "images", broken=["3.png"])
+  write_images(tmp_path / "images", broken=["3.png"])
   config = small.config({
     "data.source": "folder",
     "data.path": str(tmp_path / "images"),
@@ -428,7 +425,7 @@ def test_broken_files_are_remembered_when_a_run_continues(tmp_path):
   stop(config, tmp_path / "run", 3)
   _, progress = checkpoint_of(tmp_path / "run", 3)
   (index, reason), = progress["broken"].items()
-  images(tmp_path / "images")  # mended: it cannot be found again
+  write_images(tmp_path / "images")  # mended: it cannot be found again
   train.train(config, str(tmp_path / "run"))
   _, progress = checkpoint_of(tmp_path / "run", 8)
   assert progress["broken"] == {index: reason}

@@ -14,7 +14,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from attmask_jax import metrics
+from attmask_jax import metrics, progress
 from attmask_jax.errors import InputError
 
 
@@ -260,7 +260,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch):
   now = [1000.0]
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
   return now
 
 
@@ -268,7 +268,7 @@ def test_progress_logs_lines_without_a_terminal(monkeypatch, clock):
   shown = []
   monkeypatch.setattr(logging, "info", lambda text, *a: shown.append(text % a))
   monkeypatch.setattr(sys, "stderr", io.StringIO())
-  bar = metrics.Progress(200, 100, "train", images_per_step=64)
+  bar = progress.Progress(200, 100, "train", images_per_step=64)
   with bar:
     for step in range(101, 201):
       clock[0] += 0.5
@@ -284,7 +284,7 @@ def test_progress_logs_lines_without_a_terminal(monkeypatch, clock):
 def test_progress_on_a_terminal(monkeypatch, clock):
   terminal = Terminal()
   monkeypatch.setattr(sys, "stderr", terminal)
-  with metrics.Progress(200, 100, "train", images_per_step=64) as bar:
+  with progress.Progress(200, 100, "train", images_per_step=64) as bar:
     for step in range(101, 151):
       clock[0] += 0.5
       bar.update(step, 2.0)
@@ -297,6 +297,6 @@ def test_progress_is_silent_elsewhere(monkeypatch):
   terminal = Terminal()
   monkeypatch.setattr(sys, "stderr", terminal)
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  with metrics.Progress(2, 0, "train", images_per_step=1) as bar:
+  with progress.Progress(2, 0, "train", images_per_step=1) as bar:
     bar.update(1, 1.0)
   assert terminal.getvalue() == ""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import metrics, optim, train, train_step
+from attmask_jax import metrics, optim, progress, train, train_step
 from attmask_jax.errors import InputError
 from attmask_jax.methods import attmask
 
@@ -244,8 +244,8 @@ def test_a_method_that_couples_images_refuses_micro_batches(monkeypatch):
 
 def test_clock_leaves_evaluations_out(monkeypatch):
   now = iter([0.0, 1.0, 2.0, 10.0, 14.0, 10.0 + 4.0])
-  monkeypatch.setattr(train.time, "perf_counter", lambda: next(now))
-  clock = train.Clock(batch_size=6)  # at 0
+  monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+  clock = progress.Clock(batch_size=6)  # at 0
   with clock.waiting():  # 1 to 2
     pass
   with clock.paused():  # 10 to 14

@@ -13,6 +13,7 @@ Source: the AttMask release (train_one_epoch, iBOTLoss, AttMask). Differs:
 """
 
 import dataclasses
+import functools
 import random
 from typing import NamedTuple, Self
 
@@ -121,7 +122,7 @@ class AttMask:
       object.__setattr__(self, "mask_ratio_var", spread)
     checks.masks(self)
     checks.views(self)
-    self.temperatures()  # raises where a warm-up does not fit
+    _ = self.temperatures  # raises where a warm-up does not fit
 
   @property
   def patches(self) -> int:
@@ -182,7 +183,7 @@ class AttMask:
     n_mask, n_show = masking.attention_counts(
       self.patches, ratio, hint_ratio, self.show_max
     )
-    temp, patch_temp = self.temperatures()
+    temp, patch_temp = self.temperatures
     return {
       "teacher_temp": np.float32(temp[epoch]),
       "teacher_patch_temp": np.float32(patch_temp[epoch]),
@@ -196,6 +197,7 @@ class AttMask:
       return 0.0
     return masking.draw_ratio(rng, self.mask_ratio, self.mask_ratio_var)
 
+  @functools.cached_property
   def temperatures(self) -> tuple[np.ndarray, np.ndarray]:
     """Teacher temperatures of class tokens and of patches: [epochs] each.
 

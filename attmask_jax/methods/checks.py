@@ -11,7 +11,6 @@ import ml_collections
 from attmask_jax import heads, masking
 from attmask_jax.errors import InputError
 
-
 DTYPES = ("float32", "bfloat16")
 
 

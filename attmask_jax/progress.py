@@ -1,0 +1,131 @@
+"""How far a run is and how fast: the progress line, and rates for the log."""
+
+import collections
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import tqdm
+from absl import logging
+
+SPEED_WINDOW_STEPS = 50  # steps over which the progress line measures speed
+
+
+class Progress(contextlib.AbstractContextManager):
+  """Where a run is: loss, images per second and the time left.
+
+  A tqdm line on a terminal, a log line now and then elsewhere; silent on all
+  processes but the first.
+  """
+
+  def __init__(
+    self,
+    total: int,
+    initial: int,
+    desc: str,
+    *,
+    images_per_step: int,
+    every_seconds: float = 30.0,
+  ):
+    """Starts the clock.
+
+    Args:
+      total: steps at the end; initial: steps already done.
+      desc: first words of the line.
+      images_per_step: global batch size, for images/s.
+      every_seconds: least time between log lines where there is no terminal.
+    """
+    self._total, self._desc = total, desc
+    self._images_per_step = images_per_step
+    self._every_seconds = every_seconds
+    self._silent = jax.process_index() != 0
+    self._times = collections.deque(maxlen=SPEED_WINDOW_STEPS + 1)
+    self._times.append((time.monotonic(), initial))
+    self._logged = -math.inf
+    self._bar: tqdm.tqdm | None = None
+    if not self._silent and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit="step",
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f} % |{bar}| {n}/{total}{postfix}",
+      )
+
+  def update(self, step: int, loss: float) -> None:
+    """Shows that `step` steps are done in all, the last one with `loss`."""
+    if self._silent:
+      return
+    now = time.monotonic()
+    self._times.append((now, step))
+    text = self._text(loss)
+    if self._bar is not None:
+      self._bar.set_postfix_str(text, refresh=False)
+      self._bar.update(step - self._bar.n)
+    elif now - self._logged >= self._every_seconds or step >= self._total:
+      self._logged = now
+      logging.info("%s %d/%d, %s", self._desc, step, self._total, text)
+
+  def _text(self, loss: float) -> str:
+    """Loss, speed over the window and time left at that speed."""
+    (start, first), (end, last) = self._times[0], self._times[-1]
+    steps_per_second = (last - first) / max(end - start, 1e-9)
+    left = (self._total - last) / max(steps_per_second, 1e-9)
+    return (
+      f"loss {loss:.4f}, {steps_per_second * self._images_per_step:.0f}"
+      f" images/s, {tqdm.tqdm.format_interval(left)} left"
+    )
+
+  def __exit__(self, *error: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Leaves the last state of the line on the terminal."""
+    if self._bar is not None:
+      self._bar.refresh()
+      self._bar.close()
+
+
+class Clock:
+  """Images per second and the share of time spent waiting for data.
+
+  Evaluations and saves do not count.
+  """
+
+  def __init__(self, batch_size: int) -> None:
+    self._batch_size = batch_size
+    self._steps, self._waited = 0, 0.0
+    self._since = time.perf_counter()
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time inside as waiting for data."""
+    begin = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - begin
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out."""
+    begin = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - begin
+
+  def step(self) -> None:
+    """One more batch is done."""
+    self._steps += 1
+
+  def lap(self) -> dict[str, float]:
+    """Rates since the last lap: img_per_s, data_wait (0-1)."""
+    now = time.perf_counter()
+    spent = max(now - self._since, 1e-9)
+    rates = {
+      "img_per_s": self._steps * self._batch_size / spent,
+      "data_wait": self._waited / spent,
+    }
+    self._steps, self._waited, self._since = 0, 0.0, now
+    return rates
