@@ -6,6 +6,7 @@ after saving.
 """
 
 import logging as python_logging
+import pathlib
 import re
 import sys
 
@@ -37,7 +38,14 @@ def run(argv: list[str]) -> None:
     )
   _quiet_libraries()
   config = _CONFIG.value
-  jax.config.update("jax_default_matmul_precision", config.run.matmul_precision)
+  precision = config.run.matmul_precision
+  try:
+    jax.config.update("jax_default_matmul_precision", precision)
+  except ValueError as error:
+    raise InputError(
+      f'run.matmul_precision "{precision}" is unknown: use highest, high or '
+      "default"
+    ) from error
   if config.run.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.run.compilation_cache)
   mesh.init_distributed(config.run.distributed)
@@ -69,11 +77,18 @@ def parse(argv: list[str]) -> list[str]:
   except (AttributeError, KeyError) as error:
     sys.exit(_fail(_unknown_key(str(error), argv), 2))
   except OSError:  # of the config file; ml_collections keeps it until now
-    name = next((a for a in argv if a.startswith("--config=")), "--config")
-    sys.exit(_fail(f"{name}: no such config file; see the folder configs", 2))
+    sys.exit(
+      _fail(f"{_config_flag(argv)}: no such config file, see configs/", 2)
+    )
   except (flags.Error, ValueError, TypeError) as error:
     sys.exit(_fail(_sentence(str(error)), 2))
   return rest
+
+
+def _config_flag(argv: list[str]) -> str:
+  """--config=FILE as it was given, in one word or two."""
+  words = " ".join(argv).replace("--config ", "--config=").split()
+  return next((w for w in words if w.startswith("--config=")), "--config")
 
 
 def _sentence(error: str) -> str:
@@ -102,14 +117,15 @@ def _fail(error: object, code: int) -> int:
 
 
 def _quiet_libraries() -> None:
-  """Progress to the terminal; Orbax's own diary only from warnings up."""
+  """Our own progress to the terminal; libraries from warnings up."""
   logging.set_verbosity(logging.INFO)
+  package = str(pathlib.Path(__file__).parent / "attmask_jax")
 
-  def ours(record: python_logging.LogRecord) -> bool:
-    library = "orbax" in record.pathname
-    return not library or record.levelno >= python_logging.WARNING
+  def wanted(record: python_logging.LogRecord) -> bool:
+    ours = record.pathname.startswith(package)
+    return ours or record.levelno >= python_logging.WARNING
 
-  logging.get_absl_handler().addFilter(ours)
+  logging.get_absl_handler().addFilter(wanted)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ as arrays on any mesh, epoch (what the epoch's scores are made of) and progress
 """
 
 import json
-import os
 import pathlib
+import tempfile
 from typing import Any, Self
 
 import jax
@@ -23,24 +23,31 @@ from attmask_jax.errors import InputError
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
 # Sections and keys that may change when a run continues.
 FREE_KEYS = ("run.", "evals.", "data.path")
+IMAGES = "data.images"  # beside the config's own keys: size of the training set
 
 
-def check_workdir(workdir: pathlib.Path) -> None:
-  """Creates the run directory if need be.
+def check_workdir(name: str) -> pathlib.Path:
+  """Creates the run directory if need be; its path.
 
   Raises:
-    InputError: it cannot be made or written.
+    InputError: it cannot be made or written, or is no local path.
   """
+  if "://" in name:
+    raise InputError(
+      f"workdir {name} is a remote address: mount the bucket and give a path "
+      "that all hosts share"
+    )
+  workdir = pathlib.Path(name).expanduser()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".write-test-{os.getpid()}"
-    probe.touch()
-    probe.unlink()
+    with tempfile.NamedTemporaryFile(dir=workdir):
+      pass
   except OSError as error:
     raise InputError(
       f"workdir {workdir} is not writable ({error.strerror}): give a folder "
       "you may write to with --workdir"
     ) from error
+  return workdir
 
 
 def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -60,9 +67,14 @@ def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def check_config(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, images: int
 ) -> None:
   """Refuses to continue a run whose results the new config would change.
+
+  Args:
+    config: the new config.
+    workdir: run directory, with or without a run.
+    images: size of the training set, which `data.path` may have changed.
 
   Raises:
     InputError: names each differing key with both values.
@@ -70,7 +82,13 @@ def check_config(
   path = workdir / "config.json"
   if not path.exists():
     return
-  old, new = json.loads(path.read_text()), flat_config(config)
+  try:
+    old = json.loads(path.read_text())
+  except ValueError as error:
+    raise InputError(
+      f"{path} is damaged ({error}): restore it, or use another --workdir"
+    ) from error
+  new = flat_config(config) | {IMAGES: images}
   differing = [
     f"{key} ({old.get(key, 'absent')} there, {new.get(key, 'absent')} here)"
     for key in sorted(old.keys() | new.keys())
@@ -84,13 +102,14 @@ def check_config(
 
 
 def write_config(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, images: int
 ) -> None:
   """Writes config.json, flat, for people and for `check_config`."""
   if jax.process_index() == 0:
-    path = workdir / "config.json"
+    path, flat = workdir / "config.json", flat_config(config)
+    flat[IMAGES] = images
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(flat_config(config), indent=2) + "\n")
+    temporary.write_text(json.dumps(flat, indent=2) + "\n")
     temporary.replace(path)
 
 
@@ -151,6 +170,7 @@ class Checkpoints:
 
   @property
   def latest(self) -> int | None:
+    """Step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(

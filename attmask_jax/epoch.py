@@ -53,7 +53,7 @@ class Epoch:
     """Arrays [S, B] of the global batch, on every device."""
     label, assignment = self._gather()
     arrays = {"label": label, "assignment": assignment}
-    return jax.device_put(arrays, meshes.replicated(mesh))
+    return meshes.put(mesh, arrays)
 
   def progress(self) -> dict[str, Any]:
     """The running sums, JSON-able, exact."""

@@ -7,13 +7,43 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from attmask_jax import vit
+from attmask_jax import layers
 
 ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
   "relu": nn.relu,
 }
 NORMS = ("none", "ln")
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+  """[..., C] @ [C, K] -> [..., K] float32, in the inputs' precision.
+
+  The derivative multiplies in that precision, too: JAX's own would use the
+  float32 cotangent, and bfloat16 training would run its widest products in
+  float32.
+  """
+  return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(
+  x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return matmul(x, w), (x, w)
+
+
+def _matmul_backward(
+  saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  x, w = saved
+  grad = grad.astype(x.dtype)
+  dx = jnp.matmul(grad, w.T, preferred_element_type=jnp.float32)
+  dw = jnp.einsum("...c,...k->ck", x, grad, preferred_element_type=jnp.float32)
+  return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Prototypes(nn.Module):
@@ -28,14 +58,12 @@ class Prototypes(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
     width = z.shape[-1]
-    v = self.param("weight_v", vit.uniform_fan_in(width), (width, self.out_dim))
+    v = self.param(
+      "weight_v", layers.uniform_fan_in(width), (width, self.out_dim)
+    )
     g = self.param("weight_g", nn.initializers.ones, (self.out_dim,))
     w = v * (g / jnp.linalg.norm(v, axis=0))[None]
-    return jnp.matmul(
-      z.astype(self.dtype),
-      w.astype(self.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return matmul(z.astype(self.dtype), w.astype(self.dtype))
 
 
 class ProjectionMlp(nn.Module):
@@ -51,15 +79,15 @@ class ProjectionMlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     # quirk: one norm instance serves all hidden layers, as in iBOT.
-    norm = (
-      nn.LayerNorm(epsilon=1e-5, name="norm") if self.norm == "ln" else None
-    )
+    norm = None
+    if self.norm == "ln":
+      norm = nn.LayerNorm(1e-5, use_fast_variance=False, name="norm")
     for i in range(self.layers):
       width = self.bottleneck if i == self.layers - 1 else self.hidden
       x = nn.Dense(
         width,
         dtype=self.dtype,
-        kernel_init=vit.trunc_normal(),
+        kernel_init=layers.trunc_normal(),
         name=f"layer_{i}",
       )(x)
       if i < self.layers - 1:

@@ -241,11 +241,16 @@ class Hidden(NamedTuple):
     return cls(mask, ids, gather(mask[:, :, None], ids)[:, :, 0])
 
   def metrics(self) -> dict[str, jax.Array]:
-    """masked_share of the rows, and mask_ratio among those, [] float32."""
-    share = jnp.mean(self.mask.astype(jnp.float32), axis=-1)  # [R]
-    masked = jnp.mean((share > 0).astype(jnp.float32))
-    ratio = jnp.mean(share) / jnp.maximum(masked, 1e-12)
-    return {"mask_ratio": ratio, "masked_share": masked}
+    """mask_ratio, share of all patches hidden; masked_share of the rows.
+
+    Both [] float32 and plain means, so that means over parts of a batch are
+    those of the batch; their quotient is the ratio among masked rows.
+    """
+    masked = jnp.any(self.mask, axis=-1)
+    return {
+      "mask_ratio": jnp.mean(self.mask.astype(jnp.float32)),
+      "masked_share": jnp.mean(masked.astype(jnp.float32)),
+    }
 
 
 def gather(tokens: jax.Array, ids: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ large parameters. Arrays carry NamedShardings; the compiler adds the
 all-reduces.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -35,6 +36,11 @@ def init_distributed(wanted: bool) -> None:
   values = [os.environ.get(name) for name in names]
   if all(values):
     address, count, mine = values
+    if not (count.isdigit() and mine.isdigit()):
+      raise InputError(
+        f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={mine} must be whole "
+        "numbers"
+      )
     jax.distributed.initialize(
       address, num_processes=int(count), process_id=int(mine)
     )
@@ -45,7 +51,13 @@ def init_distributed(wanted: bool) -> None:
       f"set: set all of {', '.join(names)}, or none"
     )
   elif wanted:
-    jax.distributed.initialize()
+    try:
+      jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+      raise InputError(
+        f"run.distributed=True found no cluster ({error}): set "
+        f"{', '.join(names)} on every process"
+      ) from error
 
 
 def make_mesh(
@@ -133,15 +145,50 @@ def shard(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
   }
 
 
-def put(mesh: Mesh, scalars: dict[str, np.generic]) -> dict[str, jax.Array]:
-  """Host scalars -> replicated arrays."""
-  return jax.device_put(scalars, replicated(mesh))
+def put(mesh: Mesh, tree: Params) -> Params:
+  """The same host values on every process -> replicated arrays.
+
+  Not `device_put`, which makes all processes compare notes about each value
+  and wait for the step under way.
+  """
+  sharding = replicated(mesh)
+
+  def one(value: Any) -> jax.Array:
+    value = np.asarray(value)
+    return jax.make_array_from_callback(
+      value.shape, sharding, lambda index: value[index]
+    )
+
+  return jax.tree.map(one, tree)
+
+
+def to_host(mesh: Mesh, tree: Params) -> Params:
+  """Whole numpy arrays on every process, whatever they are split over."""
+  whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+  return jax.device_get(whole)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
   """This process's rows of a batch [B, ...], in the order of the batch."""
   shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
   return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
+
+
+def union(found: dict[int, str]) -> dict[int, str]:
+  """The dictionaries of all processes in one, on every process."""
+  if jax.process_count() == 1:
+    return found
+  from jax.experimental import multihost_utils
+
+  text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(text)))
+  padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+  texts = multihost_utils.process_allgather(padded)
+  merged: dict[int, str] = {}
+  for size, row in zip(sizes, texts, strict=True):
+    part = json.loads(row[: int(size)].tobytes())
+    merged |= {int(k): v for k, v in part.items()}
+  return merged
 
 
 def ahead(

@@ -7,11 +7,48 @@ import jax
 import ml_collections
 import optax
 
-from attmask_jax import augment, data, optim
+from attmask_jax import augment, data, optim, rates
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import online
 from attmask_jax.methods import METHODS
+
+# Config keys that hold several numbers; the command line takes any tuple.
+PAIRS = (
+  "method.teacher_temp",
+  "method.teacher_patch_temp",
+  "data.global_scale",
+  "data.local_scale",
+  "optim.weight_decay",
+  "optim.betas",
+)
+INFINITE = float("inf")
+RANGES = {
+  "method.drop_path": (0, 0.99),
+  "method.student_temp": (1e-6, INFINITE),
+  "method.teacher_temp": (1e-6, INFINITE),
+  "method.teacher_patch_temp": (1e-6, INFINITE),
+  "method.temp_warmup_epochs": (0, INFINITE),
+  "method.mask_start_epoch": (0, INFINITE),
+  "method.center_momentum": (0, 1),
+  "method.seed": (0, 2**32 - 1),
+  "data.seed": (0, INFINITE),
+  "data.max_broken": (0, 1),
+  "data.jitter": (0, 1),
+  "data.grey": (0, 1),
+  "data.blur_radius": (0.1, INFINITE),
+  "optim.lr_per_256": (0, INFINITE),
+  "optim.teacher_momentum": (0, 1),
+  "optim.clip": (0, INFINITE),
+  "evals.batch_size": (1, INFINITE),
+  "evals.knn_temp": (0, INFINITE),
+  "run.log_steps": (1, INFINITE),
+  "run.save_steps": (0, INFINITE),
+  "run.keep_steps": (0, INFINITE),
+  "run.patch_loss_chunks": (1, INFINITE),
+  "run.prefetch": (1, INFINITE),
+}
+LISTS = ("method.mask_ratio", "method.mask_ratio_var", "evals.knn_ks")
 
 
 class Run(NamedTuple):
@@ -31,7 +68,7 @@ class Run(NamedTuple):
   config: ml_collections.ConfigDict
   mesh: jax.sharding.Mesh
   method: Any
-  schedules: optim.Schedules
+  schedules: rates.Schedules
   tx: optax.GradientTransformationExtraArgs
   train_source: data.Source
   val_source: data.Source | None
@@ -49,6 +86,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
       f'method.name "{config.method.name}" is unknown: use one of '
       f"{', '.join(METHODS)}"
     )
+  _check_numbers(config)
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   batch_size, accumulate = config.data.batch_size, config.run.accumulate
   meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
@@ -61,7 +99,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
       f"data.batch_size {batch_size} is larger than the training set of "
       f"{len(train_source)} images: lower it or add images"
     )
-  schedules = optim.Schedules.from_config(
+  schedules = rates.Schedules.from_config(
     config, steps_per_epoch=steps_per_epoch
   )
   method = METHODS[config.method.name].from_config(
@@ -72,7 +110,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
       f"run.accumulate {accumulate} would change method {config.method.name}, "
       "whose loss compares the images of a batch: set run.accumulate=1"
     )
-  val_source = data.build(config.data, "val")
+  val_source = data.build(config.data, "val") if config.evals.knn else None
   online.check(config, train_source, val_source)
   pipeline = data.TrainPipeline(
     train_source,
@@ -98,6 +136,33 @@ def build(config: ml_collections.ConfigDict) -> Run:
     val_source,
     pipeline,
   )
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+  """Refuses words among numbers, and one number in the place of two."""
+  for key in PAIRS + LISTS:
+    section, name = key.split(".")
+    if name not in config[section]:
+      continue  # another method's
+    values = tuple(config[section][name])
+    kinds = int if key == "evals.knn_ks" else (int, float)
+    fits = len(values) == 2 if key in PAIRS else len(values) > 0
+    if not fits or not all(isinstance(x, kinds) for x in values):
+      what = "two numbers" if key in PAIRS else "one number or several"
+      if kinds is int:
+        what = "one whole number or several"
+      raise InputError(
+        f"{key} {values} must be {what}, written as --config.{key}=A,B"
+      )
+  for key, (low, high) in RANGES.items():
+    section, name = key.split(".")
+    if name not in config[section]:
+      continue
+    value = config[section][name]
+    values = value if isinstance(value, list | tuple) else (value,)
+    if not all(low <= x <= high for x in values):
+      limit = f"at least {low:g}" + f" and at most {high:g}" * (high < INFINITE)
+      raise InputError(f"{key} {value} must be {limit}")
 
 
 def _recipe(section: ml_collections.ConfigDict) -> augment.MultiCrop:

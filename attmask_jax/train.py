@@ -34,18 +34,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     StoppedError: SIGTERM or Ctrl-C; the state was saved first.
   """
   run = build(config)
-  folder = pathlib.Path(workdir)
-  checkpoint.check_workdir(folder)
-  checkpoint.check_config(config, folder)
-  state, shardings = train_step.init_state(
-    run.method, run.tx, run.mesh, seed=config.method.seed
-  )
+  folder = checkpoint.check_workdir(workdir)
+  checkpoint.check_config(config, folder, images=len(run.train_source))
   best = "knn/top1" if online.enabled(config, run.val_source) else ""
   with checkpoint.Checkpoints(
     folder, keep_steps=config.run.keep_steps, best=best
   ) as saved:
-    loop = Loop(run, folder, state, shardings, saved)
-    checkpoint.write_config(config, folder)
+    loop = Loop(run, folder, saved)
+    checkpoint.write_config(config, folder, images=len(run.train_source))
     loop.run_all()
 
 
@@ -56,23 +52,27 @@ class Loop:
     self,
     run: Run,
     folder: pathlib.Path,
-    state: train_step.TrainState,
-    shardings: train_step.TrainState,
     saved: checkpoint.Checkpoints,
   ) -> None:
     config = run.config
     self._run, self._folder, self._saved = run, folder, saved
-    self._state = state
     self._epoch = Epoch(
       run.schedules.steps_per_epoch,
       meshes.local_positions(run.mesh, config.data.batch_size),
       config.data.batch_size,
     )
-    self._start = self._restore()
+    parts = (run.method, run.tx, run.mesh)
+    self._start = saved.latest or 0
+    if saved.latest is None:
+      self._state, shardings = train_step.init_state(
+        *parts, seed=config.method.seed
+      )
+    else:
+      like = train_step.abstract_state(*parts, seed=config.method.seed)
+      shardings = jax.tree.map(lambda x: x.sharding, like)
+      self._state = self._restore(like)
     self._step_fn = train_step.make_step(
-      run.method,
-      run.tx,
-      run.mesh,
+      *parts,
       shardings,
       seed=config.method.seed,
       accumulate=config.run.accumulate,
@@ -86,7 +86,6 @@ class Loop:
       tensorboard=config.run.tensorboard,
       wandb=dict(config.run.wandb) if config.run.wandb.project else None,
     )
-    self._clock = progress.Clock(config.data.batch_size)
     self._signal: int | None = None
 
   def run_all(self) -> None:
@@ -95,7 +94,9 @@ class Loop:
     handlers = self._catch_signals()
     try:
       if self._start == 0:
-        self._write(0, self._evaluate.knn(self._state.teacher))
+        untrained = self._evaluate.knn(self._state.teacher)
+        untrained |= self._evaluate.masks(self._state.teacher)
+        self._write(0, untrained)
       if self._start < total:
         self._train(total)
         logging.info("finished %d steps in %s", total, self._folder)
@@ -112,6 +113,7 @@ class Loop:
     host = run.pipeline.batches(self._start, total)
     batches = meshes.ahead(run.mesh, host)
     pending: tuple | None = None
+    self._clock = progress.Clock(run.config.data.batch_size)
     bar = progress.Progress(
       total,
       self._start,
@@ -136,13 +138,15 @@ class Loop:
           self._after(i + 1, total)
 
   def _due(self, done: int, total: int) -> bool:
-    every = self._run.config.run.save_steps
-    return bool(
-      done % self._run.schedules.steps_per_epoch == 0
-      or done == total
-      or (every and done % every == 0)
-      or self._stopping(done)
+    """Whether the run saves after this step, or does even more."""
+    config = self._run.config.run
+    periods = (
+      self._run.schedules.steps_per_epoch,
+      config.save_steps,
+      config.keep_steps,
     )
+    due = any(period and done % period == 0 for period in periods)
+    return due or done == total or self._stopping(done)
 
   def _take(
     self,
@@ -207,25 +211,25 @@ class Loop:
   def _save(self, done: int, scores: dict[str, float]) -> None:
     self._writer.flush()
     items = self._state.items() | {"epoch": self._epoch.items(self._run.mesh)}
+    self._run.pipeline.restore_broken(
+      meshes.union(self._run.pipeline.broken)  # each process met its own
+    )
     broken = {str(k): v for k, v in self._run.pipeline.broken.items()}
     sums = self._epoch.progress() | {"broken": broken}
     with self._clock.paused():
       self._saved.save(done, items, sums, metrics=scores)
 
-  def _restore(self) -> int:
-    """Takes up the newest checkpoint; the step to go on from."""
-    latest = self._saved.latest
-    if latest is None:
-      return 0
-    like = self._state.items() | {"epoch": self._epoch.items(self._run.mesh)}
-    items, sums = self._saved.restore(latest, like)
-    self._state = self._state.from_items(items)
+  def _restore(self, like: train_step.TrainState) -> train_step.TrainState:
+    """The newest checkpoint's state; takes up its epoch and broken files."""
+    wanted = like.items() | {"epoch": self._epoch.items(self._run.mesh)}
+    items, sums = self._saved.restore(self._start, wanted)
     self._epoch.restore(items["epoch"], sums)
     broken = {int(k): v for k, v in sums["broken"].items()}
     self._run.pipeline.restore_broken(broken)
-    return latest
+    return like.from_items(items)
 
   def _figures(self, total: int) -> dict[str, float]:
+    """Draws figures/masks.png; what its masks cover."""
     path = self._folder / "figures" / "masks.png"
     scores = self._evaluate.masks(self._state.teacher, path)
     if path.exists():

@@ -63,6 +63,33 @@ def enumerate_leaves(tree: Any) -> list[tuple[str, jax.Array]]:
   return [(name(path), leaf) for path, leaf in leaves]
 
 
+def _maker(
+  method: Any, tx: optax.GradientTransformationExtraArgs, seed: int
+) -> Callable[[], TrainState]:
+  def make() -> TrainState:
+    rng, _ = jax.random.split(jax.random.key(seed))
+    params, teacher, aux = method.init(rng)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, teacher, aux, tx.init(params))
+
+  return make
+
+
+def abstract_state(
+  method: Any,
+  tx: optax.GradientTransformationExtraArgs,
+  mesh: jax.sharding.Mesh,
+  *,
+  seed: int,
+) -> TrainState:
+  """Shapes, types and shardings of a state, without its memory."""
+  shapes = jax.eval_shape(_maker(method, tx, seed))
+  place = lambda x, sharding: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=sharding
+  )
+  return jax.tree.map(place, shapes, meshes.param_shardings(mesh, shapes))
+
+
 def init_state(
   method: Any,
   tx: optax.GradientTransformationExtraArgs,
@@ -71,12 +98,7 @@ def init_state(
   seed: int,
 ) -> tuple[TrainState, TrainState]:
   """Fresh state on the mesh, and the shardings it lives on."""
-
-  def make() -> TrainState:
-    params, teacher, aux = method.init(jax.random.key(seed))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, teacher, aux, tx.init(params))
-
+  make = _maker(method, tx, seed)
   shardings = meshes.param_shardings(mesh, jax.eval_shape(make))
   return jax.jit(make, out_shardings=shardings)(), shardings
 
@@ -92,7 +114,7 @@ def make_step(
 ) -> Step:
   """Compiled (state, batch, scalars) -> state, metrics, per_image.
 
-  The state is donated. `scalars` holds `optim.Schedules.at` and `method.at` of
+  The state is donated. `scalars` holds `rates.Schedules.at` and `method.at` of
   the step, traced. Metrics are [] float32 over the global batch; per_image
   values [B] stay split over the devices like the batch.
   """
@@ -100,7 +122,8 @@ def make_step(
   def train_step(
     state: TrainState, batch: Batch, scalars: dict[str, jax.Array]
   ) -> tuple[TrainState, dict[str, jax.Array], Batch]:
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    _, rng = jax.random.split(jax.random.key(seed))  # the first half is init's
+    rng = jax.random.fold_in(rng, state.step)
     momentum = scalars["momentum"]
     teacher = state.teacher
     if method.teacher_first:
@@ -111,6 +134,7 @@ def make_step(
       state.params, teacher, state.aux, rows, rng, scalars
     )
     grads, stats, values, per_image = _accumulate(compute, batch, accumulate)
+    grads = optim.without(grads, method.untrained)
 
     aux = method.update_aux(state.aux, stats)
     updates, opt = tx.update(
@@ -145,7 +169,8 @@ def _accumulate(
   """Means of gradients, statistics and metrics over micro-batches.
 
   Each micro-batch takes every n-th row, so the rows of a sharded batch stay on
-  their devices; contiguous ones would have to move.
+  their devices; contiguous ones would have to move. The compiler reduces the
+  gradients over the devices once per micro-batch.
 
   Args:
     compute: rows -> (loss, (stats, metrics, per_image)), gradients.

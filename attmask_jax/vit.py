@@ -7,7 +7,6 @@ Source: ViT (arXiv:2010.11929) as DINO, iBOT and AttMask use it.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +15,9 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 
-from attmask_jax import Params, positions
+from attmask_jax import Params, layers, positions
 from attmask_jax.errors import InputError
 
-LAYER_NORM_EPS = 1e-6
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -35,8 +33,6 @@ REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-ATTENTION = ("auto", "xla", "cudnn")
-Initializer = Callable[..., jax.Array]
 
 
 class Output(NamedTuple):
@@ -65,28 +61,6 @@ def normalize_images(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def trunc_normal(std: float = 0.02) -> Initializer:
-  """Normal values clamped at +-2.
-
-  quirk: the bounds are absolute, so at std 0.02 nothing is ever cut.
-  """
-
-  def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32):
-    return jnp.clip(std * jax.random.normal(key, shape, dtype), -2.0, 2.0)
-
-  return init
-
-
-def uniform_fan_in(fan_in: int) -> Initializer:
-  """Uniform in +-1/sqrt(fan_in): the convolution default of the references."""
-  bound = fan_in**-0.5
-
-  def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
-
-
 def drop_path_draws(
   key: jax.Array, rows: jax.Array, *, depth: int
 ) -> jax.Array:
@@ -102,123 +76,6 @@ def drop_path_draws(
     jax.random.fold_in(key, row), (depth, 2)
   )
   return jnp.moveaxis(jax.vmap(draw)(rows), 0, -1)
-
-
-class PatchEmbed(nn.Module):
-  """[R, H, W, 3] -> [R, N, D]: a convolution of stride = kernel = P.
-
-  Written as one matrix product over cut-out patches, row-major. Pixels beyond
-  the last whole patch are dropped.
-  """
-
-  width: int
-  patch_size: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:
-    p = self.patch_size
-    rows, height, width, channels = images.shape
-    init = uniform_fan_in(channels * p * p)
-    kernel = self.param("kernel", init, (p, p, channels, self.width))
-    bias = self.param("bias", init, (self.width,))
-    gy, gx = height // p, width // p
-    x = images[:, : gy * p, : gx * p].reshape(rows, gy, p, gx, p, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, gy * gx, p * p * channels)
-    kernel = kernel.reshape(p * p * channels, self.width)
-    x = x.astype(self.dtype) @ kernel.astype(self.dtype)
-    return x.astype(jnp.float32) + bias[None, None]
-
-
-class Attention(nn.Module):
-  """Multi-head self-attention with a fused [q | k | v] projection."""
-
-  heads: int
-  dtype: Any
-  implementation: str
-
-  @nn.compact
-  def __call__(
-    self, x: jax.Array, *, want: str
-  ) -> tuple[jax.Array, jax.Array | None]:
-    rows, tokens, d = x.shape
-    dense = functools.partial(
-      nn.Dense, dtype=self.dtype, kernel_init=trunc_normal()
-    )
-    qkv = dense(3 * d, name="qkv")(x)
-    qkv = qkv.reshape(rows, tokens, 3, self.heads, d // self.heads)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [R, L, A, D/A]
-    out = jax.nn.dot_product_attention(
-      q, k, v, implementation=self._implementation()
-    )
-    out = dense(d, name="proj")(out.reshape(rows, tokens, d))
-    if want == "none":
-      return out, None
-    # The fused kernels return no weights, and masking needs one row of them.
-    queries = q[:, :1] if want == "cls" else q
-    logits = jnp.einsum(
-      "rqad,rkad->raqk", queries, k, preferred_element_type=jnp.float32
-    )
-    weights = jax.nn.softmax(logits * (d // self.heads) ** -0.5, axis=-1)
-    return out, weights[:, :, 0, 1:] if want == "cls" else weights
-
-  def _implementation(self) -> str:
-    if self.implementation != "auto":
-      return self.implementation
-    fused = self.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
-    return "cudnn" if fused else "xla"
-
-
-class Mlp(nn.Module):
-  """Two linear layers around an exact GELU."""
-
-  hidden: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    dense = functools.partial(
-      nn.Dense, dtype=self.dtype, kernel_init=trunc_normal()
-    )
-    hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
-    return dense(x.shape[-1], name="fc2")(hidden)
-
-
-def layer_norm(name: str) -> nn.LayerNorm:
-  """LayerNorm in float32 with the reference's epsilon.
-
-  The two-pass variance keeps parity: E[x^2] - E[x]^2 loses three digits.
-  """
-  return nn.LayerNorm(
-    epsilon=LAYER_NORM_EPS, use_fast_variance=False, name=name
-  )
-
-
-class Block(nn.Module):
-  """Pre-norm transformer block; the residual stream stays float32."""
-
-  heads: int
-  mlp_ratio: float
-  dtype: Any
-  implementation: str
-
-  @nn.compact
-  def __call__(
-    self, x: jax.Array, keep: jax.Array | None = None, *, want: str = "none"
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """[R, L, D] -> ([R, L, D], attention); keep [2, R] scales the branches."""
-
-    def residual(x: jax.Array, y: jax.Array, branch: int) -> jax.Array:
-      y = y.astype(jnp.float32)
-      return x + (y if keep is None else y * keep[branch][:, None, None])
-
-    y, attention = Attention(
-      self.heads, self.dtype, self.implementation, name="attn"
-    )(layer_norm("norm1")(x), want=want)
-    x = residual(x, y, 0)
-    hidden = int(x.shape[-1] * self.mlp_ratio)
-    y = Mlp(hidden, self.dtype, name="mlp")(layer_norm("norm2")(x))
-    return residual(x, y, 1), attention
 
 
 class ViT(nn.Module):
@@ -278,29 +135,29 @@ class ViT(nn.Module):
       want: "none", "cls" or "full": see `Output.attention`.
     """
     rows, height, width, _ = images.shape
-    x = PatchEmbed(self.width, self.patch_size, self.dtype, name="patch_embed")(
-      images
-    )
+    x = layers.PatchEmbed(
+      self.width, self.patch_size, self.dtype, name="patch_embed"
+    )(images)
     if mask is not None:
       token = self.param(
         "mask_token", nn.initializers.zeros, (1, 1, self.width)
       )
       x = jnp.where(mask[:, :, None], token, x)
-    cls = self.param("cls_token", trunc_normal(), (1, 1, self.width))
+    cls = self.param("cls_token", layers.trunc_normal(), (1, 1, self.width))
     table = self.param(
-      "pos_embed", trunc_normal(), (1, 1 + self.grid**2, self.width)
+      "pos_embed", layers.trunc_normal(), (1, 1 + self.grid**2, self.width)
     )
     cls = jnp.broadcast_to(cls, (rows, 1, self.width))
     x = jnp.concatenate([cls, x], axis=1)
     x = x + positions.interpolate(table, height, width, self.patch_size)
     blocks, attention = self._blocks(x, draws, last, want)
-    return Output(layer_norm("norm")(blocks[-1]), blocks, attention)
+    return Output(layers.layer_norm("norm")(blocks[-1]), blocks, attention)
 
   def _blocks(
     self, x: jax.Array, draws: jax.Array | None, last: int, want: str
   ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Runs all blocks; the last `last` ones unrolled, since they are kept."""
-    block = Block(
+    block = layers.Block(
       self.heads, self.mlp_ratio, self.dtype, self.attention, parent=None
     )
 
@@ -322,13 +179,13 @@ class ViT(nn.Module):
       body = jax.checkpoint(
         body, policy=REMAT[self.remat], prevent_cse=not self.scan
       )
-    layers, scanned = (weights, keep), self.depth - last
+    stacked, scanned = (weights, keep), self.depth - last
     if self.scan and scanned:
-      first = jax.tree.map(lambda a: a[:scanned], layers)
+      first = jax.tree.map(lambda a: a[:scanned], stacked)
       x, _ = jax.lax.scan(body, x, first)
     outputs, attention = [], None
     for i in range(scanned if self.scan else 0, self.depth):
-      layer = jax.tree.map(lambda a, i=i: a[i], layers)
+      layer = jax.tree.map(lambda a, i=i: a[i], stacked)
       if i == self.depth - 1 and want != "none":
         x, attention = block.apply({"params": layer[0]}, x, layer[1], want=want)
       else:
@@ -351,7 +208,7 @@ def from_config(config: ml_collections.ConfigDict) -> ViT:
       f"data.image_size {image_size} is not a multiple of method.patch_size "
       f"{m.patch_size}: choose {down} or {down + m.patch_size} pixels"
     )
-  for key, known in (("remat", tuple(REMAT)), ("attention", ATTENTION)):
+  for key, known in (("remat", tuple(REMAT)), ("attention", layers.ATTENTION)):
     if run[key] not in known:
       raise InputError(
         f'run.{key} "{run[key]}" is unknown: use {", ".join(known)}'
@@ -415,7 +272,7 @@ def features(
   blocks = out.blocks
   if norm:
     final = functools.partial(
-      layer_norm(None).apply, {"params": params["norm"]}
+      layers.layer_norm(None).apply, {"params": params["norm"]}
     )
     blocks = [final(x) for x in blocks]
   cls = jnp.concatenate([x[:, 0] for x in blocks], axis=-1)

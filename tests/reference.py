@@ -2,7 +2,10 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
+
+from attmask_jax import optim
 
 _NAMES = [
   (
@@ -61,6 +64,11 @@ def load(file, prefix):
   return tree(
     {k[len(prefix) :]: file[k] for k in file.files if k.startswith(prefix)}
   )
+
+
+def norms(tree):
+  """L2 norm of every tensor: [] each, [depth] for stacked blocks."""
+  return optim.map_named(optim.per_layer(jnp.linalg.norm), tree)
 
 
 def nhwc(images):

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import mesh as meshes
-from attmask_jax import optim, train, train_step
+from attmask_jax import optim, run, train_step
 from configs import tiny
 
 SIZES = {
@@ -59,37 +59,38 @@ def use_devices(monkeypatch, count):
 
 def parts(config):
   """The run, its first state and its step, as the loop builds them."""
-  run = train.build(config)
+  built = run.build(config)
   state, shardings = train_step.init_state(
-    run.method, run.tx, run.mesh, seed=config.method.seed
+    built.method, built.tx, built.mesh, seed=config.method.seed
   )
   step = train_step.make_step(
-    run.method,
-    run.tx,
-    run.mesh,
+    built.method,
+    built.tx,
+    built.mesh,
     shardings,
     seed=config.method.seed,
     accumulate=config.run.accumulate,
   )
-  return run, state, step
+  return built, state, step
 
 
-def arguments(run, count, start=0):
-  """Batch and scalars of `count` steps, on the devices."""
-  with contextlib.closing(run.pipeline.batches(start, start + count)) as host:
-    for i, batch in enumerate(host, start=start):
-      scalars = run.schedules.at(i) | run.method.at(i)
-      yield meshes.shard(run.mesh, batch), meshes.put(run.mesh, scalars)
+def arguments(built, count):
+  """Batch and scalars of the first `count` steps, on the devices."""
+  with contextlib.closing(built.pipeline.batches(0, count)) as host:
+    for i, batch in enumerate(host):
+      scalars = built.schedules.at(i) | built.method.at(i)
+      yield meshes.shard(built.mesh, batch), meshes.put(built.mesh, scalars)
 
 
 def run_steps(config, count):
   """State after `count` steps and [{name: value}] of each step."""
-  run, state, step = parts(config)
+  built, state, step = parts(config)
   history = []
-  for batch, scalars in arguments(run, count):
+  for batch, scalars in arguments(built, count):
     state, values, per_image = step(state, batch, scalars)
     numbers = {k: float(v) for k, v in values.items()}
-    history.append(numbers | {"assignment": np.asarray(per_image["assignment"])})
+    numbers["assignment"] = np.asarray(per_image["assignment"])
+    history.append(numbers)
   return state, history
 
 
@@ -117,12 +118,9 @@ def quick_compiler(folder):
 
 
 def environment(folder):
-  """The same for another process, with one device."""
+  """The same for another process, with the devices of this one."""
   quick = {name.upper(): str(int(value)) for name, value in PROGRAMS.items()}
-  return os.environ | quick | {
-    "JAX_COMPILATION_CACHE_DIR": os.fspath(folder),
-    "XLA_FLAGS": "",
-  }
+  return os.environ | quick | {"JAX_COMPILATION_CACHE_DIR": os.fspath(folder)}
 
 
 def assert_close(got, want, atol):

@@ -15,6 +15,7 @@ from attmask_jax import (
   masking,
   metrics,
   optim,
+  rates,
   train_step,
   views,
   vit,
@@ -68,7 +69,7 @@ def build(file, scenario):
     temp_warmup_epochs=own("warmup_temp_epochs"),
     center_momentum=cfg("center_momentum"),
   )
-  schedules = optim.Schedules(
+  schedules = rates.Schedules(
     lr=own("lr"),
     min_lr=cfg("min_lr"),
     warmup_epochs=own("warmup_epochs"),
@@ -137,7 +138,7 @@ def gradient_norms(method, state, batch, scalars):
   grads = jax.grad(method.loss, has_aux=True)(
     state.params, state.teacher, state.aux, batch, rng, scalars
   )[0]
-  norms = optim.norms(grads)
+  norms = reference.norms(grads)
   return {
     optim.path_name(path): leaf
     for path, leaf in jax.tree.leaves_with_path(norms)

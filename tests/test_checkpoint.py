@@ -155,7 +155,7 @@ def test_the_run_measures_something(whole):
     assert len(set(values)) > 1, name
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 11])
+@pytest.mark.parametrize("step", [1, 5, 8])
 def test_stopped_by_a_signal_and_continued_is_the_same_run(
   tmp_path, whole, step
 ):
@@ -167,7 +167,7 @@ def test_stopped_by_a_signal_and_continued_is_the_same_run(
 
 
 def test_stopped_again_and_again_is_the_same_run(tmp_path, whole):
-  for step in (2, 3, 7, 9, 16):
+  for step in (2, 11, 16):
     stop(small.config(), tmp_path, step)
   train.train(small.config(), str(tmp_path))
   assert_same_end(tmp_path, whole)
@@ -179,14 +179,11 @@ def test_control_c_stops_like_a_signal(tmp_path):
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("crash, saved", [(8, 5), (13, 10)])
-def test_crashed_between_checkpoints_is_the_same_run(
-  tmp_path, whole, crash, saved
-):
+def test_crashed_between_checkpoints_is_the_same_run(tmp_path, whole):
   config = small.config({"run.save_steps": 5})
-  with at_step(crash, power_cut), pytest.raises(RuntimeError, match="power"):
+  with at_step(13, power_cut), pytest.raises(RuntimeError, match="power cut"):
     train.train(config, str(tmp_path))
-  assert steps_of(tmp_path)[-1] == saved
+  assert steps_of(tmp_path)[-1] == 10
   train.train(small.config(), str(tmp_path))
   assert_same_end(tmp_path, whole)
 
@@ -215,7 +212,8 @@ def newest_step(folder):
     return 0
 
 
-def test_killed_and_continued_is_the_same_run(tmp_path, programs):
+def test_killed_and_continued_is_the_same_run(monkeypatch, tmp_path, programs):
+  small.use_devices(monkeypatch, 8)  # like the processes
   epochs, folder = 4, tmp_path / "killed"
   total = epochs * small.STEPS_PER_EPOCH
   changes = {"optim.epochs": epochs, "run.log_steps": 1, "run.save_steps": 1}
@@ -258,9 +256,7 @@ def test_continued_on_another_number_of_devices(
     np.testing.assert_allclose(
       got[name], want[name], rtol=1e-4, atol=PARAMETERS, err_msg=name
     )
-  for ours, theirs in zip(
-    records_of(tmp_path), records_of(whole), strict=True
-  ):
+  for ours, theirs in zip(records_of(tmp_path), records_of(whole), strict=True):
     assert ours == pytest.approx(theirs, rel=LOGGED, abs=LOGGED)
 
 
@@ -322,11 +318,11 @@ def poison(results):
   return state, values | {"loss": nan, "patch": nan}, per_image
 
 
-@pytest.mark.parametrize("step, saved", [(7, 5), (10, 8), (16, 15)])
+@pytest.mark.parametrize("step, saved", [(7, 5), (16, 15)])
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
   tmp_path, whole, step, saved
 ):
-  """At a step that is saved (10, 16), too."""
+  """At a step that would have been saved, too."""
   config = small.config({"run.save_steps": 5})
   with at_step(step, poison), pytest.raises(NotFiniteError) as error:
     train.train(config, str(tmp_path))
@@ -354,7 +350,9 @@ def test_a_huge_learning_rate_is_found_and_named(tmp_path):
 def test_latest_best_and_every_n_are_kept(tmp_path):
   config = small.config({"run.save_steps": 1, "run.keep_steps": 5})
   train.train(config, str(tmp_path))
-  knn = {r["step"]: r["knn/top1"] for r in records_of(tmp_path) if "knn/top1" in r}
+  knn = {
+    r["step"]: r["knn/top1"] for r in records_of(tmp_path) if "knn/top1" in r
+  }
   best = max((8, 16), key=lambda step: (knn[step], step))
   assert steps_of(tmp_path) == sorted({5, 10, 15, 16, best})
 
@@ -364,9 +362,7 @@ def save(folder, scores, **options):
   kept = []
   with checkpoint.Checkpoints(folder, best="knn/top1", **options) as saved:
     for step, score in scores.items():
-      items = {
-        name: {"x": np.full(3, step)} for name in checkpoint.ARRAY_ITEMS
-      }
+      items = {name: {"x": np.full(3, step)} for name in checkpoint.ARRAY_ITEMS}
       values = {} if score is None else {"knn/top1": score}
       saved.save(step, items, {"step": step}, metrics=values)
       saved.wait()
@@ -414,17 +410,19 @@ def write_images(folder, broken=()):
 
 def test_broken_files_are_remembered_when_a_run_continues(tmp_path):
   write_images(tmp_path / "images", broken=["3.png"])
-  config = small.config({
-    "data.source": "folder",
-    "data.path": str(tmp_path / "images"),
-    "data.max_broken": 0.1,
-    "optim.epochs": 4,  # of 2 steps
-    "evals.knn": False,
-    "evals.mask_images": 0,
-  })
+  config = small.config(
+    {
+      "data.source": "folder",
+      "data.path": str(tmp_path / "images"),
+      "data.max_broken": 0.1,
+      "optim.epochs": 4,  # of 2 steps
+      "evals.knn": False,
+      "evals.mask_images": 0,
+    }
+  )
   stop(config, tmp_path / "run", 3)
   _, progress = checkpoint_of(tmp_path / "run", 3)
-  (index, reason), = progress["broken"].items()
+  ((index, reason),) = progress["broken"].items()
   write_images(tmp_path / "images")  # mended: it cannot be found again
   train.train(config, str(tmp_path / "run"))
   _, progress = checkpoint_of(tmp_path / "run", 8)

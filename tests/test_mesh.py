@@ -1,4 +1,4 @@
-"""Sharding: the same numbers on any mesh, and only all-reduces between chips."""
+"""Sharding: the same numbers on any mesh, all-reduces alone between chips."""
 
 import re
 

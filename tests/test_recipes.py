@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import optim, train
+from attmask_jax import optim, rates, train
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 
@@ -51,7 +51,7 @@ def recipe(name):
 
 def build(config, steps=STEPS):
   """The method and the schedules that a config describes."""
-  schedules = optim.Schedules.from_config(config, steps_per_epoch=steps)
+  schedules = rates.Schedules.from_config(config, steps_per_epoch=steps)
   method = METHODS[config.method.name].from_config(
     config, steps_per_epoch=steps
   )

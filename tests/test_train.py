@@ -9,6 +9,7 @@ import pytest
 import small
 
 from attmask_jax import metrics, optim, progress, train, train_step
+from attmask_jax import run as runs
 from attmask_jax.errors import InputError
 from attmask_jax.methods import attmask
 
@@ -238,8 +239,8 @@ def test_logged_means_are_those_of_the_steps(monkeypatch, tmp_path):
 def test_a_method_that_couples_images_refuses_micro_batches(monkeypatch):
   monkeypatch.setattr(attmask.AttMask, "batch_coupled", True)
   with pytest.raises(InputError, match="run.accumulate 2 .*attmask"):
-    train.build(small.config({"run.accumulate": 2}))
-  train.build(small.config())
+    runs.build(small.config({"run.accumulate": 2}))
+  runs.build(small.config())
 
 
 def test_clock_leaves_evaluations_out(monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import positions, vit
+from attmask_jax import layers, positions, vit
 from attmask_jax.errors import InputError
 from configs import common
 
@@ -71,7 +71,7 @@ def test_golden_last_blocks_and_class_row(recorded):
   close(out.attention, want, ATTENTION)
   norm = {"params": variables["params"]["norm"]}
   for i, block in enumerate(out.blocks):
-    got = vit.layer_norm(None).apply(norm, block)
+    got = layers.layer_norm(None).apply(norm, block)
     close(got, file[f"out/global/intermediate_n2/{i}"], TOKENS)
 
 
@@ -133,7 +133,7 @@ def test_drop_path_by_hand():
   for i, scale in survivors.items():
     layer = jax.tree.map(lambda a, i=i: a[i], blocks)
     keep = jnp.full((2, 1), scale)
-    x, _ = vit.Block(2, 4.0, jnp.float32, "xla").apply(
+    x, _ = layers.Block(2, 4.0, jnp.float32, "xla").apply(
       {"params": layer}, x, keep
     )
   close(got, np.asarray(x), 1e-5)

@@ -38,8 +38,9 @@ _log = logging.getLogger(__name__)
 class BrokenFiles:
   """Unreadable images met so far; stops the run when there are too many.
 
-  The share is of the whole data set: one broken file in fifty is 2 %. Each
-  process counts the files it met itself.
+  The share is of the whole data set: one broken file in fifty is 2 %. A
+  process counts the files it met itself, and with every checkpoint those of
+  the others.
 
   Attributes:
     found: reason by index.
@@ -75,9 +76,15 @@ class BrokenFiles:
       return dict(self.found)
 
   def restore(self, found: dict[int, str]) -> None:
-    """Counts files that were met before, without logging them again."""
+    """Counts files met before or elsewhere, without logging them again.
+
+    Raises:
+      InputError: together they are too many.
+    """
     with self._lock:
       self.found |= found
+      if len(self.found) > self._max_share * len(self._source):
+        raise InputError(self._message())
 
   def _message(self) -> str:
     first = sorted(self.found)[:_LISTED]

@@ -11,7 +11,8 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from attmask_jax import Params, augment, data, masking
+from attmask_jax import Params, augment, data, masking, vit
+from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import features, knn, visualize
 
@@ -41,8 +42,21 @@ def check(
     raise InputError(
       f"evals.eval_epochs {evals.eval_epochs} must be at least 1"
     )
+  if evals.avgpool not in (0, 1, 2):
+    raise InputError(f"evals.avgpool {evals.avgpool} is unknown: use 0, 1 or 2")
+  depth = vit.variant_size(config.method.variant)["depth"]
+  if not 1 <= evals.last_blocks <= depth:
+    raise InputError(
+      f"evals.last_blocks {evals.last_blocks} must lie between 1 and the "
+      f"{depth} blocks of method.variant {config.method.variant}"
+    )
   if not enabled(config, val_source):
     return
+  if len(train_source.class_names) < 2:
+    raise InputError(
+      f"{train_source.name} has one class, so there is nothing to vote on: "
+      "set evals.knn=False"
+    )
   bank = len(_spread(len(train_source), evals.knn_bank))
   if (
     not evals.knn_ks or not 1 <= min(evals.knn_ks) <= max(evals.knn_ks) <= bank
@@ -106,12 +120,14 @@ class Evaluator:
     scores |= {k: scores[first + k] for k in ("top1", "top5")}
     return {f"knn/{k}": float(v) for k, v in scores.items()}
 
-  def masks(self, weights: Params, path: pathlib.Path) -> dict[str, float]:
-    """Draws the mask gallery and measures where the masks fall.
+  def masks(
+    self, weights: Params, path: pathlib.Path | None = None
+  ) -> dict[str, float]:
+    """Measures where the masks fall, and draws the mask gallery.
 
     Args:
       weights: a teacher.
-      path: the PNG to write.
+      path: the PNG to write; None draws nothing.
 
     Returns:
       "overlap/POLICY": share of the hidden area that lies on the object, and
@@ -120,9 +136,15 @@ class Evaluator:
     """
     evals = self._config.evals
     source = self._val or self._train
-    if not evals.mask_images or jax.process_index():
+    count = evals.mask_images if path else 0
+    if hasattr(source, "object_mask"):
+      count = max(count, evals.overlap_images)
+    if not count:
       return {}
-    indices = _spread(len(source), max(evals.mask_images, evals.overlap_images))
+    weights = meshes.to_host(self._mesh, weights)  # every process takes part
+    if jax.process_index():
+      return {}
+    indices = _spread(len(source), count)
     images, objects = _load(source, indices, self._config.data.image_size)
     attention = np.asarray(self._attention(weights, images))
     grid = (self._method.backbone.grid,) * 2
@@ -132,16 +154,8 @@ class Evaluator:
       ratio=max(self._method.mask_ratio),
       show_max=self._method.show_max,
     )
-    n = evals.mask_images
-    visualize.mask_gallery(
-      path,
-      images[:n],
-      attention[:n],
-      {name: mask[:n] for name, mask in hidden.items()},
-      patch_size=self._method.backbone.patch_size,
-      object_masks=None if objects is None else objects[:n],
-      title="Class-token attention of the teacher, and what each policy hides",
-    )
+    if path and evals.mask_images:
+      self._draw(path, images, attention, hidden, objects)
     if objects is None:
       return {}
     overlap = {
@@ -152,11 +166,30 @@ class Evaluator:
     }
     return overlap | {"overlap/object": float(objects.mean())}
 
+  def _draw(
+    self,
+    path: pathlib.Path,
+    images: np.ndarray,
+    attention: np.ndarray,
+    hidden: dict[str, np.ndarray],
+    objects: np.ndarray | None,
+  ) -> None:
+    """Writes the gallery of the first `evals.mask_images` images."""
+    n = self._config.evals.mask_images
+    visualize.mask_gallery(
+      path,
+      images[:n],
+      attention[:n],
+      {name: mask[:n] for name, mask in hidden.items()},
+      patch_size=self._method.backbone.patch_size,
+      object_masks=None if objects is None else objects[:n],
+      title="Class-token attention of the teacher, and what each policy hides",
+    )
+
   def _attention(self, weights: Params, images: np.ndarray) -> jax.Array:
     """[n, H, W, 3] -> [n, N], mean over heads. On one device."""
-    local = jax.device_get(weights)
     attend = jax.jit(self._method.attention)
-    return jnp.mean(attend(local, jnp.asarray(images)), axis=1)
+    return jnp.mean(attend(weights, jnp.asarray(images)), axis=1)
 
   def _features(
     self, weights: Params, source: data.Source, limit: int

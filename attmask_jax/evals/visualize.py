@@ -19,9 +19,7 @@ READABLE_NAMES = {
   "attmask_hint": "AttMask-Hint",
   "attmask_low": "AttMask-Low",
   "random": "Random",
-  "rand": "Random",
   "block": "Block-wise",
-  "blockwise": "Block-wise",
 }
 HIDDEN_GREY = 0.62  # not black: black is a colour many photographs have
 CELL_INCHES, GAP_INCHES, DPI = 1.5, 0.06, 200

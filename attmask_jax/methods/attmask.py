@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from attmask_jax import Batch, Params, heads, losses, masking, optim, vit
+from attmask_jax import Batch, Params, heads, losses, masking, rates, vit
 from attmask_jax.methods import checks
 from attmask_jax.views import flatten, row_ids, unflatten
 
@@ -184,12 +184,13 @@ class AttMask:
       self.patches, ratio, hint_ratio, self.show_max
     )
     temp, patch_temp = self.temperatures
-    return {
+    scalars = {
       "teacher_temp": np.float32(temp[epoch]),
       "teacher_patch_temp": np.float32(patch_temp[epoch]),
-      "n_mask": np.int32(n_mask),
-      "n_show": np.int32(n_show),
     }
+    if self.by_attention:
+      scalars |= {"n_mask": np.int32(n_mask), "n_show": np.int32(n_show)}
+    return scalars
 
   def ratio(self, rng: random.Random, epoch: int) -> float:
     """One draw of the mask ratio; 0 before `mask_start_epoch`."""
@@ -204,13 +205,13 @@ class AttMask:
     The patch warm-up begins when masking does.
     """
     warmup, total = self.temp_warmup_epochs, self.epochs
-    patch = optim.warmup_table(
+    patch = rates.warmup_table(
       *self.teacher_patch_temp,
       warmup=warmup,
       total=total,
       lead=self.mask_start_epoch,
     )
-    cls = optim.warmup_table(*self.teacher_temp, warmup=warmup, total=total)
+    cls = rates.warmup_table(*self.teacher_temp, warmup=warmup, total=total)
     return cls, patch
 
   def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
