@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 from absl import logging
+from clu import parameter_overview
 
 from attmask_jax import checkpoint, metrics, progress, train_step
 from attmask_jax import mesh as meshes
@@ -71,6 +72,11 @@ class Loop:
       like = train_step.abstract_state(*parts, seed=config.method.seed)
       shardings = jax.tree.map(lambda x: x.sharding, like)
       self._state = self._restore(like)
+    logging.info(
+      "%s trainable parameters on %d devices",
+      f"{parameter_overview.count_parameters(self._state.params):,}",
+      run.mesh.size,
+    )
     self._step_fn = train_step.make_step(
       *parts,
       shardings,

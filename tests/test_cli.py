@@ -120,7 +120,7 @@ BAD_VALUES = {
     ["32", "16", "shared_head_teacher=False"],
   ),
   "k beyond the set": ({"evals.knn_ks": 65}, ["65", "64 images", "lower k"]),
-  "k beyond the bank": ({"evals.knn_bank": 4}, ["(5,)", "4 images", "bank"]),
+  "k beyond the bank": ({"evals.knn_bank": 4}, ["(3, 5, 10)", "4 images"]),
   "unknown method": ({"method.name": "attmsk"}, ["attmsk", "use one of"]),
   "unknown variant": ({"method.variant": "huge"}, ["huge", "small"]),
   "unknown mask": ({"method.mask": "high"}, ["high", "attmask_high"]),
@@ -211,7 +211,8 @@ def test_checkpoint_of_another_architecture(call, tmp_path):
 
 
 def test_another_config_on_a_run(call, tmp_path):
-  checkpoint.write_config(small.config({"data.seed": 5}), tmp_path)
+  config = small.config({"data.seed": 5})
+  checkpoint.write_config(config, tmp_path, images=64)
   before = contents(tmp_path)
   code, words = call(TINY, f"--workdir={tmp_path}", *flags_of({}))
   check_sentence(code, words, ["data.seed (5 there, 0 here)", "--workdir"])

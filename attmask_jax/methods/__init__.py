@@ -11,11 +11,14 @@ A method is a frozen dataclass in one file with
   update_aux(aux, stats) -> aux, once per optimiser step
   features(weights, images, *, last, norm) -> cls [B, last * D] or None,
       patches [B, N, D]
+  attention(weights, images) -> [B, A, N], what pictures of masks start from
 
 and the declared properties `teacher_first` (the teacher moves before the
 forward pass), `batch_coupled` (images meet in the loss, so accumulation would
 change it), `frozen_at_start` (regex of leaves held for `optim.freeze_epochs`,
-or None) and `untrained` (regex of leaves in `params` that never move).
+or None) and `untrained` (regex of leaves in `params` that never move). Online
+evaluation also reads `backbone` (grid, patch_size), `teacher_temp`,
+`mask_ratio` and `show_max`.
 
 `params` is what the optimiser sees. `teacher` is its own tree, {} for none;
 each of its leaf paths exists in `params`, and the moving average walks the
