@@ -1,6 +1,7 @@
 """Augmentation steps against hand calculations and plain loops."""
 
 import colorsys
+import dataclasses
 import math
 
 import numpy as np
@@ -302,7 +303,10 @@ def test_how_often_each_colour_step_happens(
   calls = []
   for name in counts:
 
-    def step(image: Image.Image, *_: object, name: str = name) -> Image.Image:
+    def step(
+      image: Image.Image, *_: object, name: str = name, **options: object
+    ) -> Image.Image:
+      assert options == ({"radius": (0.1, 2.0)} if "blur" in name else {})
       counts[name] += 1
       calls.append(name)
       return image
@@ -349,3 +353,20 @@ def test_each_view_gets_its_own_recipe(
     (augment.OTHER_GLOBAL, 24, (0.3, 1)),
     *[(augment.LOCAL, 12, (0.1, 0.3))] * 3,
   ]
+
+
+def test_colour_strength_reaches_every_view() -> None:
+  grey = augment.MultiCrop(
+    image_size=8, local_size=4, local_crops=2, jitter=0.0, grey=1.0
+  )
+  crops = grey(_noise(16, 16), _rng())
+  for views in crops.values():
+    assert (views == views[..., :1]).all()
+  sharp = augment.MultiCrop(
+    image_size=16, local_crops=0, jitter=0.0, grey=0.0, blur_radius=0.1
+  )
+  soft = dataclasses.replace(sharp, blur_radius=4.0)
+  detail = lambda recipe: np.diff(
+    recipe(_noise(16, 16), _rng())["images"][0].astype(float), axis=1
+  ).std()
+  assert detail(soft) < detail(sharp) / 2
