@@ -52,7 +52,7 @@ def build(file, scenario):
     teacher_head=head,
     epochs=cfg("epochs"),
     steps_per_epoch=cfg("iters"),
-    local_crops=2,
+    local_crops=sum(k.startswith("in/step0/local") for k in file.files),
     mask=scenario,
     mask_ratio=(float(ratio),),
     mask_ratio_var=(0.0,),
@@ -103,9 +103,12 @@ def start(file, method, tx):
 
 def batch_at(file, t):
   """Step t's crops, view-major there and image-major here."""
-  crops = lambda name: np.stack(
-    [reference.nhwc(file[f"in/step{t}/{name}{i}"]) for i in range(2)], axis=1
-  )
+
+  def crops(name):
+    keys = [k for k in file.files if k.startswith(f"in/step{t}/{name}")]
+    views = [reference.nhwc(file[key]) for key in sorted(keys)]
+    return np.stack(views, axis=1)
+
   images = crops("global")
   masks = file[f"in/step{t}/block_masks"].swapaxes(0, 1)
   return {
