@@ -1,5 +1,9 @@
 """Command line: python main.py --config=configs/NAME.py --workdir=DIR.
 
+Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
+--config.data.batch_size=64; configs/common.py lists all keys with their
+meaning, configs/ the experiments.
+
 Exit codes: 0 the work asked for is done, 1 a failure of the program or the
 machine, 2 bad input, 3 the loss is not finite, 128 + n stopped by signal n
 after saving.
@@ -63,6 +67,10 @@ def main(argv: list[str]) -> int:
     return _fail(error, 3)
   except StoppedError as error:
     return _fail(error, 128 + error.signal)
+  except KeyboardInterrupt:
+    return _fail(
+      "interrupted; the same command continues from the last save", 130
+    )
   return 0
 
 
@@ -78,7 +86,7 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit(_fail(_unknown_key(str(error), argv), 2))
   except OSError:  # of the config file; ml_collections keeps it until now
     sys.exit(
-      _fail(f"{_config_flag(argv)}: no such config file, see configs/", 2)
+      _fail(f"{_config_flag(argv)}: no such config file here, see configs/", 2)
     )
   except (flags.Error, ValueError, TypeError) as error:
     sys.exit(_fail(_sentence(str(error)), 2))

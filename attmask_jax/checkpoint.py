@@ -92,8 +92,13 @@ def check_config(
   differing = [
     f"{key} ({old.get(key, 'absent')} there, {new.get(key, 'absent')} here)"
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+    if old.get(key) != new.get(key) and not key.startswith((*FREE_KEYS, IMAGES))
   ]
+  if old.get(IMAGES, images) != images:
+    raise InputError(
+      f"the training set has {images} images, and had {old[IMAGES]} when the "
+      f"run in {workdir} began: restore it, or use another --workdir"
+    )
   if differing:
     raise InputError(
       f"{workdir} holds a run with another config: {'; '.join(differing)}; "
@@ -217,18 +222,28 @@ class Checkpoints:
       like: trees of arrays or ShapeDtypeStructs with shardings.
 
     Raises:
-      InputError: another architecture: the first tensor that differs.
+      InputError: another architecture, with the first tensor that differs, or
+        damaged files.
     """
-    for name, tree in like.items():
-      self._check_shapes(step, name, tree)
     args = {
       name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
       for name, tree in like.items()
     }
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()),
-    )
+    try:
+      for name, tree in like.items():
+        self._check_shapes(step, name, tree)
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()),
+      )
+    except InputError:
+      raise
+    except (ValueError, OSError) as error:
+      reason = str(error).strip().splitlines()[0][:200]
+      raise InputError(
+        f"checkpoint {self.folder}/{step} is damaged ({reason}): move it away "
+        "to continue from an older one, or use another --workdir"
+      ) from error
     logging.info("restored step %d of %s", step, self.folder)
     return {name: restored[name] for name in like}, restored["progress"]
 

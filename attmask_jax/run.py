@@ -24,6 +24,7 @@ PAIRS = (
 )
 INFINITE = float("inf")
 RANGES = {
+  "method.patch_size": (1, INFINITE),
   "method.drop_path": (0, 0.99),
   "method.student_temp": (1e-6, INFINITE),
   "method.teacher_temp": (1e-6, INFINITE),
@@ -33,6 +34,9 @@ RANGES = {
   "method.center_momentum": (0, 1),
   "method.seed": (0, 2**32 - 1),
   "data.seed": (0, INFINITE),
+  "data.batch_size": (1, INFINITE),
+  "data.image_size": (1, INFINITE),
+  "data.local_size": (1, INFINITE),
   "data.max_broken": (0, 1),
   "data.jitter": (0, 1),
   "data.grey": (0, 1),
@@ -41,12 +45,17 @@ RANGES = {
   "optim.teacher_momentum": (0, 1),
   "optim.clip": (0, INFINITE),
   "evals.batch_size": (1, INFINITE),
+  "evals.knn_bank": (0, INFINITE),
+  "evals.knn_queries": (0, INFINITE),
+  "evals.mask_images": (0, INFINITE),
+  "evals.overlap_images": (0, INFINITE),
   "evals.knn_temp": (0, INFINITE),
   "run.log_steps": (1, INFINITE),
   "run.save_steps": (0, INFINITE),
   "run.keep_steps": (0, INFINITE),
   "run.patch_loss_chunks": (1, INFINITE),
   "run.prefetch": (1, INFINITE),
+  "run.threads": (0, INFINITE),
 }
 LISTS = ("method.mask_ratio", "method.mask_ratio_var", "evals.knn_ks")
 

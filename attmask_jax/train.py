@@ -100,6 +100,7 @@ class Loop:
     handlers = self._catch_signals()
     try:
       if self._start == 0:
+        logging.info("evaluating before the first step")
         untrained = self._evaluate.knn(self._state.teacher)
         untrained |= self._evaluate.masks(self._state.teacher)
         self._write(0, untrained)
@@ -239,12 +240,15 @@ class Loop:
     path = self._folder / "figures" / "masks.png"
     scores = self._evaluate.masks(self._state.teacher, path)
     if path.exists():
+      logging.info("masks are drawn in %s", path)
       self._writer.write_image(total, "masks", path)
     return scores
 
   def _write(
     self, done: int, values: dict[str, float], prefix: str = ""
   ) -> None:
+    if "knn/top1" in values:
+      logging.info("step %d: k-NN top-1 %.1f %%", done, values["knn/top1"])
     if values:
       self._writer.write(done, {prefix + k: v for k, v in values.items()})
 
@@ -260,7 +264,11 @@ class Loop:
       if self._signal is not None:
         raise KeyboardInterrupt
       self._signal = number
-      logging.warning("signal %d: saving after this step", number)
+      logging.warning(
+        "signal %d: saving and stopping after this step; once more quits at "
+        "once, without saving",
+        number,
+      )
 
     caught = (signal.SIGTERM, signal.SIGINT)
     return {number: signal.signal(number, note) for number in caught}

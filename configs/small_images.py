@@ -18,8 +18,9 @@ Commands:  One GPU:
 Data:      any folder with train/CLASS/ and val/CLASS/ (docs/data.md). Images
            of any size will do: crops are scaled to 64 and 32 px.
 Hardware:  one GPU, or a CPU with patience. Hours: not measured yet.
-Expected:  not measured yet. The log's knn/top1 (k = 20) should leave the value
-           before the first step, which is that of random weights, well behind.
+Expected:  not measured yet at this size. knn/top1 (k = 20) should leave its
+           value before the first step, which is that of random weights; a
+           smaller run that does is in README.md ("What a run looks like").
 
 A ViT-Ti of 5.4 million parameters with patches of 8 px sees 8 x 8 patches,
 and 4 x 4 of a local crop. Heads and prototypes are smaller than published, as

@@ -87,7 +87,7 @@ class Evaluator:
     self._config, self._method, self._mesh = config, method, mesh
     self._train, self._val = train_source, val_source
     self._embed = jax.jit(functools.partial(embed, method, config.evals))
-    if config.evals.knn and not enabled(config, val_source):
+    if config.evals.knn and val_source and not val_source.class_names:
       logging.warning(
         "online k-NN is off: %s has no labels", config.data.source
       )
