@@ -168,3 +168,39 @@ def from_config(section: ml_collections.ConfigDict) -> tuple[Head, Head]:
   )
   separate = 0 if section.shared_head_teacher else section.patch_out_dim
   return head, head.clone(patch_out_dim=separate)
+
+
+class Projector(nn.Module):
+  """MLP with LayerNorm and GELU after each hidden layer: [..., D] -> [..., C].
+
+  Source: projector (two hidden layers) and predictor (one) of ExtreMA. Its
+  LayerNorms have an epsilon of 1e-5, unlike the encoder's.
+
+  Attributes:
+    hidden: width of the hidden layers.
+    out: C.
+    layers: linear layers, at least 2.
+    dtype: of matrix products.
+  """
+
+  hidden: int
+  out: int
+  layers: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i in range(self.layers):
+      width = self.out if i == self.layers - 1 else self.hidden
+      x = nn.Dense(
+        width,
+        dtype=self.dtype,
+        kernel_init=layers.linear_init("xavier"),
+        name=f"layer_{i}",
+      )(x)
+      if i < self.layers - 1:
+        x = nn.LayerNorm(
+          epsilon=1e-5, use_fast_variance=False, name=f"norm_{i}"
+        )(x.astype(jnp.float32))
+        x = nn.gelu(x, approximate=False)
+    return x.astype(jnp.float32)

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 LAYER_NORM_EPS = 1e-6
 ATTENTION = ("auto", "xla", "cudnn")
+INITS = ("normal", "xavier")
 Initializer = Callable[..., jax.Array]
 
 
@@ -25,6 +26,17 @@ def trunc_normal(std: float = 0.02) -> Initializer:
     return jnp.clip(std * jax.random.normal(key, shape, dtype), -2.0, 2.0)
 
   return init
+
+
+def linear_init(kind: str) -> Initializer:
+  """Start values of the linear layers in blocks: one of INITS.
+
+  "xavier" is uniform in +-sqrt(6 / (in + out)); a fused projection to queries,
+  keys and values counts as one matrix (MAE, ExtreMA).
+  """
+  return (
+    trunc_normal() if kind == "normal" else nn.initializers.xavier_uniform()
+  )
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
@@ -49,13 +61,22 @@ class PatchEmbed(nn.Module):
   width: int
   patch_size: int
   dtype: Any
+  xavier: bool = False  # start values of the flattened kernel
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     p = self.patch_size
     rows, height, width, channels = images.shape
     init = uniform_fan_in(channels * p * p)
-    kernel = self.param("kernel", init, (p, p, channels, self.width))
+    # flax counts P * P as the receptive field: fan out must not.
+    bound = (6 / (self.width + channels * p * p)) ** 0.5
+    flat = lambda key, shape: jax.random.uniform(
+      key, shape, float, -bound, bound
+    )
+    kernel = self.param(
+      "kernel", flat if self.xavier else init, (p, p, channels, self.width)
+    )
+    # quirk: the bias keeps the convolution's default, it does not start at 0.
     bias = self.param("bias", init, (self.width,))
     gy, gx = height // p, width // p
     x = images[:, : gy * p, : gx * p].reshape(rows, gy, p, gx, p, channels)
@@ -65,28 +86,62 @@ class PatchEmbed(nn.Module):
     return x.astype(jnp.float32) + bias[None, None]
 
 
+class Qkv(nn.Module):
+  """[R, L, D] -> [R, L, 3 D], [q | k | v]; without a key bias if so wanted.
+
+  The bias keeps its key third either way: where it is off that third stays
+  exactly 0, and parameter trees are the same.
+  """
+
+  dtype: Any
+  initial: str
+  key_bias: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    d = x.shape[-1]
+    kernel = self.param("kernel", linear_init(self.initial), (d, 3 * d))
+    bias = self.param("bias", nn.initializers.zeros, (3 * d,))
+    if not self.key_bias:
+      bias = bias * jnp.repeat(jnp.asarray([1.0, 0.0, 1.0]), d)
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    return x @ kernel + bias.astype(self.dtype)
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with a fused [q | k | v] projection."""
 
   heads: int
   dtype: Any
   implementation: str
+  initial: str = "normal"
+  key_bias: bool = True
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, *, want: str
+    self, x: jax.Array, *, want: str, logit_bias: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array | None]:
+    """[R, L, D] -> [R, L, D], attention.
+
+    Args:
+      x: tokens.
+      want: which weights to return, float32: "none"; "cls" [R, A, L - 1], the
+        first token's on the others; "received" [R, A, L], the mean over all
+        tokens; "full" [R, A, L, L].
+      logit_bias: [R, A, L, L] float32 added to the scaled logits; at 0 it does
+        nothing but have their gradient.
+    """
     rows, tokens, d = x.shape
-    dense = functools.partial(
-      nn.Dense, dtype=self.dtype, kernel_init=trunc_normal()
-    )
-    qkv = dense(3 * d, name="qkv")(x)
+    qkv = Qkv(self.dtype, self.initial, self.key_bias, name="qkv")(x)
     qkv = qkv.reshape(rows, tokens, 3, self.heads, d // self.heads)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [R, L, A, D/A]
     out = jax.nn.dot_product_attention(
-      q, k, v, implementation=self._implementation()
+      q, k, v, logit_bias, implementation=self._implementation()
     )
-    out = dense(d, name="proj")(out.reshape(rows, tokens, d))
+    out = nn.Dense(
+      d, dtype=self.dtype, kernel_init=linear_init(self.initial), name="proj"
+    )(out.reshape(rows, tokens, d))
     if want == "none":
       return out, None
     # The fused kernels return no weights, and masking needs one row of them.
@@ -94,7 +149,12 @@ class Attention(nn.Module):
     logits = jnp.einsum(
       "rqad,rkad->raqk", queries, k, preferred_element_type=jnp.float32
     )
-    weights = jax.nn.softmax(logits * (d // self.heads) ** -0.5, axis=-1)
+    logits = logits * (d // self.heads) ** -0.5
+    if logit_bias is not None:
+      logits = logits + logit_bias
+    weights = jax.nn.softmax(logits, axis=-1)
+    if want == "received":
+      return out, jnp.mean(weights, axis=2)
     return out, weights[:, :, 0, 1:] if want == "cls" else weights
 
   def _implementation(self) -> str:
@@ -109,11 +169,12 @@ class Mlp(nn.Module):
 
   hidden: int
   dtype: Any
+  initial: str = "normal"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     dense = functools.partial(
-      nn.Dense, dtype=self.dtype, kernel_init=trunc_normal()
+      nn.Dense, dtype=self.dtype, kernel_init=linear_init(self.initial)
     )
     hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
     return dense(x.shape[-1], name="fc2")(hidden)
@@ -136,21 +197,96 @@ class Block(nn.Module):
   mlp_ratio: float
   dtype: Any
   implementation: str
+  initial: str = "normal"
+  key_bias: bool = True
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, keep: jax.Array | None = None, *, want: str = "none"
+    self,
+    x: jax.Array,
+    keep: jax.Array | None = None,
+    logit_bias: jax.Array | None = None,
+    *,
+    want: str = "none",
   ) -> tuple[jax.Array, jax.Array | None]:
-    """[R, L, D] -> ([R, L, D], attention); keep [2, R] scales the branches."""
+    """[R, L, D] -> ([R, L, D], attention); keep [2, R] scales the branches.
+
+    For logit_bias and want see `Attention`.
+    """
 
     def residual(x: jax.Array, y: jax.Array, branch: int) -> jax.Array:
       y = y.astype(jnp.float32)
       return x + (y if keep is None else y * keep[branch][:, None, None])
 
     y, attention = Attention(
-      self.heads, self.dtype, self.implementation, name="attn"
-    )(layer_norm("norm1")(x), want=want)
+      self.heads,
+      self.dtype,
+      self.implementation,
+      self.initial,
+      self.key_bias,
+      name="attn",
+    )(layer_norm("norm1")(x), want=want, logit_bias=logit_bias)
     x = residual(x, y, 0)
     hidden = int(x.shape[-1] * self.mlp_ratio)
-    y = Mlp(hidden, self.dtype, name="mlp")(layer_norm("norm2")(x))
+    y = Mlp(hidden, self.dtype, self.initial, name="mlp")(
+      layer_norm("norm2")(x)
+    )
     return residual(x, y, 1), attention
+
+
+class ClassAttention(nn.Module):
+  """A class token reads the patches: [R, 1, D], [R, L, D] -> [R, 1, D].
+
+  Source: the class-attention layers of CaiT (arXiv:2103.17239).
+  """
+
+  heads: int
+  dtype: Any
+  initial: str
+
+  @nn.compact
+  def __call__(
+    self, cls: jax.Array, tokens: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """`tokens` hold the class token first; also its row, [R, A, L - 1]."""
+    rows, _, d = cls.shape
+    dense = functools.partial(
+      nn.Dense, d, dtype=self.dtype, kernel_init=linear_init(self.initial)
+    )
+    split = lambda x: x.reshape(rows, -1, self.heads, d // self.heads)
+    q = split(dense(name="q")(cls))
+    k, v = split(dense(name="k")(tokens)), split(dense(name="v")(tokens))
+    logits = jnp.einsum(
+      "rqad,rkad->raqk", q, k, preferred_element_type=jnp.float32
+    )
+    weights = jax.nn.softmax(logits * (d // self.heads) ** -0.5, axis=-1)
+    out = jnp.einsum("raqk,rkad->rqad", weights.astype(v.dtype), v)
+    out = dense(name="proj")(out.reshape(rows, 1, d))
+    return out, weights[:, :, 0, 1:]
+
+
+class ReadoutBlock(nn.Module):
+  """One class-attention block with layer scale; patches stay as they are."""
+
+  heads: int
+  mlp_ratio: float
+  dtype: Any
+  initial: str
+  layer_scale: float
+
+  @nn.compact
+  def __call__(
+    self, cls: jax.Array, patches: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """[R, 1, D], [R, N, D] -> [R, 1, D], class row [R, A, N]."""
+    d = cls.shape[-1]
+    constant = nn.initializers.constant(self.layer_scale)
+    scales = [self.param(f"gamma_{i}", constant, (d,)) for i in (1, 2)]
+    tokens = layer_norm("norm1")(jnp.concatenate([cls, patches], axis=1))
+    y, attention = ClassAttention(
+      self.heads, self.dtype, self.initial, name="attn"
+    )(tokens[:, :1], tokens)
+    cls = cls + scales[0][None, None] * y.astype(jnp.float32)
+    mlp = Mlp(int(d * self.mlp_ratio), self.dtype, self.initial, name="mlp")
+    y = mlp(layer_norm("norm2")(cls))
+    return cls + scales[1][None, None] * y.astype(jnp.float32), attention

@@ -122,3 +122,66 @@ def update_center(
 def entropy(probs: jax.Array) -> jax.Array:
   """Mean entropy in nats: [..., K] -> [] float32."""
   return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1))
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """-sum targets * log softmax(logits) over the last axis, in float32.
+
+  Args:
+    logits: [..., C], any float type.
+    targets: [..., C] probabilities; broadcasts against logits.
+
+  Returns:
+    [...] float32.
+  """
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  return -jnp.sum(targets * log_probs, axis=-1)
+
+
+def pixel_loss(pred: jax.Array, target: jax.Array) -> jax.Array:
+  """Mean squared error over hidden patches and their pixels: [] float32.
+
+  Args:
+    pred: [B, M, P], predictions for the M hidden patches of each image.
+    target: [B, M, P], gradient stopped by the caller or without one.
+
+  Source: the loss of MAE; every image hides the same number of patches.
+  """
+  return jnp.mean(jnp.square(pred.astype(jnp.float32) - target))
+
+
+def byol(pred: jax.Array, target: jax.Array) -> jax.Array:
+  """Squared distance of unit vectors, mean over images and masks: [] in 0-4.
+
+  Args:
+    pred: [B, M, C], the student's prediction from each mask.
+    target: [B, C], the teacher's vector; its gradient is stopped.
+
+  Source: BYOL's loss (arXiv:2006.07733) as in ExtreMA; equals 2 - 2 cos.
+  """
+  target = jax.lax.stop_gradient(unit(target))
+  return jnp.mean(jnp.sum(jnp.square(unit(pred) - target[:, None]), axis=-1))
+
+
+def info_nce(pred: jax.Array, target: jax.Array, *, temp: float) -> jax.Array:
+  """Each prediction must find its own image in the global batch: [].
+
+  Args:
+    pred: [B, M, C].
+    target: [B, C]; its gradient is stopped.
+    temp: temperature T > 0; the loss is multiplied by 2 T.
+
+  Source: the contrastive loss of MoCo v3 and ExtreMA.
+  """
+  target = jax.lax.stop_gradient(unit(target))
+  logits = jnp.einsum("bmc,kc->bmk", unit(pred), target) / temp
+  own = jnp.eye(len(target))[:, None]  # [B, 1, B]
+  return 2 * temp * jnp.mean(soft_cross_entropy(logits, own))
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Rows of length 1: [..., C] -> [..., C] float32, zeros stay zeros."""
+  x = x.astype(jnp.float32)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  # The maximum inside the root keeps the gradient of a zero row finite.
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -17,6 +17,8 @@ import numpy as np
 
 ATTENTION_POLICIES = ("attmask_high", "attmask_hint", "attmask_low")
 HOST_POLICIES = ("random", "block")
+# Of methods that gather visible patches and need one count for all images.
+VISIBLE_POLICIES = ("random", "block", "grid", *ATTENTION_POLICIES)
 POLICIES = (*ATTENTION_POLICIES, *HOST_POLICIES, "none")
 
 # Block-wise masking: attempts per rectangle and bounds of its aspect ratio.
@@ -218,6 +220,66 @@ def reveal(
   eligible = place < n_eligible
   lottery = rank(jnp.where(eligible, draws, -1.0))
   return eligible & (lottery < n_show)
+
+
+def visible_first(
+  policy: str,
+  *,
+  keys: jax.Array,
+  grid: tuple[int, int],
+  n_hidden: int,
+  scores: jax.Array | None = None,
+  masks: jax.Array | None = None,
+  show_max: float = 0.0,
+) -> jax.Array:
+  """All patches in an order whose last n_hidden are hidden: [R, N] int32.
+
+  Every policy hides exactly n_hidden patches: block-wise masks are topped up
+  or trimmed at random, and a revealed hint makes room for the next most
+  attended patch.
+
+  Args:
+    policy: one of VISIBLE_POLICIES.
+    keys: [R] random keys.
+    grid: (h, w) with h * w = N.
+    n_hidden: patches to hide, 0 to N.
+    scores: [R, N] attention, for ATTENTION_POLICIES.
+    masks: [R, N] bool, for "block".
+    show_max: hints come from this share of most attended patches.
+  """
+  n = grid[0] * grid[1]
+  draws = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+  if policy == "random":
+    priority = draws
+  elif policy == "block":
+    priority = masks + draws
+  elif policy == "grid":
+    priority = jnp.asarray(_bayer(grid))[None] + draws
+  elif policy == "attmask_low":
+    priority = -scores
+  else:
+    priority = scores
+  if policy == "attmask_hint":
+    n_show = int(show_max * n_hidden)
+    hints = reveal(
+      rank(scores), draws, n_show=n_show, n_eligible=int(n * show_max)
+    )
+    priority = jnp.where(hints, -jnp.inf, priority)
+  return jnp.argsort(priority, axis=-1, stable=True).astype(jnp.int32)
+
+
+def _bayer(grid: tuple[int, int]) -> np.ndarray:
+  """Order in which ordered dithering fills a grid: [N] float32.
+
+  The first quarter of the cells is every second one of every second row.
+  """
+  side, order = 1, np.zeros((1, 1))
+  while side < max(grid):
+    order = np.block(
+      [[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]]
+    )
+    side *= 2
+  return order[: grid[0], : grid[1]].reshape(-1).astype(np.float32)
 
 
 class Hidden(NamedTuple):

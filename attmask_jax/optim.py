@@ -8,6 +8,7 @@ Source: clip_gradients, get_params_groups, LARS and
 cancel_gradients_last_layer of DINO, iBOT and AttMask.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -20,8 +21,10 @@ import optax
 from attmask_jax import Params
 from attmask_jax.errors import InputError
 
-OPTIMIZERS = ("adamw", "sgd", "lars")
+OPTIMIZERS = ("adamw", "sgd", "lars", "lars_mae")
 CLIPS = ("tensor", "global")
+# (name, leaf) -> factor on the learning rate that broadcasts against the leaf.
+LrScale = Callable[[str, jax.Array], Any]
 
 # Leaves without weight decay, by name: biases and LayerNorm scales. quirk: the
 # class, mask and position tokens and the prototype gains are decayed.
@@ -81,18 +84,22 @@ def _norm(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.sum(jnp.square(x)))
 
 
-def scale_by_rates(*, decoupled: bool) -> optax.GradientTransformationExtraArgs:
+def scale_by_rates(
+  *, decoupled: bool, undecayed: str, lr_scale: LrScale | None = None
+) -> optax.GradientTransformationExtraArgs:
   """updates -> -lr * (updates + wd * params on decayed leaves).
 
   Args:
     decoupled: add the decay here (AdamW); else only the learning rate acts.
+    undecayed: regex of leaves without decay.
+    lr_scale: rate of a leaf over lr, None = 1 for all.
   """
 
   def update(updates, state, params=None, *, lr, wd, **_):
     def scale(name: str, u: jax.Array, p: jax.Array) -> jax.Array:
-      if decoupled and not re.search(UNDECAYED, name):
+      if decoupled and not re.search(undecayed, name):
         u = u + wd * p
-      return -lr * u
+      return -lr * u if lr_scale is None else -lr * lr_scale(name, p) * u
 
     return map_named(scale, updates, params), state
 
@@ -102,13 +109,14 @@ def scale_by_rates(*, decoupled: bool) -> optax.GradientTransformationExtraArgs:
 
 
 def coupled_decay(
-  *, trust: float | None
+  *, trust: float | None, undecayed: str
 ) -> optax.GradientTransformationExtraArgs:
   """g + wd * w on decayed leaves; with `trust`, LARS's rate per tensor.
 
   Args:
     trust: LARS coefficient: decayed tensors are scaled by
       trust * |w| / |g + wd * w|, or 1 where either norm is 0.
+    undecayed: regex of leaves without decay.
   """
 
   def update(updates, state, params=None, *, lr, wd, **_):
@@ -122,9 +130,42 @@ def coupled_decay(
       return g * q
 
     def decay(name: str, g: jax.Array, p: jax.Array) -> jax.Array:
-      return g if re.search(UNDECAYED, name) else per_layer(one)(name, g, p)
+      return g if re.search(undecayed, name) else per_layer(one)(name, g, p)
 
     return map_named(decay, updates, params), state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
+
+
+def mae_trust(
+  *, trust: float = 0.001, always: bool = False, clip: bool = False
+) -> optax.GradientTransformationExtraArgs:
+  """What MAE-priv calls LARS: scales gradients, and that where wd > 0 only.
+
+  quirk: the shipped recipes have wd = 0, so nothing is ever scaled, and where
+  it is, the decay only enters the norm and is never added. Every tensor counts,
+  biases too.
+
+  Args:
+    trust: coefficient of the rate per tensor.
+    always: scale without weight decay, too.
+    clip: never above the learning rate.
+
+  Source: utils/lars.py of MAE-priv.
+  """
+
+  def update(updates, state, params=None, *, lr, wd, **_):
+    def one(g: jax.Array, p: jax.Array) -> jax.Array:
+      w_norm, g_norm = _norm(p), _norm(g)
+      q = trust * w_norm / (g_norm + wd * w_norm + 1e-8)
+      q = jnp.where((w_norm > 0) & (g_norm > 0), q, 1.0)
+      q = jnp.minimum(q / lr, 1.0) if clip else q
+      return g * jnp.where((wd != 0) | always, q, 1.0)
+
+    scale = lambda name, g, p: per_layer(one)(name, g, p)
+    return map_named(scale, updates, params), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update
@@ -153,12 +194,13 @@ class Optimizer(NamedTuple):
   """Recipe of an update; `build` makes the optax transformation.
 
   Attributes:
-    name: "adamw", "sgd" or "lars".
+    name: one of OPTIMIZERS.
     clip: norm limit, 0 = none.
     clip_by: "tensor" or "global".
     betas: of Adam.
     eps: of Adam, outside the root, after bias correction.
     sgd_momentum: of SGD and LARS.
+    nesterov: Nesterov momentum for these two.
   """
 
   name: str = "adamw"
@@ -167,6 +209,7 @@ class Optimizer(NamedTuple):
   betas: tuple[float, float] = (0.9, 0.999)
   eps: float = 1e-8
   sgd_momentum: float = 0.9
+  nesterov: bool = False
 
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict) -> Self:
@@ -188,16 +231,24 @@ class Optimizer(NamedTuple):
       betas=tuple(o.betas),
       eps=o.eps,
       sgd_momentum=o.sgd_momentum,
+      nesterov=o.nesterov,
     )
 
   def build(
-    self, *, frozen_at_start: str | None = None, untrained: str | None = None
+    self,
+    *,
+    frozen_at_start: str | None = None,
+    untrained: str | None = None,
+    undecayed: str | None = None,
+    lr_scale: LrScale | None = None,
   ) -> optax.GradientTransformationExtraArgs:
     """The chain clip -> freeze -> rule; update(..., lr=, wd=, frozen=).
 
     Args:
       frozen_at_start: regex of leaves that hold while `frozen` is true.
       untrained: regex of leaves that never move.
+      undecayed: regex of leaves without weight decay, None = UNDECAYED.
+      lr_scale: see `scale_by_rates`.
     """
 
     def label(name: str, _: jax.Array) -> str:
@@ -207,10 +258,11 @@ class Optimizer(NamedTuple):
         return "freezable"
       return "free"
 
+    rule = lambda: self._rule(undecayed or UNDECAYED, lr_scale)
     groups = optax.partition(
       {
-        "free": self._rule(),
-        "freezable": freezable(self._rule()),
+        "free": rule(),
+        "freezable": freezable(rule()),
         "untrained": optax.set_to_zero(),
       },
       lambda params: map_named(label, params),
@@ -222,16 +274,22 @@ class Optimizer(NamedTuple):
       clip = optax.clip_by_global_norm(self.clip)
     return optax.chain(clip, groups)
 
-  def _rule(self) -> optax.GradientTransformationExtraArgs:
+  def _rule(
+    self, undecayed: str, lr_scale: LrScale | None
+  ) -> optax.GradientTransformationExtraArgs:
+    rate = functools.partial(
+      scale_by_rates, undecayed=undecayed, lr_scale=lr_scale
+    )
     if self.name == "adamw":
       b1, b2 = self.betas
       adam = optax.scale_by_adam(b1=b1, b2=b2, eps=self.eps)
-      return optax.chain(adam, scale_by_rates(decoupled=True))
+      return optax.chain(adam, rate(decoupled=True))
     trust = 0.001 if self.name == "lars" else None
+    first = coupled_decay(trust=trust, undecayed=undecayed)
     return optax.chain(
-      coupled_decay(trust=trust),
-      optax.trace(decay=self.sgd_momentum),
-      scale_by_rates(decoupled=False),
+      mae_trust() if self.name == "lars_mae" else first,
+      optax.trace(decay=self.sgd_momentum, nesterov=self.nesterov),
+      rate(decoupled=False),
     )
 
 

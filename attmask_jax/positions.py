@@ -28,27 +28,49 @@ def bicubic_weights(size: int, grid: int) -> np.ndarray:
   return weights
 
 
+def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
+  """Fixed two-dimensional positions: [1, N, D] float32, row-major.
+
+  Each axis gives [sin(c w), cos(c w)] with w_k = 10000^(-k / (D / 4)) of its
+  coordinate c.
+
+  Args:
+    grid: (rows, columns).
+    width: D, divides by 4.
+    order: which axis comes first: "yx" (MAE-priv) or "xy" (the official MAE,
+      ExtreMA).
+  """
+  rates = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+  y, x = np.indices(grid).reshape(2, -1, 1) * rates
+  axes = {"y": (np.sin(y), np.cos(y)), "x": (np.sin(x), np.cos(x))}
+  table = np.concatenate(
+    [part for axis in order for part in axes[axis]], axis=1
+  )
+  return table[None].astype(np.float32)
+
+
 def interpolate(
-  table: jax.Array, height: int, width: int, patch_size: int
+  table: jax.Array, height: int, width: int, patch_size: int, *, lead: int = 1
 ) -> jax.Array:
   """Position table for an image of height x width pixels.
 
   Args:
-    table: [1, 1 + S*S, D], class slot first.
+    table: [1, lead + S*S, D], other tokens' slots first.
     height: image height in pixels.
     width: image width in pixels.
     patch_size: patch side in pixels.
+    lead: slots in front of the patches'.
 
   Returns:
-    [1, 1 + N, D]. A square image with as many patches as the table gets the
+    [1, lead + N, D]. A square image with as many patches as the table gets the
     table itself; any other, non-square ones with the same count included, is
     resampled.
   """
   _, tokens, d = table.shape
   grid = (height // patch_size, width // patch_size)
-  if grid[0] * grid[1] == tokens - 1 and height == width:
+  if grid[0] * grid[1] == tokens - lead and height == width:
     return table
-  side = round((tokens - 1) ** 0.5)
+  side = round((tokens - lead) ** 0.5)
   rows, columns = (
     jnp.asarray(bicubic_weights(side, g), jnp.float32) for g in grid
   )
@@ -56,7 +78,8 @@ def interpolate(
     "ys,xt,std->yxd",
     rows,
     columns,
-    table[0, 1:].reshape(side, side, d),
+    table[0, lead:].reshape(side, side, d),
     precision=jax.lax.Precision.HIGHEST,
   )
-  return jnp.concatenate([table[:, :1], patches.reshape(1, -1, d)], axis=1)
+  patches = patches.reshape(1, -1, d)
+  return jnp.concatenate([table[:, :lead], patches], axis=1)

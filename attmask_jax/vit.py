@@ -7,15 +7,15 @@ Source: ViT (arXiv:2010.11929) as DINO, iBOT and AttMask use it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from flax import linen as nn
 
-from attmask_jax import Params, layers, positions
+from attmask_jax import Params, layers, masking, positions, stack
 from attmask_jax.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -27,11 +27,8 @@ VARIANTS = {
   "small": dict(width=384, depth=12, heads=6),
   "base": dict(width=768, depth=12, heads=12),
   "large": dict(width=1024, depth=24, heads=16),
-}
-REMAT = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "huge": dict(width=1280, depth=32, heads=16),
+  "giant": dict(width=1664, depth=48, heads=16),
 }
 
 
@@ -39,14 +36,19 @@ class Output(NamedTuple):
   """What a forward pass gives.
 
   Attributes:
-    tokens: [R, L, D] float32, after the final norm.
+    tokens: [R, L, D] float32, after the final norm, with the class token first
+      where there is one.
+    raw: the same before the final norm.
     blocks: the last `last` block outputs, oldest first, each [R, L, D]
       float32 before the final norm.
     attention: of the last block, float32, rows sum to 1 over all L tokens:
-      None, [R, A, N] (class row without the class column) or [R, A, L, L].
+      None, [R, A, N] (what patches get from the class token or, without one,
+      from all patches on average) or [R, A, L, L]; of every block [depth, R,
+      A, L, L], where a class token that reads the patches is not among the L.
   """
 
   tokens: jax.Array
+  raw: jax.Array
   blocks: tuple[jax.Array, ...]
   attention: jax.Array | None
 
@@ -59,6 +61,14 @@ def normalize_images(images: jax.Array) -> jax.Array:
   mean = jnp.asarray(IMAGENET_MEAN, jnp.float32).reshape(axes)
   std = jnp.asarray(IMAGENET_STD, jnp.float32).reshape(axes)
   return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def denormalize_images(images: jax.Array) -> jax.Array:
+  """The inverse of `normalize_images`, as floats in about 0-1."""
+  axes = (1,) * (images.ndim - 1) + (3,)
+  mean = jnp.asarray(IMAGENET_MEAN, jnp.float32).reshape(axes)
+  std = jnp.asarray(IMAGENET_STD, jnp.float32).reshape(axes)
+  return images * std + mean
 
 
 def drop_path_draws(
@@ -79,7 +89,7 @@ def drop_path_draws(
 
 
 class ViT(nn.Module):
-  """Vision Transformer with a class token and learned positions.
+  """Vision Transformer.
 
   Attributes:
     width: D.
@@ -94,6 +104,16 @@ class ViT(nn.Module):
     scan: scan over stacked blocks (compiles faster) or unroll them.
     remat: "none", "full" or "dots": what the backward pass recomputes.
     attention: "auto" (cuDNN for bfloat16 on a GPU), "xla" or "cudnn".
+    class_token: "input" (runs through all blocks, first of the L tokens),
+      "readout" (enters after them and reads the patches by class-attention) or
+      "none".
+    positions: "learned", or fixed "yx" or "xy" (see `positions.sin_cos`),
+      which leave a class token at 0.
+    key_bias: keys have a bias.
+    initial: start values of linear layers, "normal" or "xavier".
+    xavier_embed: the patch embedding starts from "xavier", too.
+    readout_layers: class-attention blocks of class_token "readout".
+    layer_scale: start value of their scales.
   """
 
   width: int
@@ -107,6 +127,18 @@ class ViT(nn.Module):
   scan: bool = True
   remat: str = "none"
   attention: str = "auto"
+  class_token: str = "input"
+  positions: str = "learned"
+  key_bias: bool = True
+  initial: str = "normal"
+  xavier_embed: bool = False
+  readout_layers: int = 2
+  layer_scale: float = 0.1
+
+  @property
+  def lead(self) -> int:
+    """Tokens in front of the patches in `Output.blocks`."""
+    return int(self.class_token == "input")
 
   @property
   def grid(self) -> int:
@@ -119,9 +151,11 @@ class ViT(nn.Module):
     images: jax.Array,
     mask: jax.Array | None = None,
     *,
+    keep_ids: jax.Array | None = None,
     draws: jax.Array | None = None,
     last: int = 1,
     want: str = "none",
+    logit_bias: jax.Array | None = None,
   ) -> Output:
     """Forward pass.
 
@@ -129,69 +163,99 @@ class ViT(nn.Module):
       images: [R, H, W, 3] float32, normalised.
       mask: [R, N] bool; True replaces the patch embedding by the mask token,
         before positions are added.
-      draws: [depth, 2, R] uniform in [0, 1) from `drop_path_draws`, or None
-        for no stochastic depth.
+      keep_ids: [R, V, M] int32, the only patches to see, in V subsets of each
+        image: rows become R * V, image-major. None = all of them.
+      draws: [depth, 2, R * V] uniform in [0, 1) from `drop_path_draws`, or
+        None for no stochastic depth.
       last: how many block outputs to return, 1 to depth.
-      want: "none", "cls" or "full": see `Output.attention`.
+      want: "none", "cls", "full" or "all": see `Output.attention`.
+      logit_bias: [depth, R * V, A, L, L], see `layers.Attention`: for pictures
+        that need the gradient of the attention's logits.
     """
-    rows, height, width, _ = images.shape
+    _, height, width, _ = images.shape
     x = layers.PatchEmbed(
-      self.width, self.patch_size, self.dtype, name="patch_embed"
+      self.width,
+      self.patch_size,
+      self.dtype,
+      self.xavier_embed,
+      name="patch_embed",
     )(images)
     if mask is not None:
       token = self.param(
         "mask_token", nn.initializers.zeros, (1, 1, self.width)
       )
       x = jnp.where(mask[:, :, None], token, x)
-    cls = self.param("cls_token", layers.trunc_normal(), (1, 1, self.width))
-    table = self.param(
-      "pos_embed", layers.trunc_normal(), (1, 1 + self.grid**2, self.width)
-    )
-    cls = jnp.broadcast_to(cls, (rows, 1, self.width))
-    x = jnp.concatenate([cls, x], axis=1)
-    x = x + positions.interpolate(table, height, width, self.patch_size)
-    blocks, attention = self._blocks(x, draws, last, want)
-    return Output(layers.layer_norm("norm")(blocks[-1]), blocks, attention)
-
-  def _blocks(
-    self, x: jax.Array, draws: jax.Array | None, last: int, want: str
-  ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-    """Runs all blocks; the last `last` ones unrolled, since they are kept."""
+    table = self._positions(height, width)  # [1, lead + N, D]
+    x = x + table[:, self.lead :]
+    if keep_ids is not None:
+      rows, subsets, kept = keep_ids.shape
+      x = masking.gather(x, keep_ids.reshape(rows, -1))
+      x = x.reshape(rows * subsets, kept, self.width)
+    if self.lead:
+      cls = self._class_token(len(x)) + table[:, :1]
+      x = jnp.concatenate([cls, x], axis=1)
+    through = "received" if want == "cls" and not self.lead else want
+    if self.class_token == "readout" and want == "cls":
+      through = "none"
     block = layers.Block(
-      self.heads, self.mlp_ratio, self.dtype, self.attention, parent=None
+      self.heads,
+      self.mlp_ratio,
+      self.dtype,
+      self.attention,
+      self.initial,
+      self.key_bias,
+      parent=None,
+    )
+    blocks, attention = stack.apply(
+      self,
+      block,
+      x,
+      depth=self.depth,
+      drop_path=self.drop_path,
+      draws=draws,
+      last=last,
+      want=through,
+      logit_bias=logit_bias,
+      scan=self.scan,
+      remat=self.remat,
+    )
+    tokens = blocks[-1]
+    if self.class_token == "readout":
+      cls, row = self._read(tokens)
+      tokens = jnp.concatenate([cls, tokens], axis=1)
+      attention = row if want == "cls" else attention
+    return Output(layers.layer_norm("norm")(tokens), tokens, blocks, attention)
+
+  def _class_token(self, rows: int) -> jax.Array:
+    """[R, 1, D], the same for all."""
+    cls = self.param("cls_token", layers.trunc_normal(), (1, 1, self.width))
+    return jnp.broadcast_to(cls, (rows, 1, self.width))
+
+  def _positions(self, height: int, width: int) -> jax.Array:
+    """[1, lead + N, D] for an image of this size."""
+    if self.positions != "learned":
+      grid = height // self.patch_size, width // self.patch_size
+      table = jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
+      return jnp.pad(table, ((0, 0), (self.lead, 0), (0, 0)))
+    shape = (1, self.lead + self.grid**2, self.width)
+    table = self.param("pos_embed", layers.trunc_normal(), shape)
+    return positions.interpolate(
+      table, height, width, self.patch_size, lead=self.lead
     )
 
-    def init(key: jax.Array) -> Params:
-      one = lambda key: block.init(key, x[:1])["params"]
-      return jax.vmap(one)(jax.random.split(key, self.depth))
-
-    weights = self.param("blocks", init)
-    keep = None
-    if draws is not None and self.drop_path > 0:
-      rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
-      rates = jnp.asarray(rates)[:, None, None]
-      keep = jnp.where(draws >= rates, 1 / (1 - rates), 0.0)
-
-    def body(x: jax.Array, layer: tuple[Params, jax.Array | None]):
-      return block.apply({"params": layer[0]}, x, layer[1])[0], None
-
-    if self.remat != "none":
-      body = jax.checkpoint(
-        body, policy=REMAT[self.remat], prevent_cse=not self.scan
-      )
-    stacked, scanned = (weights, keep), self.depth - last
-    if self.scan and scanned:
-      first = jax.tree.map(lambda a: a[:scanned], stacked)
-      x, _ = jax.lax.scan(body, x, first)
-    outputs, attention = [], None
-    for i in range(scanned if self.scan else 0, self.depth):
-      layer = jax.tree.map(lambda a, i=i: a[i], stacked)
-      if i == self.depth - 1 and want != "none":
-        x, attention = block.apply({"params": layer[0]}, x, layer[1], want=want)
-      else:
-        x, _ = body(x, layer)
-      outputs.append(x)
-    return tuple(outputs[-last:]), attention
+  def _read(self, patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Class token after class-attention, un-normed [R, 1, D]; its last row."""
+    cls = self._class_token(len(patches))
+    for i in range(self.readout_layers):
+      cls, row = layers.ReadoutBlock(
+        self.heads,
+        self.mlp_ratio,
+        self.dtype,
+        self.initial,
+        self.layer_scale,
+        name=f"readout_{i}",
+      )(cls, patches)
+    return cls, row
 
 
 def from_config(config: ml_collections.ConfigDict) -> ViT:
@@ -208,7 +272,10 @@ def from_config(config: ml_collections.ConfigDict) -> ViT:
       f"data.image_size {image_size} is not a multiple of method.patch_size "
       f"{m.patch_size}: choose {down} or {down + m.patch_size} pixels"
     )
-  for key, known in (("remat", tuple(REMAT)), ("attention", layers.ATTENTION)):
+  for key, known in (
+    ("remat", tuple(stack.REMAT)),
+    ("attention", layers.ATTENTION),
+  ):
     if run[key] not in known:
       raise InputError(
         f'run.{key} "{run[key]}" is unknown: use {", ".join(known)}'
@@ -255,8 +322,10 @@ def features(
   *,
   last: int = 1,
   norm: bool = True,
+  draws: jax.Array | None = None,
+  logit_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Frozen features of whole images.
+  """Features of whole images.
 
   Args:
     backbone: the network.
@@ -264,16 +333,82 @@ def features(
     images: [B, H, W, 3], uint8 or normalised.
     last: class tokens of that many last blocks, oldest first.
     norm: apply the final norm to each of them.
+    draws: for stochastic depth, see `ViT`.
+    logit_bias: see `ViT`.
 
   Returns:
-    cls [B, last * D] and patches of the last block [B, N, D], float32.
+    cls [B, last * D], or None for a network without class token, and patches
+    of the last block [B, N, D], float32. A class token that reads the patches
+    exists once, after the last block, whatever `last` says.
   """
-  out = backbone.apply({"params": params}, normalize_images(images), last=last)
-  blocks = out.blocks
-  if norm:
-    final = functools.partial(
-      layers.layer_norm(None).apply, {"params": params["norm"]}
+  images = normalize_images(images)
+  out = backbone.apply(
+    {"params": params}, images, draws=draws, last=last, logit_bias=logit_bias
+  )
+  final = functools.partial(
+    layers.layer_norm(None).apply, {"params": params["norm"]}
+  )
+  if not norm:
+    final = lambda x: x
+  if backbone.class_token == "readout":
+    cls, patches = jnp.split(out.raw, [1], axis=1)
+    return final(cls)[:, 0], final(patches)
+  blocks = [final(x) for x in out.blocks]
+  patches = blocks[-1][:, backbone.lead :]
+  if not backbone.lead:
+    return None, patches
+  return jnp.concatenate([x[:, 0] for x in blocks], axis=-1), patches
+
+
+def class_attention(
+  backbone: ViT, params: Params, images: jax.Array
+) -> jax.Array:
+  """Last attention to each patch: [B, H, W, 3] -> [B, A, N], see `Output`."""
+  images = normalize_images(images)
+  return backbone.apply({"params": params}, images, want="cls").attention
+
+
+def pool(
+  cls: jax.Array | None, patches: jax.Array, *, avgpool: int
+) -> jax.Array:
+  """One vector per image out of `features`.
+
+  Args:
+    cls: [B, last * D].
+    patches: [B, N, D].
+    avgpool: 0 class tokens, 1 mean patch, 2 class tokens then mean patch.
+
+  Returns:
+    [B, F] with F = D * (last * (avgpool != 1) + (avgpool > 0)).
+  """
+  if cls is None and avgpool != 1:
+    raise InputError(
+      f"avgpool {avgpool} takes the class token, and this network has none: "
+      "set avgpool to 1, the mean patch"
     )
-    blocks = [final(x) for x in blocks]
-  cls = jnp.concatenate([x[:, 0] for x in blocks], axis=-1)
-  return cls, blocks[-1][:, 1:]
+  if avgpool == 0:
+    return cls
+  mean = jnp.mean(patches, axis=1)
+  return mean if avgpool == 1 else jnp.concatenate([cls, mean], axis=-1)
+
+
+def embed(
+  features_fn: Callable[..., tuple[jax.Array, jax.Array]],
+  images: jax.Array,
+  *,
+  last: int = 1,
+  avgpool: int = 0,
+  raw: bool = False,
+) -> jax.Array:
+  """One feature of an image: [B, H, W, 3] -> [B, F] float32, see `pool`.
+
+  Args:
+    features_fn: `features` of a method, with its weights.
+    images: uint8 or normalised.
+    last: class tokens of that many last blocks.
+    avgpool: see `pool`. quirk: 1 pools patches that no final norm has seen.
+    raw: leave the final norm out everywhere (MAE, ExtreMA).
+  """
+  norm = not raw and avgpool != 1
+  cls, patches = features_fn(images, last=last, norm=norm)
+  return pool(cls, patches, avgpool=avgpool)

@@ -22,7 +22,7 @@ def _leaf(name, value):
   for pattern, new in _NAMES:
     name = re.sub(pattern, new, name)
   if name.endswith("mask_token"):
-    value = value[None]
+    value = value.reshape(1, 1, -1)
   elif name.endswith("weight_g"):
     value = value[:, 0]
   elif name.endswith("weight_v"):
@@ -39,8 +39,10 @@ def _leaf(name, value):
 def tree(tensors):
   """{reference name: tensor} -> nested dict with stacked blocks."""
   flat, stacked = {}, {}
+  tensors = _with_key_bias(tensors)
   for name, value in tensors.items():
     name, value = _leaf(name, np.asarray(value))
+    name = re.sub(r"blocks_token\.(\d+)\.", r"readout_\1.", name)
     block = re.search(r"blocks\.(\d+)\.", name)
     if block:
       key = name.replace(block[0], "blocks.")
@@ -57,6 +59,16 @@ def tree(tensors):
       node = node.setdefault(parent, {})
     node[leaf] = value
   return nested
+
+
+def _with_key_bias(tensors):
+  """MAE's separate biases of queries and values as one [q | 0 | v]."""
+  joined = dict(tensors)
+  for name in tensors:
+    if name.endswith("attn.q_bias"):
+      q, v = joined.pop(name), joined.pop(name.replace("q_bias", "v_bias"))
+      joined[name.replace("q_bias", "qkv.bias")] = np.concatenate([q, 0 * q, v])
+  return joined
 
 
 def load(file, prefix):

@@ -167,7 +167,7 @@ def test_golden_schedules(golden):
       min_lr=cfg("min_lr"),
       warmup_epochs=cfg("warmup_epochs"),
       weight_decay=(cfg("weight_decay"), cfg("weight_decay_end")),
-      momentum=cfg("momentum"),
+      momentum=(cfg("momentum"), 1.0),
       freeze_epochs=1,
       epochs=cfg("epochs"),
       steps_per_epoch=cfg("iters_per_epoch"),
@@ -205,3 +205,34 @@ def test_every_leaf_of_a_vit_is_in_the_right_decay_group(golden):
       path = path.replace(".", "/")
       kept = not optim.re.search(optim.UNDECAYED, path)
       assert kept == decayed, path
+
+
+@pytest.mark.parametrize(
+  "case", ["wd0", "wd", "always_adapt", "clip", "nesterov", "nomom"]
+)
+def test_golden_lars_of_mae(golden, case):
+  file = golden("mae/lars.npz")
+  cfg = lambda name: file[f"cfg/{case}/{name}"].item()
+  params = {k: jnp.asarray(file[f"in/param/{k}"]) for k in ("w", "b")}
+  for name in ("w_zero", "w_zerograd"):
+    params[name] = jnp.asarray(file[f"in/param/{name}"])
+  momentum = optax.trace(cfg("momentum"), nesterov=cfg("nesterov"))
+  tx = optax.chain(
+    optim.mae_trust(
+      trust=cfg("trust_coeff"),
+      always=cfg("always_adapt"),
+      clip=cfg("trust_clip"),
+    ),
+    momentum if cfg("momentum") else optax.identity(),
+    optim.scale_by_rates(decoupled=False, undecayed="^$"),
+  )
+  state = tx.init(params)
+  for t in range(4):
+    grads = {k: jnp.asarray(file[f"in/grad{t}/{k}"]) for k in params}
+    updates, state = tx.update(
+      grads, state, params, lr=cfg("lr"), wd=cfg("weight_decay")
+    )
+    params = optax.apply_updates(params, updates)
+    for name, value in params.items():
+      want = file[f"out/{case}/step{t}/{name}"]
+      np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)

@@ -112,7 +112,7 @@ def test_scan_and_remat_change_nothing(remat, last):
   jax.tree.map(lambda a, b: close(a, b, 2e-4), got, want)
 
 
-def test_drop_path_by_hand():
+def test_drop_path_by_hand(monkeypatch):
   depth, rate = 4, 0.6
   model = vit.ViT(16, depth, 2, 4, 8, drop_path=rate)
   images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
@@ -124,12 +124,12 @@ def test_drop_path_by_hand():
   got = model.apply(variables, images, draws=draws).blocks[0]
   survivors = {0: 1.0, 2: 1 / (1 - 0.4)}
 
-  class FirstTokens(vit.ViT):
-    def _blocks(self, x, draws, last, want):
-      self.param("blocks", lambda key: blocks)
-      return (x,), None
+  def no_blocks(module, block, x, **options):
+    module.param("blocks", lambda key: blocks)
+    return (x,), None
 
-  x = FirstTokens(16, depth, 2, 4, 8).apply(variables, images).blocks[0]
+  monkeypatch.setattr(vit.stack, "apply", no_blocks)
+  x = model.apply(variables, images).blocks[0]
   for i, scale in survivors.items():
     layer = jax.tree.map(lambda a, i=i: a[i], blocks)
     keep = jnp.full((2, 1), scale)
@@ -190,7 +190,7 @@ def test_normalize_images_by_hand():
   [
     ({"data.image_size": 70}, ["70", "64 or 80"]),
     ({"data.image_size": 8}, ["8", "16 or 32"]),
-    ({"method.variant": "huge"}, ["huge", "tiny, small, base, large"]),
+    ({"method.variant": "vast"}, ["vast", "tiny, small, base, large"]),
     ({"method.variant": "100x2x3"}, ["100", "3 heads", "99"]),
     ({"run.remat": "some"}, ["some", "none, full, dots"]),
     ({"run.attention": "flash"}, ["flash", "auto, xla, cudnn"]),
@@ -208,3 +208,112 @@ def test_published_sizes():
   model = vit.from_config(common.attmask())
   assert (model.width, model.depth, model.heads) == (384, 12, 6)
   assert model.grid == 14
+
+
+def without_positions(weights):
+  """Fixed tables are no parameters of ours."""
+  return {k: v for k, v in weights.items() if k != "pos_embed"}
+
+
+@pytest.fixture(scope="module")
+def reading(golden):
+  """ExtreMA's encoder: fixed positions, a class token that reads at the end."""
+  file = golden("extrema/vit_forward.npz")
+  cfg = lambda name: file[f"cfg/{name}"].item()
+  model = vit.ViT(
+    width=cfg("embed_dim"),
+    depth=cfg("depth"),
+    heads=cfg("num_heads"),
+    patch_size=cfg("patch_size"),
+    image_size=cfg("img_size"),
+    class_token="readout",
+    positions="xy",
+    readout_layers=cfg("class_attention_layers"),
+  )
+  weights = without_positions(reference.load(file, "sd/"))
+  images = reference.nhwc(file["in/images"])
+  return file, model, {"params": weights}, images
+
+
+def test_golden_class_attention_encoder(reading):
+  file, model, variables, images = reading
+  table = positions.sin_cos((model.grid,) * 2, model.width, "xy")
+  close(table, file["sd/pos_embed"], 1e-7)
+  out = model.apply(variables, images, want="cls")
+  close(out.blocks[-1], file["out/full/patch_tokens"], 2e-5)
+  close(out.tokens, file["out/full/norm_tokens"], 2e-5)
+  last = model.readout_layers - 1
+  close(out.raw[:, :1], file[f"out/full/cls_after_ca{last}"], 2e-5)
+  # The class token attends to itself, too, so a row sums to less than 1.
+  assert out.attention.shape == (len(images), model.heads, model.grid**2)
+  assert 0.5 < float(out.attention.sum(-1).max()) < 1
+  cls, patches = vit.features(model, variables["params"], images)
+  close(cls, file["out/full/feature"], 2e-5)
+  close(patches, file["out/full/norm_tokens"][:, 1:], 2e-5)
+
+
+def test_golden_subsets_of_patches(reading):
+  file, model, variables, images = reading
+  ids = file["in/masks"].transpose(1, 0, 2)  # [B, M, K], as we have them
+  b, m, _ = ids.shape
+  out = model.apply(variables, images, keep_ids=jnp.asarray(ids))
+  major = lambda x: np.asarray(x).reshape(b, m, *x.shape[1:]).swapaxes(0, 1)
+  got = major(out.tokens[:, 0]).reshape(m * b, -1)
+  close(got, file["out/masked/feature"], 2e-5)
+
+
+@pytest.mark.parametrize("variant", ["gap", "cls"])
+def test_golden_visible_patches_only(golden, variant):
+  file = golden("mae/pretrain_forward.npz")
+  cfg = lambda name: file[f"cfg/{name}"].item()
+  model = vit.ViT(
+    width=cfg("dim"),
+    depth=cfg("depth"),
+    heads=cfg("heads"),
+    patch_size=cfg("patch"),
+    image_size=cfg("img"),
+    class_token="input" if variant == "cls" else "none",
+    positions="yx",
+    key_bias=False,
+  )
+  weights = reference.load(file, f"sd/{variant}/encoder.")
+  variables = {"params": without_positions(weights)}
+  images = reference.nhwc(file[f"in/{variant}/images"])
+  shuffle = file[f"in/{variant}/shuffle"]
+  ids = shuffle[:, : file[f"out/{variant}/visible_size"].item()]
+  out = model.apply(variables, images, keep_ids=jnp.asarray(ids)[:, None])
+  want = file[f"out/{variant}/latent_visible"]
+  close(out.tokens[:, model.lead :], want, 2e-5)
+
+
+def test_a_key_bias_that_is_off_gets_no_gradient():
+  model = vit.ViT(8, 1, 2, patch_size=4, image_size=8, key_bias=False)
+  images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  params = model.init(jax.random.key(1), images)["params"]
+  loss = lambda p: jnp.sum(model.apply({"params": p}, images).tokens[:, 1] ** 3)
+  bias = np.asarray(jax.grad(loss)(params)["blocks"]["attn"]["qkv"]["bias"])[0]
+  assert not bias[8:16].any()
+  assert np.abs(bias[:8]).max() > 0 and np.abs(bias[16:]).max() > 0
+
+
+def test_attention_received_without_a_class_token():
+  model = vit.ViT(
+    8, 2, 2, patch_size=4, image_size=12, class_token="none", positions="yx"
+  )
+  images = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
+  variables = model.init(jax.random.key(1), images)
+  full = model.apply(variables, images, want="full").attention
+  received = model.apply(variables, images, want="cls").attention
+  want = np.asarray(full).sum(axis=2) / 9  # over queries
+  close(received, want, 1e-6)
+
+
+def test_no_class_token_no_class_feature():
+  model = vit.ViT(8, 1, 2, 4, 8, class_token="none", positions="yx")
+  images = jnp.zeros((1, 8, 8, 3))
+  params = model.init(jax.random.key(0), images)["params"]
+  cls, patches = vit.features(model, params, images)
+  assert cls is None
+  assert vit.pool(cls, patches, avgpool=1).shape == (1, 8)
+  with pytest.raises(InputError, match="none"):
+    vit.pool(cls, patches, avgpool=0)

@@ -1,0 +1,91 @@
+"""Stacked transformer blocks: one set of parameters with a leading layer axis.
+
+Scanned they compile once, whatever the depth; unrolled each is its own code.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from attmask_jax import Params, layers
+
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def apply(
+  module: nn.Module,
+  block: layers.Block,
+  x: jax.Array,
+  *,
+  depth: int,
+  drop_path: float = 0.0,
+  draws: jax.Array | None = None,
+  last: int = 1,
+  want: str = "none",
+  logit_bias: jax.Array | None = None,
+  scan: bool = True,
+  remat: str = "none",
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+  """Runs `depth` blocks whose parameters are `module`'s "blocks".
+
+  Args:
+    module: being called; holds the parameters.
+    block: one of them, without a parent.
+    x: [R, L, D] float32.
+    depth: number of blocks.
+    drop_path: stochastic-depth rate of the last block; block i of n uses
+      `drop_path * i / (n - 1)`.
+    draws: [depth, 2, R] uniform in [0, 1), or None for no stochastic depth.
+    last: how many block outputs to return, 1 to depth; those blocks are
+      unrolled, since their outputs are kept.
+    want: attention of the last block, see `layers.Attention`; "all" is "full"
+      of every block, which unrolls them.
+    logit_bias: [depth, R, A, L, L] or None, see `layers.Attention`.
+    scan: scan over the other blocks, or unroll them.
+    remat: one of REMAT, what the backward pass recomputes.
+
+  Returns:
+    The last `last` outputs, each [R, L, D], oldest first, and the attention,
+    for "all" [depth, R, A, L, L].
+  """
+
+  def init(key: jax.Array) -> Params:
+    one = lambda key: block.init(key, x[:1])["params"]
+    return jax.vmap(one)(jax.random.split(key, depth))
+
+  weights = module.param("blocks", init)
+  keep = None
+  if draws is not None and drop_path > 0:
+    rates = np.linspace(0, drop_path, depth, dtype=np.float32)
+    rates = jnp.asarray(rates)[:, None, None]
+    keep = jnp.where(draws >= rates, 1 / (1 - rates), 0.0)
+
+  def body(x: jax.Array, layer: tuple[Params, *tuple[jax.Array | None, ...]]):
+    return block.apply({"params": layer[0]}, x, *layer[1:])[0], None
+
+  if remat != "none":
+    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
+  stacked, scanned = (weights, keep, logit_bias), depth - last
+  if not scan or want == "all":
+    scanned = 0
+  if scanned:
+    first = jax.tree.map(lambda a: a[:scanned], stacked)
+    x, _ = jax.lax.scan(body, x, first)
+  outputs, attention = [], []
+  for i in range(scanned, depth):
+    layer = jax.tree.map(lambda a, i=i: a[i], stacked)
+    if want == "all" or (i == depth - 1 and want != "none"):
+      one = "full" if want == "all" else want
+      x, found = block.apply({"params": layer[0]}, x, *layer[1:], want=one)
+      attention.append(found)
+    else:
+      x, _ = body(x, layer)
+    outputs.append(x)
+  if want == "all":
+    return tuple(outputs[-last:]), jnp.stack(attention)
+  return tuple(outputs[-last:]), attention[0] if attention else None
