@@ -18,6 +18,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
+RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC}
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -128,8 +129,15 @@ def random_flip(
   return image
 
 
-def eval_crop(image: Image.Image, size: int) -> Image.Image:
-  """Shorter side to floor(256/224 * size), bicubic, then the central square.
+def eval_crop(
+  image: Image.Image, size: int, *, resample: str = "bicubic"
+) -> Image.Image:
+  """Shorter side to floor(256/224 * size), then the central square.
+
+  Args:
+    image: any size.
+    size: side of the square in pixels.
+    resample: one of RESAMPLE.
 
   Source: torchvision Resize(256) + CenterCrop(224), for any size.
   """
@@ -139,9 +147,19 @@ def eval_crop(image: Image.Image, size: int) -> Image.Image:
     target = shorter, int(shorter * height / width)
   else:
     target = int(shorter * width / height), shorter
-  image = image.resize(target, BICUBIC)
+  image = image.resize(target, RESAMPLE[resample])
   left, top = (round((side - size) / 2) for side in target)
   return image.crop((left, top, left + size, top + size))
+
+
+def eval_whole(image: Image.Image, size: int) -> Image.Image:
+  """The uncut image, resized (bicubic) if it is not `size` x `size` already.
+
+  Source: DeiT, for images of up to 32 pixels (all of which fit there).
+  """
+  if image.size == (size, size):
+    return image
+  return image.resize((size, size), BICUBIC)
 
 
 # --- colour -----------------------------------------------------------------

@@ -74,7 +74,7 @@ def build(file, scenario):
     min_lr=cfg("min_lr"),
     warmup_epochs=own("warmup_epochs"),
     weight_decay=(cfg("weight_decay"), cfg("weight_decay_end")),
-    momentum=own("momentum"),
+    momentum=(own("momentum"), 1.0),
     freeze_epochs=own("freeze_last_layer"),
     epochs=cfg("epochs"),
     steps_per_epoch=cfg("iters"),

@@ -13,21 +13,36 @@ A method is a frozen dataclass in one file with
       patches [B, N, D]
   attention(weights, images) -> [B, A, N], what pictures of masks start from
 
-and the declared properties `teacher_first` (the teacher moves before the
-forward pass), `batch_coupled` (images meet in the loss, so accumulation would
-change it), `frozen_at_start` (regex of leaves held for `optim.freeze_epochs`,
-or None) and `untrained` (regex of leaves in `params` that never move). Online
-evaluation also reads `backbone` (grid, patch_size), `teacher_temp`,
-`mask_ratio` and `show_max`.
+and the declared properties
+
+  teacher_first    the teacher moves before the forward pass
+  batch_coupled    images meet in the loss, so accumulation would change it
+  frozen_at_start  regex of leaves held for `optim.freeze_epochs`, or None
+  untrained        regex of leaves in `params` that never move, or None
+  undecayed        regex of leaves without weight decay, None = biases, scales
+  lr_scale         (name, leaf) -> rate of a leaf over that of the run, or None
+  classifies       evaluated by accuracy, else by k-NN on the teacher
+
+A method that classifies offers `assemble(params, aux) -> weights` and
+`all_logits(weights, images) -> [B, J, C]`. Of others the evaluations while it
+trains read `backbone`, and `shown_ratio` and `show_max` for pictures of masks;
+with evals.knn_temp=0 also `teacher_temp`. Optional: `reconstruct` (pictures of
+it are drawn), `assignments(weights, images) -> [B]` (prototypes, scored against
+labels) and `served_aux` (names in `aux` that go with the weights).
 
 `params` is what the optimiser sees. `teacher` is its own tree, {} for none;
 each of its leaf paths exists in `params`, and the moving average walks the
 teacher's paths. `aux` is neither trained nor averaged: `loss` reads it,
 `update_aux` alone changes it. `per_image` maps "assignment" [B] int32 to the
-prototype that scores per epoch are made of. To make a new method: copy a file,
-add a line here, a config and a test; the loop stays as it is.
+prototype that scores per epoch are made of, or is {}. To make a new method:
+copy a file, add a line here, a config and a test; the loop stays as it is.
 """
 
-from attmask_jax.methods import attmask
+from attmask_jax.methods import attmask, classify, extrema, mae
 
-METHODS = {"attmask": attmask.AttMask}
+METHODS = {
+  "attmask": attmask.AttMask,
+  "extrema": extrema.ExtreMA,
+  "mae": mae.Mae,
+  "classify": classify.Classify,
+}

@@ -92,6 +92,9 @@ class AttMask:
   teacher_first = False  # the teacher moves after the student's update
   batch_coupled = False  # images meet in the centres only, which are means
   frozen_at_start = "head/last_layer"
+  undecayed = None  # biases and LayerNorm scales, as everywhere
+  lr_scale = None  # one rate for all leaves
+  classifies = False  # evaluated by k-NN
 
   @classmethod
   def from_config(
@@ -134,6 +137,11 @@ class AttMask:
     """M: no mask of this configuration hides more patches."""
     pairs = zip(self.mask_ratio, self.mask_ratio_var, strict=True)
     return max(1, *(int(self.patches * (r + v)) for r, v in pairs))
+
+  @property
+  def shown_ratio(self) -> float:
+    """Mask ratio of pictures of masks."""
+    return max(self.mask_ratio)
 
   @property
   def by_attention(self) -> bool:
@@ -318,9 +326,16 @@ class AttMask:
 
   def attention(self, weights: Params, images: jax.Array) -> jax.Array:
     """Class-token attention of the last block: [B, H, W, 3] -> [B, A, N]."""
+    return vit.class_attention(self.backbone, weights["backbone"], images)
+
+  def assignments(self, weights: Params, images: jax.Array) -> jax.Array:
+    """Arg-max prototype of the class token: [B, H, W, 3] -> [B] int32."""
     images = vit.normalize_images(images)
-    backbone = {"params": weights["backbone"]}
-    return self.backbone.apply(backbone, images, want="cls").attention
+    out = self.backbone.apply({"params": weights["backbone"]}, images)
+    head = {"params": weights["head"]}
+    z = self.teacher_head.apply(head, out.tokens[:, 0], method="project")
+    logits = self.teacher_head.apply(head, z, method="cls_logits")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def look(self, teacher: Params, rows: jax.Array) -> Teacher:
     """Whole images [R, H, W, 3] through the teacher, without drop path."""

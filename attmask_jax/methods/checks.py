@@ -107,3 +107,163 @@ def views(method: Any) -> None:
       f"data.global_crops {g} and data.local_crops {local} leave no other "
       "view to predict: use at least two global crops, or one and local ones"
     )
+
+
+def classify(method: Any, config: ml_collections.ConfigDict) -> None:
+  """Refuses settings of supervised training out of range."""
+  m, data = config.method, config.data
+  if m.dtype not in DTYPES:
+    raise InputError(
+      f'method.dtype "{m.dtype}" is unknown: use {" or ".join(DTYPES)}'
+    )
+  if method.num_classes < 2:
+    raise InputError(
+      f"a classifier needs at least 2 classes, and the data have "
+      f"{method.num_classes}: give images of several classes"
+    )
+  if method.avgpool not in (0, 1, 2):
+    raise InputError(
+      f"method.avgpool {method.avgpool} is unknown: use 0, 1 or 2"
+    )
+  if method.head_norm not in ("none", "layer", "batch"):
+    raise InputError(
+      f'method.head_norm "{method.head_norm}" is unknown: use none, layer or '
+      "batch"
+    )
+  if method.backbone.class_token == "none" and method.avgpool != 1:
+    raise InputError(
+      f"method.avgpool {method.avgpool} takes the class token, which this "
+      "network has not: set --config.method.avgpool=1"
+    )
+  depth = method.backbone.depth
+  if not 1 <= method.last_blocks <= depth:
+    raise InputError(
+      f"method.last_blocks {method.last_blocks} must lie between 1 and the "
+      f"{depth} blocks of the weights"
+    )
+  if not all(rate > 0 for rate in method.rates):
+    raise InputError(
+      f"method.lrs {tuple(m.lrs)} and optim.lr_per_256 must be positive"
+    )
+  for name in ("smoothing", "mix_prob", "switch_prob"):
+    value = getattr(method, name)
+    if not 0 <= value <= 1:
+      raise InputError(f"method.{name} {value} must lie between 0 and 1")
+  if not 0 < method.layer_decay <= 1:
+    raise InputError(
+      f"method.layer_decay {method.layer_decay} must lie above 0 and at most 1"
+    )
+  group = method.mixup_group or data.batch_size
+  if method.mixes and (group % 2 or data.batch_size % group):
+    raise InputError(
+      f"data.mixup_group {group} must be even and divide data.batch_size "
+      f"{data.batch_size}: mixup pairs the images of a group"
+    )
+
+
+def visible(method: Any) -> None:
+  """Refuses masks that leave nothing to see or nothing to predict."""
+  if method.mask not in masking.VISIBLE_POLICIES:
+    raise InputError(
+      f'method.mask "{method.mask}" is unknown: use '
+      f"{', '.join(masking.VISIBLE_POLICIES)}"
+    )
+  if not 0 < method.n_hidden < method.patches:
+    raise InputError(
+      f"method.mask_ratio {method.mask_ratio} hides {method.n_hidden} of "
+      f"{method.patches} patches: at least one must be hidden, and one stay "
+      "visible"
+    )
+  if not 0 <= method.show_max <= 1:
+    raise InputError(
+      f"method.show_max {method.show_max} must lie between 0 and 1"
+    )
+
+
+def mae(config: ml_collections.ConfigDict) -> None:
+  """Refuses MAE settings that name nothing known or do not divide."""
+  m = config.method
+  known = {
+    "dtype": DTYPES,
+    "position_order": ("yx", "xy"),
+    "target_layout": ("chw", "hwc"),
+    "target_variance": ("biased", "unbiased"),
+  }
+  for key, values in known.items():
+    if m[key] not in values:
+      raise InputError(
+        f'method.{key} "{m[key]}" is unknown: use {" or ".join(values)}'
+      )
+  _knn_temp(config)
+  if config.evals.knn and config.evals.avgpool != 1 and not m.class_token:
+    raise InputError(
+      f"evals.avgpool {config.evals.avgpool} takes the class token, and "
+      "method.class_token is off: set --config.evals.avgpool=1"
+    )
+  heads = m.decoder_heads or max(m.decoder_width // 64, 1)
+  if m.decoder_depth < 1 or m.decoder_width % 4 or m.decoder_width % heads:
+    raise InputError(
+      f"a decoder of width {m.decoder_width}, {m.decoder_depth} blocks and "
+      f"{heads} heads cannot be: the width must divide by 4 and by the heads, "
+      "and there must be a block"
+    )
+
+
+def _knn_temp(config: ml_collections.ConfigDict) -> None:
+  if config.evals.knn and not config.evals.knn_temp:
+    raise InputError(
+      f"evals.knn_temp 0 means the teacher's temperature, and method "
+      f"{config.method.name} has none: set --config.evals.knn_temp=0.07"
+    )
+
+
+def extrema(config: ml_collections.ConfigDict) -> None:
+  """Refuses ExtreMA settings that name nothing known."""
+  m = config.method
+  known = {"dtype": DTYPES, "contrast": ("byol", "infonce")}
+  for key, values in known.items():
+    if m[key] not in values:
+      raise InputError(
+        f'method.{key} "{m[key]}" is unknown: use {" or ".join(values)}'
+      )
+  _knn_temp(config)
+  if m.contrast == "infonce" and config.data.batch_size < 2:
+    raise InputError(
+      f"InfoNCE tells the images of a batch apart, and data.batch_size is "
+      f"{config.data.batch_size}: use at least 2, or method.contrast=byol"
+    )
+  if m.contrast_temp <= 0 or m.readout_layers < 1 or m.num_masks < 1:
+    raise InputError(
+      f"method.contrast_temp {m.contrast_temp}, readout_layers "
+      f"{m.readout_layers} and num_masks {m.num_masks} must be positive"
+    )
+
+
+def subsets(method: Any) -> None:
+  """Refuses subsets of patches that cannot be."""
+  policies = ("random", *masking.ATTENTION_POLICIES)
+  if method.mask not in policies:
+    raise InputError(
+      f'method.mask "{method.mask}" is unknown: use {", ".join(policies)}'
+    )
+  if not 0 <= method.mask_ratio < 1 or method.kept < 1:
+    raise InputError(
+      f"method.mask_ratio {method.mask_ratio} leaves no patch of "
+      f"{method.patches} to see: lower it"
+    )
+  if method.mask_ratio == 0 and method.num_masks > 1:
+    raise InputError(
+      f"method.mask_ratio 0 shows everything, so method.num_masks "
+      f"{method.num_masks} would repeat it: set num_masks to 1"
+    )
+  m, k, n = method.num_masks, method.kept, method.patches
+  if method.disjoint and m * k > n:
+    raise InputError(
+      f"method.num_masks {m} times {k} visible patches is more than the {n} "
+      f"of an image: use at most {n // k} masks, or method.disjoint=False"
+    )
+  if method.mask != "random" and not method.disjoint:
+    raise InputError(
+      f'method.mask "{method.mask}" would make all {m} independent subsets the '
+      "same: set method.disjoint=True"
+    )

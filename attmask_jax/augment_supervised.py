@@ -1,0 +1,184 @@
+"""Augmentation of supervised training: linear probes and fine-tuning.
+
+Recipes as in `augment`: called on `(image, rng)`, a dict of arrays comes back,
+images uint8 with one view.
+
+Source: torchvision's probe transform; timm's create_transform (v0.4.12) as DeiT
+calls it.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+
+from attmask_jax import augment, randaugment
+from attmask_jax.errors import InputError
+
+SMALL = 32  # images of up to that many pixels are shifted, not resized
+
+
+def random_shift(
+  image: Image.Image, rng: np.random.Generator, *, padding: int = 4
+) -> Image.Image:
+  """A crop of the image's own size after `padding` black pixels all around."""
+  left, top = rng.integers(-padding, padding + 1, size=2).tolist()
+  # Beyond the edge `crop` gives zeros.
+  return image.crop((left, top, left + image.width, top + image.height))
+
+
+def erase_box(
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  *,
+  prob: float = 0.25,
+  area: tuple[float, float] = (0.02, 1 / 3),
+  aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> np.ndarray:
+  """Draws the box of random erasing; `mixup.erase` fills it.
+
+  Args:
+    height, width: of the image, in pixels.
+    rng: of this image.
+    prob: that there is a box, 0-1.
+    area: smallest and largest share of the image.
+    aspect: smallest and largest height / width, drawn log-uniformly.
+
+  Returns:
+    [4] int32: top, left, bottom, right, both sides shorter than the image's;
+    zeros for no box, also when ten attempts found none that fits.
+
+  Source: timm.data.random_erasing, mode "pixel", one box.
+  """
+  none = np.zeros(4, np.int32)
+  if rng.random() >= prob:
+    return none
+  low, high = math.log(aspect[0]), math.log(aspect[1])
+  for _ in range(10):
+    pixels = height * width * rng.uniform(*area)
+    ratio = math.exp(rng.uniform(low, high))
+    h, w = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+    if h < height and w < width:
+      top = int(rng.integers(0, height - h + 1))
+      left = int(rng.integers(0, width - w + 1))
+      return np.array([top, left, top + h, left + w], np.int32)
+  return none
+
+
+def _filter(name: str) -> Image.Resampling:
+  if name not in augment.RESAMPLE:
+    raise InputError(
+      f'data.resample "{name}" is unknown: use {" or ".join(augment.RESAMPLE)}'
+    )
+  return augment.RESAMPLE[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class CropFlip:
+  """A random resized crop, mirrored half of the time, for linear probes.
+
+  Attributes:
+    image_size: side of the crop in pixels.
+    scale: smallest and largest share of the image's area, 0-1.
+    resample: "bilinear" or "bicubic".
+  """
+
+  image_size: int = 224
+  scale: tuple[float, float] = (0.08, 1.0)
+  resample: str = "bilinear"
+
+  def __post_init__(self) -> None:
+    """Refuses an unknown filter."""
+    _filter(self.resample)
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """{"images": [1, H, W, 3] uint8} of one RGB image."""
+    image = augment.random_resized_crop(
+      image,
+      rng,
+      size=self.image_size,
+      scale=self.scale,
+      resample=_filter(self.resample),
+    )
+    return {"images": np.asarray(augment.random_flip(image, rng))[None]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+  """The augmentation of fine-tuning.
+
+  A random resized crop, or, for images of up to 32 pixels, a random shift by up
+  to 4; then a flip, RandAugment or else colour jitter, and the box of random
+  erasing.
+
+  Attributes:
+    image_size: side in pixels.
+    scale: smallest and largest share of the image's area, 0-1.
+    resample: "bilinear" or "bicubic", of the crop and of RandAugment.
+    rand_augment: see `randaugment.parse`; "" for none.
+    jitter_strength: of brightness, contrast and saturation, where rand_augment
+      is "".
+    erase_prob: that a box is erased, 0-1.
+
+  differs: an image that is to be shifted but is not of `image_size` is resized
+  first; the reference cuts a larger one and fails on a smaller one.
+  """
+
+  image_size: int = 224
+  scale: tuple[float, float] = (0.08, 1.0)
+  resample: str = "bicubic"
+  rand_augment: str = "rand-m9-mstd0.5-inc1"
+  jitter_strength: float = 0.4
+  erase_prob: float = 0.25
+
+  def __post_init__(self) -> None:
+    """Refuses what cannot work, before the first image is read."""
+    _filter(self.resample)
+    randaugment.parse(self.rand_augment)
+    if not 0 <= self.erase_prob <= 1:
+      raise InputError(
+        f"data.erase_prob {self.erase_prob} must lie between 0 and 1"
+      )
+    if self.jitter_strength < 0:
+      raise InputError(
+        f"data.jitter_strength {self.jitter_strength} must not be negative"
+      )
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """Augments one RGB image.
+
+    Returns:
+      "images" [1, H, W, 3] uint8 and, unless `erase_prob` is 0, "erase" [4]
+      int32, see `erase_box`.
+    """
+    size = self.image_size
+    if size <= SMALL:
+      image = random_shift(augment.eval_whole(image, size), rng)
+    else:
+      image = augment.random_resized_crop(
+        image, rng, size=size, scale=self.scale, resample=_filter(self.resample)
+      )
+    image = self._colour(augment.random_flip(image, rng), rng)
+    arrays = {"images": np.asarray(image)[None]}
+    if self.erase_prob:
+      arrays["erase"] = erase_box(size, size, rng, prob=self.erase_prob)
+    return arrays
+
+  def _colour(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> Image.Image:
+    settings = randaugment.parse(self.rand_augment)
+    if settings is not None:
+      return randaugment.rand_augment(
+        image, rng, **settings._asdict(), resample=_filter(self.resample)
+      )
+    x = self.jitter_strength
+    return augment.color_jitter(
+      image, rng, brightness=x, contrast=x, saturation=x, hue=0.0
+    )

@@ -1,0 +1,332 @@
+"""Supervised learning on a pretrained backbone: linear probe, fine-tuning.
+
+The linear probe trains one or several linear layers on frozen features; one
+forward pass of the backbone serves them all. Fine-tuning trains everything,
+with mixup, cutmix, random erasing and label smoothing.
+
+Source: eval_linear.py and the fine-tuning recipe (DeiT's) of the AttMask
+release. Differs:
+- the last, incomplete batch of an epoch is left out, for the probe too;
+- partners of mixup are found in fixed groups of images, see `mixup.partners`;
+- several learning rates may be tried in one pass.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from attmask_jax import Batch, Params, losses, mixup, vit
+from attmask_jax.layers import layer_norm, trunc_normal
+from attmask_jax.methods import checks
+
+MIX_TAG = 5  # last word of the key of the host's mixup draws
+EMBEDDING = "patch_embed|cls_token|pos_embed"  # before the first block
+BN_EPS, BN_MOMENTUM = 1e-5, 0.1
+Scalars = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify:
+  """The method; configs/evals.py says what each field means.
+
+  Attributes:
+    backbone: ViT; its position table keeps the size it was pretrained with.
+    num_classes: C.
+    epochs: length of the run.
+    steps_per_epoch: S.
+    image_size: of training images, pixels.
+    batch_size: B over all devices.
+    rates: [J] learning rate of each linear layer over that of the run.
+    raw: features without the backbone's final norm.
+    decay_tokens: class token and positions have weight decay.
+    head_norm: of features before the linear layers: "none", "layer" (trained
+      LayerNorm) or "batch" (batch norm without scale and bias).
+  """
+
+  backbone: vit.ViT
+  num_classes: int
+  epochs: int
+  steps_per_epoch: int
+  image_size: int
+  batch_size: int
+  rates: tuple[float, ...] = (1.0,)
+  frozen: bool = True
+  last_blocks: int = 1
+  avgpool: int = 0
+  raw: bool = False
+  head_norm: str = "none"
+  init_std: float = 0.01
+  smoothing: float = 0.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+  mix_prob: float = 1.0
+  switch_prob: float = 0.5
+  mixup_group: int = 0
+  ema: bool = False
+  layer_decay: float = 1.0
+  decay_tokens: bool = True
+  seed: int = 0
+
+  teacher_first = False
+  frozen_at_start = None
+  untrained = None
+  classifies = True
+
+  @classmethod
+  def from_config(
+    cls, config: ml_collections.ConfigDict, *, steps_per_epoch: int
+  ) -> Self:
+    """Builds the method from the sections method, data, optim and run.
+
+    Raises:
+      InputError: a value out of range.
+    """
+    m = config.method
+    rates = tuple(lr / config.optim.lr_per_256 for lr in m.lrs) or (1.0,)
+    method = cls(
+      backbone=vit.from_config(config).clone(
+        image_size=m.position_size,
+        class_token=m.class_token,
+        positions=m.positions,
+        key_bias=m.key_bias,
+        readout_layers=m.readout_layers,
+      ),
+      epochs=config.optim.epochs,
+      steps_per_epoch=steps_per_epoch,
+      image_size=config.data.image_size,
+      batch_size=config.data.batch_size,
+      rates=rates,
+      mixup_group=config.data.mixup_group,
+      **checks.own_fields(cls, m),
+    )
+    checks.classify(method, config)
+    return method
+
+  @property
+  def mixes(self) -> bool:
+    """Whether images of a batch are mixed."""
+    return bool(self.mix_prob and (self.mixup or self.cutmix))
+
+  @property
+  def batch_coupled(self) -> bool:
+    """Mixup and batch norm let images of a batch meet."""
+    return self.mixes or self.head_norm == "batch"
+
+  @property
+  def undecayed(self) -> str:
+    """Regex of leaves without weight decay."""
+    tokens = "" if self.decay_tokens else "|cls_token|pos_embed"
+    return rf"(^|/)(bias|scale{tokens})$"
+
+  @property
+  def served_aux(self) -> tuple[str, ...]:
+    """Parts of `aux` that a trained classifier needs."""
+    return ("batch_norm",) if self.head_norm == "batch" else ()
+
+  @property
+  def feature_width(self) -> int:
+    """F of `vit.pool`."""
+    classes = self.last_blocks * (self.avgpool != 1)
+    return self.backbone.width * (classes + (self.avgpool > 0))
+
+  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+    """Start values: params, teacher (average, or {}), aux (frozen backbone).
+
+    The backbone's are placeholders: pretrained ones take their place.
+    """
+    rng_backbone, rng_head = jax.random.split(rng)
+    side = self.backbone.image_size
+    backbone = self.backbone.init(rng_backbone, jnp.zeros((1, side, side, 3)))
+    j, shape = len(self.rates), (self.feature_width, self.num_classes)
+    # All layers start alike, so that only their rates differ.
+    kernel = trunc_normal(self.init_std)(rng_head, shape)
+    head = {
+      "kernel": jnp.tile(kernel[None], (j, 1, 1)),
+      "bias": jnp.zeros((j, self.num_classes)),
+    }
+    ones = jnp.ones(self.feature_width)
+    if self.head_norm == "layer":
+      head["norm"] = {"scale": ones, "bias": 0 * ones}
+    if self.frozen:
+      params, aux = {"head": head}, {"backbone": backbone["params"]}
+    else:
+      params, aux = {"backbone": backbone["params"], "head": head}, {}
+    if self.head_norm == "batch":
+      aux["batch_norm"] = {"mean": 0 * ones, "var": ones}
+    teacher = jax.tree.map(jnp.copy, params) if self.ema else {}
+    return params, teacher, aux
+
+  def at(self, step: int) -> dict[str, np.generic]:
+    """The batch's mixing draw, from (seed, step)."""
+    if not self.mixes:
+      return {}
+    return mixup.draw(
+      np.random.default_rng([self.seed, step, MIX_TAG]),
+      mixup_alpha=self.mixup,
+      cutmix_alpha=self.cutmix,
+      prob=self.mix_prob,
+      switch_prob=self.switch_prob,
+      size=(self.image_size, self.image_size),
+    )
+
+  def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    """Nothing is drawn per image beside the augmentation."""
+    return {}
+
+  def loss(
+    self,
+    params: Params,
+    teacher: Params,
+    aux: Params,
+    batch: Batch,
+    rng: jax.Array,
+    scalars: Scalars,
+  ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
+    """Cross-entropy of every linear layer.
+
+    Args:
+      params: what is trained.
+      teacher: unused, the moving average.
+      aux: the frozen backbone, or {}.
+      batch: images [B, 1, H, W, 3], label [B], position [B]; erase [B, 4]
+        where images are erased.
+      rng: key of this step.
+      scalars: `at(step)`.
+
+    Returns:
+      loss [], summed over the layers so that none sees the others, and
+      (statistics of the batch norm, metrics, {}).
+    """
+    rng_erase, rng_drop = jax.random.split(rng)
+    images, targets = self._mix(batch, rng_erase, scalars)
+    weights = self.assemble(params, aux)
+    x = self._embed(weights, images, batch, rng_drop)
+    stats = {}
+    if self.head_norm == "batch":
+      stats = {"mean": jnp.mean(x, axis=0), "var": jnp.var(x, axis=0)}
+      weights = weights | {"batch_norm": stats}
+    logits = self.classify(weights, x)  # [B, J, C]
+    entropy = losses.soft_cross_entropy(logits, targets[:, None])  # [B, J]
+    right = jnp.argmax(logits[:, 0], axis=-1) == batch["label"]
+    metrics = {
+      "loss": jnp.mean(entropy),
+      "acc": jnp.mean(right.astype(jnp.float32)),
+    }
+    stats = jax.lax.stop_gradient(stats)
+    return jnp.sum(jnp.mean(entropy, axis=0)), (stats, metrics, {})
+
+  def update_aux(self, aux: Params, stats: Params) -> Params:
+    """The batch norm's running statistics; a frozen backbone stays."""
+    if not stats:
+      return aux
+    old, batch = aux["batch_norm"], self.batch_size
+    # As PyTorch has it: the running variance is that of an unbiased estimate.
+    var = stats["var"] * batch / (batch - 1)
+    mean = BN_MOMENTUM * stats["mean"] + (1 - BN_MOMENTUM) * old["mean"]
+    var = BN_MOMENTUM * var + (1 - BN_MOMENTUM) * old["var"]
+    return aux | {"batch_norm": {"mean": mean, "var": var}}
+
+  def lr_scale(self, name: str, leaf: jax.Array) -> np.ndarray | float:
+    """Rate of a leaf over that of the run, for `optim.Optimizer.build`."""
+    if name.startswith("head/"):
+      rates = np.asarray(self.rates, np.float32)
+      return rates.reshape(-1, *[1] * (leaf.ndim - 1))
+    depth = self.backbone.depth
+    # Of MAE and BEiT: what comes after the blocks keeps the full rate.
+    if re.search("/blocks/", name):
+      layers = 1 + np.arange(depth).reshape(-1, *[1] * (leaf.ndim - 1))
+    else:
+      layers = 0 if re.search(EMBEDDING, name) else depth + 1
+    return np.float32(self.layer_decay) ** (depth + 1 - np.float32(layers))
+
+  def assemble(self, params: Params, aux: Params) -> Params:
+    """backbone and head (and batch_norm), whichever of them is trained."""
+    return {**aux, **params}
+
+  def classify(self, weights: Params, x: jax.Array) -> jax.Array:
+    """Features to logits of every linear layer: [B, F] -> [B, J, C]."""
+    head = weights["head"]
+    if self.head_norm == "layer":
+      x = layer_norm(None).apply({"params": head["norm"]}, x)
+    if self.head_norm == "batch":
+      norm = weights["batch_norm"]
+      x = (x - norm["mean"][None]) * jax.lax.rsqrt(norm["var"][None] + BN_EPS)
+    logits = jnp.einsum("bf,jfc->bjc", x, head["kernel"])
+    return logits + head["bias"][None]
+
+  def logits(self, weights: Params, images: jax.Array) -> jax.Array:
+    """Of the first linear layer: [B, H, W, 3] -> [B, C]."""
+    return self.all_logits(weights, images)[:, 0]
+
+  def all_logits(self, weights: Params, images: jax.Array) -> jax.Array:
+    """Of every linear layer: [B, H, W, 3], uint8 or normalised -> [B, J, C]."""
+    x = vit.embed(
+      functools.partial(self.features, weights),
+      images,
+      last=self.last_blocks,
+      avgpool=self.avgpool,
+      raw=self.raw,
+    )
+    return self.classify(weights, x)
+
+  def features(
+    self,
+    weights: Params,
+    images: jax.Array,
+    *,
+    last: int = 1,
+    norm: bool = True,
+  ) -> tuple[jax.Array, jax.Array]:
+    """cls [B, last * D], patches [B, N, D]: see `vit.features`."""
+    return vit.features(
+      self.backbone, weights["backbone"], images, last=last, norm=norm
+    )
+
+  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
+    """Class-token attention of the last block: [B, H, W, 3] -> [B, A, N]."""
+    return vit.class_attention(self.backbone, weights["backbone"], images)
+
+  def _mix(
+    self, batch: Batch, rng: jax.Array, scalars: Scalars
+  ) -> tuple[jax.Array, jax.Array]:
+    """Normalised images [B, H, W, 3] and targets [B, C] float32."""
+    images = vit.normalize_images(batch["images"][:, 0])
+    if "erase" in batch:
+      images = mixup.erase(images, batch["erase"], rng, batch["position"])
+    targets = mixup.soft_targets(
+      batch["label"], self.num_classes, smoothing=self.smoothing
+    )
+    if self.mixes:
+      lam, box = scalars["mix_lam"], scalars["mix_box"]
+      group = self.mixup_group or None
+      images = mixup.mix_images(images, lam, box, group=group)
+      targets = mixup.mix_targets(targets, lam, group=group)
+    return images, targets
+
+  def _embed(
+    self, weights: Params, images: jax.Array, batch: Batch, rng: jax.Array
+  ) -> jax.Array:
+    """Features in training: [B, H, W, 3] -> [B, F], drop path included."""
+    draws = None
+    if self.frozen:
+      weights = jax.lax.stop_gradient(weights)
+    elif self.backbone.drop_path:
+      draws = vit.drop_path_draws(
+        rng, batch["position"], depth=self.backbone.depth
+      )
+    features = functools.partial(
+      vit.features, self.backbone, weights["backbone"], draws=draws
+    )
+    return vit.embed(
+      features,
+      images,
+      last=self.last_blocks,
+      avgpool=self.avgpool,
+      raw=self.raw,
+    )

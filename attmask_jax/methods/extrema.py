@@ -1,0 +1,267 @@
+"""ExtreMA (arXiv:2206.04667): a few visible patches must predict the image.
+
+The student sees one or several small subsets of the patches, the teacher all
+of them; a class token reads either at the end, and the student's must predict
+the teacher's. Masks are the augmentation: there is no reconstruction.
+
+Source: the ExtreMA release (MIT). Differs:
+- subsets are batched image-major, which keeps a sharded batch in place;
+- any grid size, and independent subsets, which the release cannot switch on;
+- InfoNCE works, over the global batch (the release crashes);
+- the teacher's attention may choose what the student sees.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from attmask_jax import Batch, Params, heads, losses, masking, vit
+from attmask_jax.methods import checks
+from attmask_jax.views import row_ids, unflatten
+
+Scalars = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtreMA:
+  """The method; configs/extrema.py says what each field means and its range.
+
+  Attributes:
+    backbone: ViT whose class token reads the patches after the last block.
+    projector: of student and teacher.
+    predictor: the student's alone.
+  """
+
+  backbone: vit.ViT
+  projector: heads.Projector
+  predictor: heads.Projector
+  mask: str = "random"
+  mask_ratio: float = 0.8
+  num_masks: int = 5
+  disjoint: bool = True
+  show_max: float = 0.1
+  contrast: str = "byol"
+  contrast_temp: float = 1.0
+  seed: int = 0
+
+  teacher_first = True  # it moves before the forward pass, by old weights
+  frozen_at_start = None
+  untrained = None
+  lr_scale = None
+  # All vectors: layer scales and the class token, too.
+  undecayed = r"(^|/)(bias|scale|cls_token|gamma_[12])$"
+  classifies = False
+
+  @classmethod
+  def from_config(
+    cls, config: ml_collections.ConfigDict, *, steps_per_epoch: int
+  ) -> Self:
+    """Builds the method from the sections method, data and run.
+
+    Raises:
+      InputError: a value out of range or values that do not fit together.
+    """
+    del steps_per_epoch  # nothing changes with time
+    m = config.method
+    checks.extrema(config)
+    backbone = vit.from_config(config).clone(
+      class_token="readout",
+      positions="xy",
+      initial="xavier",
+      xavier_embed=True,
+      readout_layers=m.readout_layers,
+      layer_scale=m.layer_scale,
+    )
+    head = dict(hidden=m.head_hidden, out=m.out_dim, dtype=backbone.dtype)
+    method = cls(
+      backbone,
+      projector=heads.Projector(layers=3, **head),
+      predictor=heads.Projector(layers=2, **head),
+      **checks.own_fields(cls, m),
+    )
+    checks.subsets(method)
+    return method
+
+  @property
+  def batch_coupled(self) -> bool:
+    """InfoNCE tells the images of a batch apart."""
+    return self.contrast == "infonce"
+
+  @property
+  def patches(self) -> int:
+    """N of a training image."""
+    return self.backbone.grid**2
+
+  @property
+  def shown_ratio(self) -> float:
+    """Mask ratio of pictures of masks."""
+    return self.mask_ratio
+
+  @property
+  def kept(self) -> int:
+    """K, patches of a subset: a product in double precision, truncated."""
+    return int(self.patches * (1 - self.mask_ratio))
+
+  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+    """Start values: params, teacher (a copy without predictor), {}."""
+    rng_backbone, rng_class, rng_head, rng_pred = jax.random.split(rng, 4)
+    side = self.backbone.image_size
+    images = jnp.zeros((1, side, side, 3))
+    backbone = dict(self.backbone.init(rng_backbone, images)["params"])
+    shape = backbone["cls_token"].shape
+    backbone["cls_token"] = 0.02 * jax.random.normal(rng_class, shape)
+    x = jnp.zeros((1, self.backbone.width))
+    head = self.projector.init(rng_head, x)["params"]
+    z = jnp.zeros((1, self.projector.out))
+    predictor = self.predictor.init(rng_pred, z)["params"]
+    params = {"backbone": backbone, "head": head, "predictor": predictor}
+    own = {"backbone": backbone, "head": head}
+    return params, jax.tree.map(jnp.copy, own), {}
+
+  def at(self, step: int) -> dict[str, np.generic]:
+    """Nothing changes from step to step."""
+    return {}
+
+  def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    """Masks are drawn on the device."""
+    return {}
+
+  def loss(
+    self,
+    params: Params,
+    teacher: Params,
+    aux: Params,
+    batch: Batch,
+    rng: jax.Array,
+    scalars: Scalars,
+  ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
+    """The student's predictions against the teacher's vector.
+
+    Args:
+      params: encoder, projector and predictor.
+      teacher: encoder and projector.
+      aux: {}.
+      batch: images [B, V, H, W, 3], the student's view first, the teacher's
+        last (V = 1: both see the same), position [B].
+      rng: key of this step.
+      scalars: `at(step)`.
+
+    Returns:
+      loss [] and ({}, metrics, {}).
+    """
+    rng_mask, rng_drop = jax.random.split(rng)
+    images = vit.normalize_images(batch["images"])
+    whole = self.backbone.apply(
+      {"params": teacher["backbone"]},
+      images[:, -1],
+      want="cls" if self.mask in masking.ATTENTION_POLICIES else "none",
+    )
+    head = {"params": teacher["head"]}
+    target = self.projector.apply(head, whole.tokens[:, 0])  # [B, C]
+    keep_ids = self.subsets(whole.attention, batch, rng_mask)
+    pred = self.predict(params, images[:, 0], keep_ids, batch, rng_drop)
+    if self.contrast == "byol":
+      loss = losses.byol(pred, target)
+    else:
+      loss = losses.info_nce(pred, target, temp=self.contrast_temp)
+    seen = self.num_masks * self.kept if self.disjoint else self.kept
+    metrics = {
+      "loss": loss,
+      "mask_ratio": jnp.asarray(1 - self.kept / self.patches, jnp.float32),
+      "seen": jnp.asarray(seen / self.patches, jnp.float32),
+      "target_std": jnp.mean(jnp.std(losses.unit(target), axis=0)),
+    }
+    return loss, ({}, metrics, {})
+
+  def update_aux(self, aux: Params, stats: Params) -> Params:
+    """There is nothing to update."""
+    return aux
+
+  def subsets(
+    self, attention: jax.Array | None, batch: Batch, rng: jax.Array
+  ) -> jax.Array | None:
+    """Visible patches: [B, M, K] int32, or None where all are.
+
+    Args:
+      attention: [B, A, N] of the teacher, where the policy asks for it.
+      batch: position [B].
+      rng: key of the masks of this step.
+    """
+    if not self.mask_ratio:
+      return None
+    position, m, k = batch["position"], self.num_masks, self.kept
+    if not self.disjoint:
+      keys = masking.row_keys(rng, row_ids(position, m))
+      order = self._order("random", keys, self.patches - k, None)
+      return unflatten(order[:, :k], len(position))
+    scores = None
+    if attention is not None:
+      scores = jax.lax.stop_gradient(jnp.mean(attention, axis=1))
+    rng_order, rng_deal = jax.random.split(rng)
+    keys = masking.row_keys(rng_order, position)
+    hidden = self.patches - m * k
+    seen = self._order(self.mask, keys, hidden, scores)[:, : m * k]
+    if self.mask != "random":
+      # What may be seen comes by attention: deal it out at random.
+      keys = masking.row_keys(rng_deal, position)
+      draws = jax.vmap(lambda key: jax.random.uniform(key, (m * k,)))(keys)
+      seen = jnp.take_along_axis(seen, jnp.argsort(draws, axis=1), axis=1)
+    return seen.reshape(-1, m, k)
+
+  def _order(
+    self,
+    policy: str,
+    keys: jax.Array,
+    n_hidden: int,
+    scores: jax.Array | None,
+  ) -> jax.Array:
+    return masking.visible_first(
+      policy,
+      keys=keys,
+      grid=(self.backbone.grid, self.backbone.grid),
+      n_hidden=n_hidden,
+      scores=scores,
+      show_max=self.show_max,
+    )
+
+  def predict(
+    self,
+    params: Params,
+    images: jax.Array,
+    keep_ids: jax.Array | None,
+    batch: Batch,
+    rng: jax.Array,
+  ) -> jax.Array:
+    """What each subset says of the teacher's vector: [B, M, C]."""
+    subsets = 1 if keep_ids is None else keep_ids.shape[1]
+    draws = None
+    if self.backbone.drop_path:
+      rows = row_ids(batch["position"], subsets)
+      draws = vit.drop_path_draws(rng, rows, depth=self.backbone.depth)
+    out = self.backbone.apply(
+      {"params": params["backbone"]}, images, keep_ids=keep_ids, draws=draws
+    )
+    z = self.projector.apply({"params": params["head"]}, out.tokens[:, 0])
+    z = self.predictor.apply({"params": params["predictor"]}, z)
+    return unflatten(z, len(images))
+
+  def features(
+    self,
+    weights: Params,
+    images: jax.Array,
+    *,
+    last: int = 1,
+    norm: bool = True,
+  ) -> tuple[jax.Array, jax.Array]:
+    """cls [B, D], patches [B, N, D]: see `vit.features`."""
+    return vit.features(
+      self.backbone, weights["backbone"], images, last=last, norm=norm
+    )
+
+  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
+    """Row of the last class-attention: [B, H, W, 3] -> [B, A, N]."""
+    return vit.class_attention(self.backbone, weights["backbone"], images)

@@ -1,0 +1,410 @@
+"""MAE (arXiv:2111.06377): reconstruct the pixels of hidden patches.
+
+The encoder sees the visible patches only; a light decoder sees all places,
+hidden ones as one mask token, and predicts the pixels of every patch. Which
+patches stay visible is any of `masking.VISIBLE_POLICIES`; the attention-
+guided ones ask a moving average of the encoder, in the same compiled step.
+
+Source: MAE-priv (an unofficial MAE), whose behaviour and numbers are
+reproduced. Differs:
+- the mask is drawn per image unless `shared_mask` says per batch, and does not
+  depend on the number of devices;
+- options for what the official release does otherwise: target layout and
+  variance, order of position axes; a class token in the decoder is left out.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import linen as nn
+
+from attmask_jax import (
+  Batch,
+  Params,
+  layers,
+  losses,
+  masking,
+  positions,
+  stack,
+  vit,
+)
+from attmask_jax.methods import checks
+
+Scalars = dict[str, jax.Array]
+
+
+class Decoder(nn.Module):
+  """Predicts the pixels of every patch from the encoded visible ones.
+
+  Attributes:
+    width: D'; divides by 4 and over the heads.
+    depth: blocks.
+    heads: of its attention.
+    pixels: values per patch, 3 P^2.
+    positions: order of the fixed positions, "yx" or "xy".
+    dtype: of matrix products.
+    scan: see `stack.apply`.
+    remat: see `stack.apply`.
+    attention: see `vit.ViT`.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  pixels: int
+  positions: str = "yx"
+  dtype: Any = jnp.float32
+  scan: bool = True
+  remat: str = "none"
+  attention: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self, tokens: jax.Array, order: jax.Array, grid: tuple[int, int]
+  ) -> jax.Array:
+    """Pixels of all patches.
+
+    Args:
+      tokens: [B, M, D] float32, encoded visible patches.
+      order: [B, N] int32, all patches, the M visible ones first and in the
+        order of `tokens`.
+      grid: (h, w) with h * w = N.
+
+    Returns:
+      [B, N, 3 P^2] float32, in the order of the grid.
+    """
+    d = tokens.shape[-1]
+    # quirk: this layer keeps PyTorch's default start values, bias included.
+    init = layers.uniform_fan_in(d)
+    x = nn.Dense(
+      self.width, dtype=self.dtype, kernel_init=init, bias_init=init,
+      name="embed",
+    )(tokens)  # fmt: skip
+    token = self.param("mask_token", clipped_normal, (1, 1, self.width))
+    b, n = order.shape
+    hidden = jnp.broadcast_to(token, (b, n - tokens.shape[1], self.width))
+    x = jnp.concatenate([x.astype(jnp.float32), hidden], axis=1)
+    x = masking.gather(x, jnp.argsort(order, axis=1))  # back to their places
+    x = x + jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
+    block = layers.Block(
+      self.heads, 4.0, self.dtype, self.attention, "xavier", False, parent=None
+    )
+    (x,), _ = stack.apply(
+      self, block, x, depth=self.depth, scan=self.scan, remat=self.remat
+    )
+    x = layers.layer_norm("norm")(x)
+    head = nn.Dense(
+      self.pixels,
+      dtype=self.dtype,
+      kernel_init=layers.linear_init("xavier"),
+      name="head",
+    )
+    return head(x).astype(jnp.float32)
+
+
+def clipped_normal(
+  key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> jax.Array:
+  """Normal values of std 0.02, cut at one standard deviation."""
+  return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mae:
+  """The method; configs/mae.py says what each field means and its range.
+
+  Attributes:
+    backbone: the encoder.
+    decoder: see `Decoder`.
+  """
+
+  backbone: vit.ViT
+  decoder: Decoder
+  mask: str = "random"
+  mask_ratio: float = 0.75
+  shared_mask: bool = False
+  show_max: float = 0.1
+  norm_target: bool = True
+  target_layout: str = "chw"
+  target_variance: str = "biased"
+  seed: int = 0
+
+  teacher_first = False  # the average of the encoder moves after the update
+  batch_coupled = False
+  frozen_at_start = None
+  untrained = None
+  lr_scale = None
+  undecayed = r"(^|/)(bias|scale|mask_token)$"  # the class token is decayed
+  classifies = False
+
+  @classmethod
+  def from_config(
+    cls, config: ml_collections.ConfigDict, *, steps_per_epoch: int
+  ) -> Self:
+    """Builds the method from the sections method, data and run.
+
+    Raises:
+      InputError: a value out of range or values that do not fit together.
+    """
+    del steps_per_epoch  # nothing changes with time
+    m = config.method
+    checks.mae(config)
+    backbone = vit.from_config(config).clone(
+      class_token="input" if m.class_token else "none",
+      positions=m.position_order,
+      key_bias=False,
+      initial="xavier",
+    )
+    decoder = Decoder(
+      width=m.decoder_width,
+      depth=m.decoder_depth,
+      heads=m.decoder_heads or max(m.decoder_width // 64, 1),
+      pixels=3 * m.patch_size**2,
+      positions=m.position_order,
+      dtype=backbone.dtype,
+      scan=backbone.scan,
+      remat=backbone.remat,
+      attention=backbone.attention,
+    )
+    method = cls(backbone, decoder, **checks.own_fields(cls, m))
+    checks.visible(method)
+    return method
+
+  @property
+  def patches(self) -> int:
+    """N of a training image."""
+    return self.backbone.grid**2
+
+  @property
+  def n_hidden(self) -> int:
+    """Hidden patches of an image: a product in double precision, truncated."""
+    return int(self.mask_ratio * self.patches)
+
+  @property
+  def shown_ratio(self) -> float:
+    """Mask ratio of pictures of masks."""
+    return self.mask_ratio
+
+  @property
+  def guided(self) -> bool:
+    """Whether attention chooses the visible patches."""
+    return self.mask in masking.ATTENTION_POLICIES
+
+  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+    """Start values: params, teacher (the encoder's average, or {}), {}."""
+    rng_encoder, rng_class, rng_decoder = jax.random.split(rng, 3)
+    side, n = self.backbone.image_size, self.patches
+    images = jnp.zeros((1, side, side, 3))
+    encoder = dict(self.backbone.init(rng_encoder, images)["params"])
+    if "cls_token" in encoder:
+      shape = encoder["cls_token"].shape
+      encoder["cls_token"] = clipped_normal(rng_class, shape)
+    tokens = jnp.zeros((1, n - self.n_hidden, self.backbone.width))
+    decoder = self.decoder.init(
+      rng_decoder, tokens, jnp.arange(n)[None], self._grid
+    )
+    params = {"backbone": encoder, "decoder": decoder["params"]}
+    teacher = {}
+    if self.guided:
+      teacher = {"backbone": jax.tree.map(jnp.copy, encoder)}
+    return params, teacher, {}
+
+  def at(self, step: int) -> dict[str, np.generic]:
+    """Nothing changes from step to step."""
+    return {}
+
+  def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    """Block-wise masks, drawn on the host, of one image: masks [1, N] bool."""
+    if self.mask != "block":
+      return {}
+    masks = masking.host_masks(
+      "block",
+      seeds=(self.seed, epoch, index),
+      grid=self._grid,
+      views=1,
+      ratios=(self.mask_ratio,),
+      variances=(0.0,),
+    )
+    return {"masks": masks}
+
+  def loss(
+    self,
+    params: Params,
+    teacher: Params,
+    aux: Params,
+    batch: Batch,
+    rng: jax.Array,
+    scalars: Scalars,
+  ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
+    """Mean squared error of the hidden patches.
+
+    Args:
+      params: encoder and decoder.
+      teacher: the encoder's average where attention guides, else {}.
+      aux: {}.
+      batch: images [B, 1, H, W, 3], position [B]; masks [B, 1, N] for
+        block-wise ones.
+      rng: key of this step.
+      scalars: `at(step)`.
+
+    Returns:
+      loss [] and ({}, metrics, {}).
+    """
+    rng_mask, rng_drop = jax.random.split(rng)
+    images = vit.normalize_images(batch["images"][:, 0])
+    order = self.order(teacher, images, batch, rng_mask)
+    pred = self.predict(params, images, order, batch, rng_drop)
+    target = self.target(images)
+    hidden = order[:, self.patches - self.n_hidden :]
+    loss = losses.pixel_loss(
+      masking.gather(pred, hidden), masking.gather(target, hidden)
+    )
+    share = jnp.asarray(self.n_hidden / self.patches, jnp.float32)
+    return loss, ({}, {"loss": loss, "mask_ratio": share}, {})
+
+  def update_aux(self, aux: Params, stats: Params) -> Params:
+    """There is nothing to update."""
+    return aux
+
+  def order(
+    self, teacher: Params, images: jax.Array, batch: Batch, rng: jax.Array
+  ) -> jax.Array:
+    """All patches, visible ones first: [B, N] int32.
+
+    Args:
+      teacher: see `loss`.
+      images: [B, H, W, 3] normalised.
+      batch: see `loss`.
+      rng: key of the masks of this step.
+    """
+    scores = None
+    if self.guided:
+      attention = vit.class_attention(
+        self.backbone, teacher["backbone"], images
+      )
+      scores = jax.lax.stop_gradient(jnp.mean(attention, axis=1))
+    rows = batch["position"]
+    if self.shared_mask:
+      rows = jnp.zeros_like(rows)
+    return masking.visible_first(
+      self.mask,
+      keys=masking.row_keys(rng, rows),
+      grid=self._grid,
+      n_hidden=self.n_hidden,
+      scores=scores,
+      masks=batch["masks"][:, 0] if "masks" in batch else None,
+      show_max=self.show_max,
+    )
+
+  def predict(
+    self,
+    params: Params,
+    images: jax.Array,
+    order: jax.Array,
+    batch: Batch | None = None,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Pixels of all patches from the visible ones: [B, N, 3 P^2]."""
+    draws = None
+    if batch is not None and self.backbone.drop_path:
+      draws = vit.drop_path_draws(
+        rng, batch["position"], depth=self.backbone.depth
+      )
+    visible = order[:, : self.patches - self.n_hidden]
+    encoded = self.backbone.apply(
+      {"params": params["backbone"]},
+      images,
+      keep_ids=visible[:, None],
+      draws=draws,
+    )
+    # The class token, where there is one, ends here.
+    tokens = encoded.tokens[:, self.backbone.lead :]
+    return self.decoder.apply(
+      {"params": params["decoder"]}, tokens, order, self._grid
+    )
+
+  def target(self, images: jax.Array) -> jax.Array:
+    """What is to be predicted: [B, H, W, 3] normalised -> [B, N, 3 P^2]."""
+    pixels = patchify(images, self.backbone.patch_size, self.target_layout)
+    if not self.norm_target:
+      return pixels
+    mean, std = self.statistics(pixels)
+    return (pixels - mean) / std
+
+  def statistics(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and root of the variance + 1e-6 of each patch: [B, N, 1] each."""
+    mean = jnp.mean(pixels, axis=-1, keepdims=True)
+    free = int(self.target_variance == "unbiased")
+    variance = jnp.var(pixels, axis=-1, keepdims=True, ddof=free)
+    return mean, jnp.sqrt(variance + 1e-6)
+
+  def features(
+    self,
+    weights: Params,
+    images: jax.Array,
+    *,
+    last: int = 1,
+    norm: bool = True,
+  ) -> tuple[jax.Array | None, jax.Array]:
+    """cls [B, last * D] or None, patches [B, N, D]: see `vit.features`."""
+    return vit.features(
+      self.backbone, weights["backbone"], images, last=last, norm=norm
+    )
+
+  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
+    """Last attention to each patch: [B, H, W, 3] -> [B, A, N]."""
+    return vit.class_attention(self.backbone, weights["backbone"], images)
+
+  def reconstruct(
+    self, params: Params, images: jax.Array, order: jax.Array
+  ) -> jax.Array:
+    """Images as the decoder paints them, visible patches too.
+
+    Args:
+      params: encoder and decoder.
+      images: [B, H, W, 3] uint8.
+      order: [B, N] int32, visible patches first.
+
+    Returns:
+      [B, H, W, 3] float32 in 0-1. A normalised target is scaled back with the
+      statistics of the true patch.
+    """
+    images = vit.normalize_images(images)
+    pixels = self.predict(params, images, order)
+    if self.norm_target:
+      patches = patchify(images, self.backbone.patch_size, self.target_layout)
+      mean, std = self.statistics(patches)
+      pixels = pixels * std + mean
+    whole = unpatchify(
+      pixels, self.backbone.patch_size, self._grid, self.target_layout
+    )
+    return jnp.clip(vit.denormalize_images(whole), 0, 1)
+
+  @property
+  def _grid(self) -> tuple[int, int]:
+    return self.backbone.grid, self.backbone.grid
+
+
+def patchify(images: jax.Array, p: int, layout: str) -> jax.Array:
+  """[B, H, W, 3] -> [B, N, 3 P^2]; a patch's values in order "chw" or "hwc"."""
+  b, height, width, c = images.shape
+  h, w = height // p, width // p
+  x = images.reshape(b, h, p, w, p, c)
+  axes = (0, 1, 3, 5, 2, 4) if layout == "chw" else (0, 1, 3, 2, 4, 5)
+  return x.transpose(axes).reshape(b, h * w, p * p * c)
+
+
+def unpatchify(
+  patches: jax.Array, p: int, grid: tuple[int, int], layout: str
+) -> jax.Array:
+  """The inverse of `patchify`."""
+  b, (h, w) = len(patches), grid
+  if layout == "chw":
+    x = patches.reshape(b, h, w, 3, p, p).transpose(0, 1, 4, 2, 5, 3)
+  else:
+    x = patches.reshape(b, h, w, p, p, 3).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, h * p, w * p, 3)

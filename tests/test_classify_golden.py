@@ -1,0 +1,337 @@
+"""Supervised training as MAE-priv and ExtreMA do it, against their numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from attmask_jax import mesh, mixup, optim, rates, train_step, vit
+from attmask_jax.methods.classify import Classify
+
+CLOSE = dict(rtol=1e-4, atol=2e-5)  # golden/{mae,extrema}/README.md
+
+
+class Given(Classify):
+  """Normalised images and soft targets from the batch, where it has them."""
+
+  def _mix(self, batch, rng, scalars):
+    targets = batch.get("targets")
+    if targets is None:
+      targets = mixup.soft_targets(
+        batch["label"], self.num_classes, smoothing=self.smoothing
+      )
+    return batch["images"][:, 0], targets
+
+
+def weights_of(tensors, *, fixed):
+  """A recorded classifier: backbone and head, our layout."""
+  tree = reference.tree(
+    {k: v for k, v in tensors.items() if "running" not in k and "num" not in k}
+  )
+  head = {k: v[None] for k, v in tree.pop("head").items()}
+  if "fc_norm" in tree:
+    head["norm"] = tree.pop("fc_norm")
+  if fixed:
+    tree.pop("pos_embed", None)
+  # Downstream nothing uses the encoder's final norm; ours keeps it, untouched.
+  width = tree["patch_embed"]["bias"].shape
+  tree.setdefault("norm", {"scale": np.ones(width), "bias": np.zeros(width)})
+  return {"backbone": tree, "head": head}
+
+
+def under(file, prefix):
+  return {k[len(prefix) :]: file[k] for k in file if k.startswith(prefix)}
+
+
+def mae_method(file, cls_token=False, **changes):
+  cfg = lambda name: file[f"cfg/{name}"].item()
+  backbone = vit.ViT(
+    cfg("dim"), cfg("depth"), cfg("heads"), cfg("patch"), cfg("img"),
+    class_token="input" if cls_token else "none", positions="yx",
+    key_bias=False,
+  )  # fmt: skip
+  fields = dict(
+    num_classes=cfg("ncls"), epochs=3, steps_per_epoch=1,
+    image_size=cfg("img"), batch_size=4, raw=True, frozen=False,
+    avgpool=0 if cls_token else 1, decay_tokens=False,
+  )  # fmt: skip
+  return Given(backbone, **fields | changes)
+
+
+@pytest.mark.parametrize("variant", ["gap", "cls"])
+def test_golden_mae_classifier(golden, variant):
+  file = golden("mae/finetune_forward.npz")
+  method = mae_method(file, variant == "cls", head_norm="layer")
+  weights = weights_of(under(file, f"sd/{variant}/"), fixed=True)
+  images = reference.nhwc(file["in/images"])
+  pooled = vit.embed(
+    lambda x, **kw: method.features(weights, x, **kw),
+    images,
+    avgpool=method.avgpool,
+    raw=True,
+  )
+  np.testing.assert_allclose(pooled, file[f"out/{variant}/pooled"], **CLOSE)
+  logits = method.logits(weights, images)
+  np.testing.assert_allclose(logits, file[f"out/{variant}/logits"], **CLOSE)
+
+
+def train(method, tx, start, batches, schedule):
+  """State after all batches, and [{metric: value}] per step."""
+  devices = mesh.make_mesh(devices=jax.devices()[:1])
+  state, shardings = train_step.init_state(method, tx, devices, seed=0)
+  state = train_step.overlay(state, start)
+  step = train_step.make_step(method, tx, devices, shardings, seed=0)
+  history = []
+  for i, batch in enumerate(batches):
+    state, values, _ = step(state, batch, schedule.at(i))
+    history.append({k: float(v) for k, v in values.items()})
+  return state, history
+
+
+def same_params(got, want, width):
+  def one(path, a, b):
+    a, b = np.array(a), np.array(b)
+    name = optim.path_name(path)
+    if name.endswith("qkv/bias"):  # of keys: no gradient but rounding
+      a[..., width : 2 * width] = b[..., width : 2 * width] = 0
+    np.testing.assert_allclose(a, b, **CLOSE, err_msg=name)
+
+  jax.tree_util.tree_map_with_path(one, jax.device_get(got), want)
+
+
+def schedule_of(cfg, lr, **changes):
+  fields = dict(
+    lr=cfg(lr), min_lr=cfg("min_lr"), warmup_epochs=cfg("warmup_epochs"),
+    weight_decay=(0.0, 0.0), momentum=(1.0, 1.0), freeze_epochs=0,
+    epochs=cfg("epochs"), steps_per_epoch=1,
+  )  # fmt: skip
+  return rates.Schedules(**fields | changes)
+
+
+def test_golden_mae_fine_tuning(golden):
+  forward = golden("mae/finetune_forward.npz")
+  file = golden("mae/finetune_extras.npz")
+  cfg = lambda name: file[f"cfg/ft_steps/{name}"].item()
+  method = mae_method(
+    forward, head_norm="layer", layer_decay=cfg("layer_decay"),
+    smoothing=cfg("smoothing"),
+  )  # fmt: skip
+  tx = optim.Optimizer(
+    clip=0.0, betas=(cfg("beta1"), cfg("beta2")), eps=cfg("eps")
+  ).build(lr_scale=method.lr_scale, undecayed=method.undecayed)
+  start = {"params": weights_of(under(forward, "sd/gap/"), fixed=True)}
+  batches = [
+    {
+      "images": reference.nhwc(images)[:, None],
+      "label": jnp.asarray(labels, jnp.int32),
+      "position": jnp.arange(len(labels), dtype=jnp.int32),
+    }
+    for images, labels in zip(
+      file["in/steps/images"], file["in/steps/targets"], strict=True
+    )
+  ]
+  schedule = schedule_of(cfg, "scaled_lr", weight_decay=(cfg("wd"), cfg("wd")))
+  state, history = train(method, tx, start, batches, schedule)
+  for i, values in enumerate(history):
+    for name, rtol in (("loss", 1e-4), ("grad_norm", 1e-4)):
+      want = file[f"out/ft_steps/{name}"][i]
+      assert values[name] == pytest.approx(want, rel=rtol)
+    lr = file["out/ft_steps/lr"][i]
+    assert schedule.values(i)["lr"] == pytest.approx(lr, abs=1e-9)
+  end = under(file, "out/ft_steps/end/")
+  same_params(state.params, weights_of(end, fixed=True), method.backbone.width)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_golden_mae_linear_probe(golden, name):
+  forward = golden("mae/finetune_forward.npz")
+  file = golden("mae/finetune_extras.npz")
+  cfg = lambda key: file[f"cfg/lin/{key}"].item()
+  method = mae_method(forward, frozen=True, head_norm="batch")
+  tx = optim.Optimizer(
+    name="sgd" if name == "sgd" else "lars_mae",
+    clip=0.0,
+    sgd_momentum=cfg("momentum"),
+    nesterov=cfg(f"{name}_nesterov"),
+  ).build(lr_scale=method.lr_scale)
+  trunk = weights_of(under(forward, "sd/gap/"), fixed=True)["backbone"]
+  lin = under(forward, "sd/lin/")
+  head = {
+    "kernel": lin["head.weight"].T[None], "bias": lin["head.bias"][None],
+  }  # fmt: skip
+  running = {
+    "mean": lin["fc_norm.running_mean"], "var": lin["fc_norm.running_var"],
+  }  # fmt: skip
+  aux = {"backbone": trunk, "batch_norm": running}
+  images = reference.nhwc(forward["in/images"])
+  weights = {"backbone": trunk, "head": head, "batch_norm": running}
+  np.testing.assert_allclose(
+    method.logits(weights, images), forward["out/lin/eval_logits"], **CLOSE
+  )
+  batches = [
+    {
+      "images": reference.nhwc(x)[:, None],
+      "label": jnp.asarray(y, jnp.int32),
+      "position": jnp.arange(len(y), dtype=jnp.int32),
+    }
+    for x, y in zip(
+      file["in/steps/images"], file["in/steps/targets"], strict=True
+    )
+  ]
+  state, history = train(
+    method, tx, {"params": {"head": head}, "aux": aux}, batches,
+    schedule_of(cfg, "scaled_lr"),
+  )  # fmt: skip
+  losses = [values["loss"] for values in history]
+  np.testing.assert_allclose(losses, file[f"out/lin_{name}/loss"], **CLOSE)
+  end = lambda key: file[f"out/lin_{name}/end/{key}"]
+  got = state.params["head"]
+  np.testing.assert_allclose(got["kernel"][0].T, end("head.weight"), **CLOSE)
+  np.testing.assert_allclose(got["bias"][0], end("head.bias"), **CLOSE)
+  norm = state.aux["batch_norm"]
+  np.testing.assert_allclose(norm["mean"], end("fc_norm.running_mean"), **CLOSE)
+  np.testing.assert_allclose(norm["var"], end("fc_norm.running_var"), **CLOSE)
+
+
+def extrema_method(file, **changes):
+  cfg = lambda name: file[f"cfg/{name}"].item()
+  backbone = vit.ViT(
+    cfg("embed_dim"), cfg("depth"), cfg("num_heads"), cfg("patch_size"),
+    cfg("img_size"),
+  )  # fmt: skip
+  fields = dict(
+    num_classes=cfg("num_classes"), epochs=cfg("epochs"),
+    steps_per_epoch=cfg("iters_per_epoch"), image_size=cfg("img_size"),
+    batch_size=3, raw=True,
+  )  # fmt: skip
+  return Given(backbone, **fields | changes)
+
+
+def test_golden_extrema_linear_probe(golden):
+  file = golden("extrema/lincls.npz")
+  cfg = lambda name: file[f"cfg/{name}"].item()
+  method = extrema_method(file, head_norm="batch")
+  backbone = method.backbone.clone(
+    class_token="readout",
+    positions="xy",
+    readout_layers=cfg("class_attention_layers"),
+  )
+  method = Given(**vars(method) | {"backbone": backbone})
+  tx = optim.Optimizer(
+    name="sgd", clip=0.0, sgd_momentum=cfg("momentum")
+  ).build(lr_scale=method.lr_scale)
+  trunk = reference.tree(under(file, "sd/"))
+  trunk.pop("pos_embed")
+  images = [reference.nhwc(x) for x in file["in/images"]]
+  feature, _ = method.features({"backbone": trunk}, images[0], norm=False)
+  np.testing.assert_allclose(feature, file["out/features"][0], **CLOSE)
+  head = {
+    "kernel": file["head/start/1.weight"].T[None],
+    "bias": file["head/start/1.bias"][None],
+  }
+  running = {
+    "mean": file["head/start/0.running_mean"],
+    "var": file["head/start/0.running_var"],
+  }
+  batches = [
+    {
+      "images": x[:, None],
+      "label": jnp.asarray(y, jnp.int32),
+      "position": jnp.arange(len(y), dtype=jnp.int32),
+    }
+    for x, y in zip(images, file["in/target"], strict=True)
+  ]
+  schedule = rates.Schedules(
+    lr=cfg("lr"), min_lr=0.0, warmup_epochs=cfg("warmup_epochs"),
+    weight_decay=(0.0, 0.0), momentum=(1.0, 1.0), freeze_epochs=0,
+    epochs=cfg("epochs"), steps_per_epoch=cfg("iters_per_epoch"),
+    schedule="smooth_cosine",
+  )  # fmt: skip
+  aux = {"backbone": trunk, "batch_norm": running}
+  state, history = train(
+    method, tx, {"params": {"head": head}, "aux": aux}, batches, schedule
+  )
+  lrs = [schedule.values(i)["lr"] for i in range(len(batches))]
+  np.testing.assert_allclose(lrs, file["out/lr"], atol=1e-12)
+  loose = dict(rtol=1e-4, atol=1e-4)  # a batch norm over 3 images
+  losses = [values["loss"] for values in history]
+  np.testing.assert_allclose(losses, file["out/loss"], **loose)
+  got = method.assemble(state.params, state.aux)
+  np.testing.assert_allclose(
+    method.logits(got, images[0]), file["out/eval_logits"], **loose
+  )
+  np.testing.assert_allclose(
+    got["head"]["kernel"][0].T, file["head/end/1.weight"], **loose
+  )
+
+
+def test_golden_extrema_fine_tuning(golden):
+  file = golden("extrema/finetune.npz")
+  cfg = lambda name: file[f"cfg/{name}"].item()
+  method = extrema_method(
+    file, frozen=False, avgpool=1, head_norm="layer",
+    layer_decay=cfg("layer_decay"), decay_tokens=False,
+  )  # fmt: skip
+  backbone = method.backbone.clone(class_token="none", positions="learned")
+  method = Given(**vars(method) | {"backbone": backbone})
+
+  def read(prefix):
+    tensors = under(file, prefix)
+    tensors.pop("cls_token")  # no part of the forward pass
+    return weights_of(tensors, fixed=False)
+
+  images = [reference.nhwc(x) for x in file["in/images"]]
+  start = read("sd/")
+  logits = method.logits(start, images[0])
+  np.testing.assert_allclose(logits, file["out/logits_start"], **CLOSE)
+  tx = optim.Optimizer(
+    clip=0.0, betas=tuple(file["cfg/betas"].tolist()), eps=cfg("eps")
+  ).build(lr_scale=method.lr_scale, undecayed=method.undecayed)
+  batches = [
+    {
+      "images": x[:, None],
+      "targets": jnp.asarray(y),
+      "label": jnp.zeros(len(y), jnp.int32),
+      "position": jnp.arange(len(y), dtype=jnp.int32),
+    }
+    for x, y in zip(images, file["in/soft_targets"], strict=True)
+  ]
+  wd = cfg("weight_decay")
+  schedule = schedule_of(
+    cfg, "lr", weight_decay=(wd, wd), steps_per_epoch=cfg("iters_per_epoch")
+  )
+  state, history = train(method, tx, {"params": start}, batches, schedule)
+  for i, values in enumerate(history):
+    assert values["loss"] == pytest.approx(file["out/loss"][i], rel=1e-4)
+    assert values["grad_norm"] == pytest.approx(
+      file["out/grad_norm"][i], rel=1e-4
+    )
+  same_params(state.params, read("end/"), method.backbone.width)
+
+
+def test_golden_layer_decay(golden):
+  for folder, job in (("mae", "gap"), ("mae", "cls"), ("extrema", "")):
+    file = golden(f"{folder}/layer_decay.npz")
+    prefix = f"out/{job}/" if job else "out/"
+    key = f"cfg/{job}/layer_decay" if job else "cfg/layer_decay"
+    names, want = file[f"{prefix}names"].tolist(), file[f"{prefix}lr_scale"]
+    depth = 1 + max(
+      int(n.split(".")[1]) for n in names if n.startswith("blocks.")
+    )
+    backbone = vit.ViT(8, depth, 2, patch_size=4, image_size=8)
+    method = Classify(
+      backbone, 3, 1, 1, 8, 8, layer_decay=file[key].item(), frozen=False
+    )
+    for name, scale in zip(names, want, strict=True):
+      ours = name.replace(".", "/").replace("fc_norm/weight", "norm/scale")
+      parts = ours.split("/")
+      leaf = np.zeros((depth, 2) if parts[0] == "blocks" else (1, 2))
+      if parts[0] == "blocks":
+        number = int(parts.pop(1))
+        found = method.lr_scale("backbone/" + "/".join(parts), leaf)
+        found = found.ravel()[number]
+      else:
+        where = "" if parts[0] == "head" else "backbone/"
+        found = np.ravel(method.lr_scale(where + ours, leaf))[0]
+      assert found == pytest.approx(scale, rel=1e-6), name
