@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 from their official binary files."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -89,3 +90,7 @@ class Cifar:
     """One record as an RGB image."""
     pixels = self._records[index, self._offset :].reshape(3, 32, 32)
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+  def fingerprint(self) -> str:
+    """Hash of all records."""
+    return hashlib.sha256(self._records.tobytes()).hexdigest()

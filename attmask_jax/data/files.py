@@ -1,5 +1,7 @@
 """Image files: decoding one, and the folders that hold many."""
 
+import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 
 from attmask_jax import augment
 from attmask_jax.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 EXTENSIONS = (
   ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
@@ -39,7 +43,7 @@ def decode(file: Any) -> Image.Image:
     raise BrokenImage(f"{type(err).__name__}: {message}") from err
 
 
-def _scan(folder: str) -> list[str]:
+def scan(folder: str) -> list[str]:
   """Image files anywhere below `folder`, sorted; paths relative to it.
 
   `scandir` gives the kind of each entry without a call per file, which is what
@@ -62,14 +66,28 @@ def _scan(folder: str) -> list[str]:
   return found
 
 
-def _class_folders(root: str) -> list[str]:
+def class_folders(root: str) -> list[str]:
+  """Folders directly in `root`, sorted; hidden ones left out."""
   with os.scandir(root) as entries:
     return sorted(
       e.name for e in entries if e.is_dir() and not e.name.startswith(".")
     )
 
 
-class _Files:
+def fingerprint(kind: str, paths: Sequence[str], labels: np.ndarray) -> str:
+  """Changes with any file's name, size or time, any label, or their order.
+
+  One `stat` per file: seconds for a million on a local disk.
+  """
+  total = hashlib.sha256(kind.encode())
+  for path in paths:
+    found = os.stat(path)
+    total.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+  total.update(np.ascontiguousarray(labels, np.int64).tobytes())
+  return total.hexdigest()
+
+
+class ImageFiles:
   """Image files below one folder."""
 
   def __init__(self, root: str, files: list[str], labels: np.ndarray) -> None:
@@ -92,8 +110,13 @@ class _Files:
     """Decodes one file to RGB; raises BrokenImage."""
     return decode(self.describe(index))
 
+  def fingerprint(self) -> str:
+    """Changes with any file, any label, or their order."""
+    paths = [self.describe(i) for i in range(len(self))]
+    return fingerprint("files", paths, self.labels)
 
-class Folder(_Files):
+
+class Folder(ImageFiles):
   """`path`/train and `path`/val with one folder per class.
 
   Classes are numbered by sorted folder name, files sorted by path below it.
@@ -103,20 +126,24 @@ class Folder(_Files):
 
   def __init__(self, path: str, split: str) -> None:
     root = os.path.join(path, split)
+    test = os.path.join(path, "test")
+    if split == "val" and not os.path.isdir(root) and os.path.isdir(test):
+      _log.info("%s has no val/: evaluating on test/", path)
+      root = test
     if not os.path.isdir(root):
       raise InputError(
         f"{path} has no folder {split}/; data.source=folder expects "
         "train/CLASS/*.jpg and val/CLASS/*.jpg (data.source=flat takes a "
         "folder without classes)."
       )
-    found = _class_folders(root)
+    found = class_folders(root)
     if not found:
       raise InputError(
         f"{root} holds no class folders; expected {root}/CLASS/*.jpg "
         "(data.source=flat takes a folder without classes)."
       )
     training = os.path.join(path, "train")
-    known = _class_folders(training) if os.path.isdir(training) else found
+    known = class_folders(training) if os.path.isdir(training) else found
     numbers = {name: number for number, name in enumerate(known)}
     files, labels = [], []
     for name in found:
@@ -125,7 +152,7 @@ class Folder(_Files):
           f"class folder {os.path.join(root, name)} has no counterpart in "
           f"{training}; both splits need the same classes."
         )
-      inside = _scan(os.path.join(root, name))
+      inside = scan(os.path.join(root, name))
       if not inside:
         raise InputError(
           f"class folder {os.path.join(root, name)} holds no images "
@@ -138,13 +165,13 @@ class Folder(_Files):
     self.class_names = known
 
 
-class Flat(_Files):
+class Flat(ImageFiles):
   """Every image anywhere below a folder, without labels."""
 
   class_names: Sequence[str] = ()
 
   def __init__(self, path: str) -> None:
-    files = _scan(path)
+    files = scan(path)
     if not files:
       raise InputError(
         f"data.path={path} holds no images ({' '.join(EXTENSIONS)})."

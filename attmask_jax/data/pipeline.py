@@ -1,9 +1,9 @@
 """Batches of augmented images, each a pure function of the step.
 
 Epoch e uses the first S * B entries of its own permutation of the data set, and
-every draw is keyed by (seed, epoch, index): a run that stops goes on with the
-very batches it would have had, on any number of threads or processes. Grain's
-threads prepare the next batches while the current step runs.
+every draw is keyed by (seed, epoch, index, copy): a run that stops goes on with
+the very batches it would have had, on any number of threads or processes.
+Grain's threads prepare the next batches while the current step runs.
 """
 
 import logging
@@ -105,7 +105,6 @@ class TrainPipeline:
 
   Attributes:
     steps_per_epoch: S = n // B; the rest of each permutation is left out.
-    broken: reason by index, for every unreadable file met so far.
   """
 
   def __init__(
@@ -120,6 +119,7 @@ class TrainPipeline:
     threads: int = 0,
     prefetch: int = 4,
     max_broken: float = 0.01,
+    repeats: int = 1,
   ) -> None:
     """Checks the sizes; reads nothing yet.
 
@@ -131,13 +131,18 @@ class TrainPipeline:
       seed: of the order and the augmentation, >= 0.
       positions: rows of the global batch that this process loads, each within
         [0, B); all of them by default.
-      extras: `(epoch, index) -> {name: array}`, further arrays per image.
+      extras: `(epoch, index) -> {name: array}` per image; copies share them.
       threads: that decode and augment; 0 for one per core.
       prefetch: batches prepared ahead, >= 1.
       max_broken: largest share of unreadable files, 0-1.
+      repeats: copies of an image in a row, each augmented on its own. An epoch
+        has S steps all the same, so it sees n / repeats of the images.
 
     Raises:
       InputError: the data set has fewer images than a batch.
+
+    Source (repeats): RASampler of DeiT. differs: it first cuts an epoch to a
+    multiple of 256 images and deals an image's copies out to the devices.
     """
     if not 1 <= batch_size <= len(source):
       raise InputError(
@@ -146,6 +151,8 @@ class TrainPipeline:
       )
     if seed < 0:
       raise InputError(f"data.seed={seed} must not be negative.")
+    if repeats < 1:
+      raise InputError(f"data.repeats={repeats} must be at least 1")
     self.steps_per_epoch = len(source) // batch_size
     self._source = source
     self._transform = transform
@@ -156,6 +163,7 @@ class TrainPipeline:
     self._extras = extras
     self._threads = threads
     self._prefetch = prefetch
+    self._repeats = repeats
     self._broken = BrokenFiles(source, max_broken)
     self._orders: dict[int, np.ndarray] = {}
     self._lock = threading.Lock()
@@ -170,7 +178,7 @@ class TrainPipeline:
     self._broken.restore(found)
 
   def order(self, epoch: int) -> np.ndarray:
-    """Indices that an epoch uses, in order: [S * B] int32, without repeats."""
+    """Indices that an epoch uses, each `repeats` times: [S * B] int32."""
     with self._lock:
       if epoch not in self._orders:
         # Threads prefetch across one epoch end at a time: two are enough.
@@ -179,7 +187,7 @@ class TrainPipeline:
         rng = np.random.default_rng([self._seed, epoch, 0, ORDER_TAG])
         order = rng.permutation(np.arange(len(self._source), dtype=np.int32))
         used = self.steps_per_epoch * self._batch_size
-        self._orders[epoch] = order[:used]
+        self._orders[epoch] = np.repeat(order, self._repeats)[:used]
       return self._orders[epoch]
 
   def batches(
@@ -214,12 +222,15 @@ class TrainPipeline:
     step, row = divmod(int(item), len(self._positions))
     epoch, step = divmod(step, self.steps_per_epoch)
     position = self._positions[row]
-    wanted = int(self.order(epoch)[step * self._batch_size + position])
+    place = step * self._batch_size + position
+    wanted = int(self.order(epoch)[place])
     index, image = self._load(wanted)
     # Keyed by the image asked for: a stand-in that also has its own turn in
     # this epoch is then cropped differently there.
-    rng = np.random.default_rng([self._seed, epoch, wanted, AUGMENT_TAG])
-    arrays = dict(self._transform(image, rng))
+    key = [self._seed, epoch, wanted, AUGMENT_TAG]
+    if copy := place % self._repeats:
+      key.append(copy)
+    arrays = dict(self._transform(image, np.random.default_rng(key)))
     if self._extras is not None:
       arrays |= self._extras(epoch, wanted)
     arrays["label"] = np.int32(self._source.label(index))
@@ -248,8 +259,9 @@ def eval_batches(
   threads: int = 0,
   prefetch: int = 2,
   max_broken: float = 0.01,
+  crop: Callable[[Image.Image, int], Image.Image] = augment.eval_crop,
 ) -> Generator[HostBatch, None, None]:
-  """Images in order, with the evaluation crop and full batches only.
+  """Images in order, with the evaluation crop, in full batches only.
 
   Args:
     source: the images.
@@ -257,6 +269,7 @@ def eval_batches(
     batch_size: rows per batch.
     indices: which images, all by default.
     threads, prefetch, max_broken: as in `TrainPipeline`.
+    crop: `(image, size) -> image` of size x size pixels.
 
   Yields:
     "images" [B, H, W, 3] uint8, "label" and "index" [B] int32, "valid" [B]
@@ -278,7 +291,7 @@ def eval_batches(
     if index >= 0:
       try:
         picture = source.load(index)
-        image = np.asarray(augment.eval_crop(picture, image_size))
+        image = np.asarray(crop(picture, image_size))
         label, valid = source.label(index), True
       except BrokenImage as err:
         broken.add(index, str(err))
@@ -307,14 +320,10 @@ def _stream(
   threads: int,
   prefetch: int,
 ) -> Generator[HostBatch, None, None]:
-  """Batches of `load(item)`, prepared ahead in threads.
+  """Batches of `load(item)`, prepared ahead in threads (0 = one per core).
 
-  Args:
-    load: gives dicts of equally shaped arrays; called from many threads.
-    items: consecutive numbers, a whole number of batches.
-    batch_size: items per batch.
-    threads: 0 for one per core.
-    prefetch: batches prepared ahead.
+  `load` gives dicts of equally shaped arrays and is called from many threads;
+  `items` are a whole number of batches.
   """
   threads = threads or _cores()
   options = grain.ReadOptions(

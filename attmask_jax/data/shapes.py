@@ -110,14 +110,31 @@ class Shapes:
     """Name of a picture for logs."""
     return f"shapes[{index}]"
 
-  def load(self, index: int) -> Image.Image:
-    """Draws picture `index`: RGB, `size` x `size`."""
-    rng = self._rng(index)
+  def fingerprint(self) -> str:
+    """All that a picture depends on."""
+    return f"shapes {self._key} {len(self)} {self.size}"
+
+  def layers(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Background and object's surface [size, size, 3], 0-255; cover 0-1.
+
+    Without light and noise; cover [size, size, 1] is the object's share.
+    """
+    return self._layers(index, self._rng(index))
+
+  def _layers(
+    self, index: int, rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     distance = self._distance(index, rng)
     # One pixel of slope around the edge; half of it is covered.
     cover = np.clip(0.5 - distance * self.size, 0, 1)[..., None]
     palettes = _palettes(rng)
     back, front = (self._texture(rng, palette) for palette in palettes)
+    return back, front, cover
+
+  def load(self, index: int) -> Image.Image:
+    """Draws picture `index`: RGB, `size` x `size`."""
+    rng = self._rng(index)
+    back, front, cover = self._layers(index, rng)
     picture = back + (front - back) * cover
     picture *= self._light(rng)[..., None]
     picture += rng.normal(0, 5, size=(self.size, self.size, 1))

@@ -5,6 +5,7 @@ them; it decodes nothing until asked and never changes, so any thread may read
 any image at any time. `build` makes the one that a config names.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from attmask_jax.data import cifar, files, shapes, tfds
+from attmask_jax.data import cifar, files, flowers, segmented, shapes, tfds
 from attmask_jax.errors import InputError
 
-KINDS = "shapes, folder, flat, cifar10, cifar100 or tfds:NAME"
+KINDS = (
+  "shapes, folder, flat, segmented, flowers, cifar10, cifar100 or tfds:NAME"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,10 @@ class Source(Protocol):
 
   def describe(self, index: int) -> str:
     """Name of one image for logs: its path, or its place in a record file."""
+    ...
+
+  def fingerprint(self) -> str:
+    """Changes whenever an image, a label or the order may have changed."""
     ...
 
 
@@ -97,6 +104,10 @@ def _build_whole(data: Any, kind: str, split: str) -> Source:
     return files.Folder(_existing(data.path, kind), split)
   if kind == "flat":
     return files.Flat(_existing(data.path, kind))
+  if kind == "segmented":
+    return segmented.Segmented(_existing(data.path, kind))
+  if kind == "flowers":
+    return flowers.Flowers(_existing(data.path, kind), split)
   if kind in ("cifar10", "cifar100"):
     return cifar.Cifar(_existing(data.path, kind), kind, split)
   raise InputError(f"data.source={kind!r} is unknown; it can be {KINDS}.")
@@ -165,3 +176,9 @@ class Subset:
   def load(self, index: int) -> Image.Image:
     """One image of the whole source."""
     return self._source.load(int(self.indices[index]))
+
+  def fingerprint(self) -> str:
+    """That of the whole source, and which images of it."""
+    chosen = np.ascontiguousarray(self.indices, np.int64).tobytes()
+    inner = self._source.fingerprint().encode()
+    return hashlib.sha256(inner + chosen).hexdigest()

@@ -4,6 +4,7 @@ The set must have been prepared as ArrayRecord files; images stay encoded until
 Pillow decodes them. The package is optional and imported only here, on use.
 """
 
+import hashlib
 import io
 from typing import Any
 
@@ -54,6 +55,7 @@ class Tfds:
     except (NotImplementedError, ImportError, ValueError) as err:
       raise InputError(_how_to_prepare(spec, data_dir)) from err
     self.name = f"tfds:{spec} {name}"
+    self._said = (builder.info.full_name, str(builder.data_path), name)
     self.class_names = list(names)
     self._labels = np.full(len(self._records), _UNREAD, np.int32)
 
@@ -88,6 +90,11 @@ class Tfds:
       raise files.BrokenImage(f"{type(err).__name__}: {err}") from err
     self._labels[index] = record["label"]
     return files.decode(io.BytesIO(bytes(record["image"])))
+
+  def fingerprint(self) -> str:
+    """Changes with the name, version, folder, split or number of records."""
+    said = "\n".join((*self._said, str(len(self))))
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _import() -> Any:
