@@ -1,5 +1,8 @@
 """Command line: python main.py --config=configs/NAME.py --workdir=DIR.
 
+--mode=train (the default) trains; --mode=eval --config=configs/evals.py:NAME
+--config.weights=RUN measures what a run has learned.
+
 Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
 --config.data.batch_size=64; configs/common.py lists all keys with their
 meaning, configs/ the experiments.
@@ -27,14 +30,14 @@ _WORKDIR = flags.DEFINE_string(
   None,
   "Run directory: made if missing, continued if it holds a run.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 
 
 def run(argv: list[str]) -> None:
   """Runs one mode of the program."""
   import jax  # here, so that a wrong flag is answered at once
 
-  from attmask_jax import mesh, train
+  from attmask_jax import evaluate, mesh, train
 
   if len(argv) > 1:
     raise InputError(
@@ -53,7 +56,7 @@ def run(argv: list[str]) -> None:
   if config.run.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.run.compilation_cache)
   mesh.init_distributed(config.run.distributed)
-  modes = {"train": train.train}
+  modes = {"train": train.train, "eval": evaluate.evaluate}
   modes[_MODE.value](config, _WORKDIR.value)
 
 

@@ -5,6 +5,8 @@ Papers:    none trains at this size, so the values below are ours. Arguments:
              hint     AttMask-Hint, the same paper
              ibot     block-wise masks, arXiv:2111.07832
              dino     no masks and no patch loss, arXiv:2104.14294
+             mae      pixel reconstruction, arXiv:2111.06377
+             extrema  extreme masks, arXiv:2206.04667
 Commands:  One GPU:
              python main.py --config=configs/cifar10.py:attmask \\
                  --workdir=runs/cifar10 --config.data.path=/data/cifar \\
@@ -32,8 +34,10 @@ from configs import small_images
 
 
 def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
-  """One of small_images.MASKS."""
+  """One of small_images.MASKS, "mae" or "extrema"."""
   config = small_images.get_config(arg)
   config.method.update(patch_size=4)
-  config.data.update(source="cifar10", image_size=32, local_size=16)
+  config.data.update(source="cifar10", image_size=32)
+  if "local_size" in config.data:
+    config.data.local_size = 16
   return config

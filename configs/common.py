@@ -76,7 +76,8 @@ def data() -> ml_collections.ConfigDict:
   """Images, order and augmentation."""
   return ml_collections.ConfigDict(
     dict(
-      # shapes | folder | flat | cifar10 | cifar100 | tfds:NAME
+      # shapes | folder | flat | segmented | flowers | cifar10 | cifar100 |
+      # tfds:NAME
       source="folder",
       path="",  # see docs/data.md
       subset=0,  # training images per class, 0 = all
@@ -90,6 +91,7 @@ def data() -> ml_collections.ConfigDict:
       jitter=0.8,  # probability of colour jitter
       grey=0.2,  # probability of a grey crop
       blur_radius=2.0,  # largest, in pixels; as published for 224 px
+      eval_resample="bicubic",  # bicubic | bilinear, of evaluation crops
       max_broken=0.01,  # a larger share of unreadable files stops the run
       shapes_train=4000,  # images of source "shapes"
       shapes_val=800,
@@ -107,14 +109,19 @@ def optim() -> ml_collections.ConfigDict:
       lr_per_256=5e-4,  # peak, for a batch of 256; scaled linearly
       min_lr=1e-6,  # at the end, not scaled
       warmup_epochs=10,
+      # cosine (per step) | epoch_cosine | late_epoch_cosine, see rates.py
+      schedule="cosine",
+      warmup_lr=0.0,  # start of late_epoch_cosine, not scaled
       weight_decay=(0.04, 0.4),  # cosine from, to
-      teacher_momentum=0.996,  # cosine from here to 1
+      teacher_momentum=0.996,  # cosine from here
+      teacher_momentum_end=1.0,  # to here
       clip=3.0,  # gradient norm limit, 0 = none
       clip_by="tensor",  # tensor | global
       freeze_epochs=1,  # the prototype layer holds
       betas=(0.9, 0.999),  # adamw
       eps=1e-8,  # adamw
       sgd_momentum=0.9,  # sgd, lars
+      nesterov=False,  # sgd, lars
     )
   )
 
@@ -131,6 +138,7 @@ def evals() -> ml_collections.ConfigDict:
       knn_queries=0,  # validation images, 0 = all
       last_blocks=1,  # class tokens of that many last blocks
       avgpool=0,  # 0 class | 1 mean patch | 2 both
+      raw=False,  # leave the final norm out (MAE, ExtreMA)
       batch_size=256,
       mask_images=8,  # rows of figures/masks.png, 0 = no picture
       overlap_images=200,  # images for overlap/*, where objects are known
@@ -160,3 +168,25 @@ def run() -> ml_collections.ConfigDict:
       wandb=dict(project="", name=""),  # empty project = off
     )
   )
+
+
+def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
+  """What all evaluations have, see configs/evals.py."""
+  config = ml_collections.ConfigDict()
+  config.weights = ""  # run directory or checkpoint
+  config.network = "teacher"  # teacher | student | untrained
+  config.probe = ""  # run directory of a linear probe (masked, backgrounds)
+  config.evals = dict(name=name, batch_size=256, **settings)
+  config.data = dict(
+    source="",  # "" = those of the weights' own run
+    path="",
+    subset=-1,  # training images per class; -1 = as in the run, 0 = all
+    image_size=0,  # pixels; 0 = as in the run
+    eval_resample="bicubic",  # bicubic | bilinear, of evaluation crops
+    seed=-1,  # of order, augmentation and "shapes"; -1 = as in the run
+    shapes_train=0,  # images of source "shapes"; 0 = as in the run
+    shapes_val=0,
+    max_broken=0.01,
+  )
+  config.run = run()
+  return config

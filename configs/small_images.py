@@ -5,6 +5,8 @@ Papers:    none trains at this size, so the values below are ours. Arguments:
              hint     AttMask-Hint, the same paper
              ibot     block-wise masks, arXiv:2111.07832
              dino     no masks and no patch loss, arXiv:2104.14294
+             mae      pixel reconstruction, arXiv:2111.06377
+             extrema  extreme masks, arXiv:2206.04667
 Commands:  One GPU:
              python main.py --config=configs/small_images.py:attmask \\
                  --workdir=runs/small --config.method.dtype=bfloat16 \\
@@ -32,6 +34,8 @@ method.temp_warmup_epochs is refused: for 3 epochs set
 import ml_collections
 
 from configs import attmask_vits16, common
+from configs import extrema as extrema_vitb16
+from configs import mae as mae_imagenet
 
 MASKS = {
   "attmask": attmask_vits16.HIGH,
@@ -43,10 +47,17 @@ MASKS = {
 
 
 def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
-  """One of MASKS."""
+  """One of MASKS, "mae" or "extrema"."""
+  others = {"mae": mae, "extrema": extrema}
+  choice = common.choose(MASKS | others, arg)
+  return choice() if arg in others else attmask(choice)
+
+
+def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
+  """AttMask, iBOT and DINO."""
   config = common.attmask()
   config.method.update(
-    common.choose(MASKS, arg),
+    mask,
     variant="tiny",  # 192x12x3; 192x6x3 for a laptop
     patch_size=8,
     out_dim=4096,
@@ -72,4 +83,40 @@ def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
     eval_epochs=10,
     knn_ks=(20, 10),  # no more than small data sets hold
   )
+  return config
+
+
+def mae() -> ml_collections.ConfigDict:
+  """MAE without class token."""
+  config = mae_imagenet.mae()
+  config.method.update(
+    variant="tiny", patch_size=8, decoder_width=128, decoder_depth=2
+  )
+  config.optim.update(epochs=100, lr_per_256=1e-3, warmup_epochs=5)
+  return _small(config, scale=(0.2, 1.0))
+
+
+def extrema() -> ml_collections.ConfigDict:
+  """ExtreMA with four masks of 75 %."""
+  config = extrema_vitb16.extrema()
+  config.method.update(
+    variant="tiny",
+    patch_size=8,
+    mask_ratio=0.75,
+    num_masks=4,
+    head_hidden=1024,
+    out_dim=128,
+  )
+  config.optim.update(
+    epochs=100, lr_per_256=5e-4, warmup_epochs=5, teacher_momentum=0.99
+  )
+  return _small(config, scale=(0.2, 1.0))
+
+
+def _small(
+  config: ml_collections.ConfigDict, **data: object
+) -> ml_collections.ConfigDict:
+  """Images and evaluations that MAE and ExtreMA share."""
+  config.data.update(source="folder", batch_size=256, image_size=64, **data)
+  config.evals.update(eval_epochs=10, knn_ks=(20, 10))
   return config

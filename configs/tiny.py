@@ -1,4 +1,4 @@
-"""AttMask-High on generated shapes: the first run on any machine.
+"""Each method on generated shapes, in minutes: the first run on any machine.
 
 Command:   python main.py --config=configs/tiny.py --workdir=runs/tiny
 Hardware:  2 CPU cores, less than 5 minutes.
@@ -10,12 +10,15 @@ Expected:  k-NN at chance (12.5 %) before and after, see README.md ("The first
 A ViT of width 64 and depth 4 learns from 32 px images of eight shape classes
 whose textures and colours say nothing about the class. The arguments `hint`,
 `low`, `random`, `ibot` and `dino` change the mask policy. Half the views of
-`random` and `ibot` stay whole, as do those of the attention policies.
+`random` and `ibot` stay whole, as do those of the attention policies. `mae` and
+`extrema` run the other two methods (arXiv:2111.06377, arXiv:2206.04667).
 """
 
 import ml_collections
 
 from configs import common
+from configs import extrema as extrema_vitb16
+from configs import mae as mae_imagenet
 
 MASKS = {
   "attmask": {},
@@ -30,7 +33,14 @@ MASKS = {
 
 
 def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
-  """One of MASKS."""
+  """One of MASKS, "mae" or "extrema"."""
+  others = {"mae": mae, "extrema": extrema}
+  choice = common.choose(MASKS | others, arg)
+  return choice() if arg in others else attmask(choice)
+
+
+def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
+  """AttMask, iBOT and DINO."""
   config = common.attmask()
   config.method.update(
     variant="64x4x2",
@@ -44,7 +54,7 @@ def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
     teacher_patch_temp=(0.03, 0.03),
     temp_warmup_epochs=1,
   )
-  config.method.update(common.choose(MASKS, arg))
+  config.method.update(mask)
   config.data.update(
     source="shapes",
     batch_size=64,
@@ -66,5 +76,52 @@ def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
   )
   config.evals.update(eval_epochs=6, knn_ks=(20, 10))
   # A network this small compiles and runs faster on a CPU without a scan.
+  config.run.update(scan=False)
+  return config
+
+
+def mae() -> ml_collections.ConfigDict:
+  """MAE without class token."""
+  config = mae_imagenet.mae()
+  config.method.update(
+    variant="64x4x2",
+    patch_size=4,
+    decoder_width=64,
+    decoder_depth=2,
+    decoder_heads=2,
+  )
+  config.optim.update(epochs=10, lr_per_256=4e-3, warmup_epochs=1)
+  return _shapes(config, scale=(0.4, 1.0))
+
+
+def extrema() -> ml_collections.ConfigDict:
+  """ExtreMA with three masks of 75 %."""
+  config = extrema_vitb16.extrema()
+  config.method.update(
+    variant="64x4x2",
+    patch_size=4,
+    drop_path=0.0,
+    mask_ratio=0.75,
+    num_masks=3,
+    head_hidden=256,
+    out_dim=64,
+  )
+  config.optim.update(
+    epochs=8,
+    lr_per_256=2e-3,
+    warmup_epochs=1,
+    weight_decay=(0.04, 0.04),
+    teacher_momentum=0.99,
+  )
+  config.data.grey = 0.5  # colours say nothing about the class
+  return _shapes(config, scale=(0.4, 1.0))
+
+
+def _shapes(
+  config: ml_collections.ConfigDict, **data: object
+) -> ml_collections.ConfigDict:
+  """Images, evaluations and computing that MAE and ExtreMA share."""
+  config.data.update(source="shapes", batch_size=64, image_size=32, **data)
+  config.evals.update(eval_epochs=10, knn_ks=(20, 10))
   config.run.update(scan=False)
   return config

@@ -1,9 +1,55 @@
 """Clusters against labels: do prototypes agree with the classes?
 
-Source: the per-epoch scores of train_one_epoch in AttMask main_attmask.py.
+Source: the per-epoch scores of train_one_epoch in AttMask main_attmask.py, and
+its stand-alone evaluation of unsupervised classification.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from attmask_jax.errors import InputError
+from attmask_jax.evals import features
+from attmask_jax.evals.job import Job, Result, Table
+
+
+def run(job: Job) -> Result:
+  """The prototype of each validation image against its class.
+
+  Raises:
+    InputError: a network without prototypes, or images without labels.
+  """
+  method, params = job.weights.method, job.weights.params
+  if not hasattr(method, "assignments"):
+    raise InputError(
+      f"method {job.weights.config.method.name} has no prototypes to compare "
+      "with labels: give weights of attmask, iBOT or DINO"
+    )
+  source = job.source("val")
+  assign = jax.jit(method.assignments)
+
+  def column(images: jax.Array) -> jax.Array:
+    # Whole numbers below 2^24 go through float32 unharmed.
+    return assign(params, images)[:, None].astype(jnp.float32)
+
+  with job.batches(source, desc="prototypes") as batches:
+    found = features.extract(column, batches, mesh=job.mesh)
+  clusters = found.features[:, 0].astype(np.int64)
+  values = cluster_scores(found.labels, clusters)
+  values["accuracy"] = hungarian_accuracy(found.labels, clusters)
+  names = {
+    "nmi": "NMI",
+    "ari": "ARI",
+    "fscore": "F (Fowlkes-Mallows)",
+    "accuracy": "accuracy, best one-to-one map",
+  }
+  counts = {
+    "images": len(clusters),
+    "classes": len(source.class_names),
+    "prototypes used": len(np.unique(clusters)),
+  }
+  rows = tuple((names[k], f"{v:.4f}") for k, v in values.items())
+  return Result(values, counts, Table(("score", "value"), rows))
 
 
 def cluster_scores(

@@ -16,10 +16,46 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attmask_jax.errors import InputError
 from attmask_jax.evals.features import BATCH_AXES
+from attmask_jax.evals.job import Job, Result, Table
 
 ROWS = PartitionSpec(BATCH_AXES)  # queries, split over all devices
 SAME = PartitionSpec()  # bank chunk, a copy on every device
 VOTE_PAIRS = 2**24  # k * k * queries compared at once: 64 MiB of float32
+
+
+def run(job: Job) -> Result:
+  """k-NN of the validation images on the training images.
+
+  Raises:
+    InputError: see `knn`; or images without labels.
+  """
+  evals = job.config.evals
+  train, val = job.pair()
+  bank = job.embed(train, desc="bank")
+  queries = job.embed(val, desc="queries")
+  values = knn(
+    bank.features,
+    bank.labels,
+    queries.features,
+    queries.labels,
+    ks=tuple(evals.ks),
+    temp=evals.temp,
+    num_classes=len(train.class_names),
+    mesh=job.mesh,
+    bank_chunk=evals.bank_chunk,
+    query_chunk=evals.query_chunk,
+  )
+  rows = [
+    (str(k), *(f"{values[f'k{k}/{name}']:.2f}" for name in ("top1", "top5")))
+    for k in evals.ks
+  ]
+  counts = {
+    "bank images": len(bank.labels),
+    "queries": len(queries.labels),
+    "classes": len(train.class_names),
+    "feature width": bank.features.shape[1],
+  }
+  return Result(values, counts, Table(("k", "top-1 %", "top-5 %"), tuple(rows)))
 
 
 def knn(
@@ -178,6 +214,7 @@ def _search(
     mesh: see `knn`; bank_chunk: see `knn`.
   """
   bank_chunk = min(bank_chunk, len(bank))
+  bank_chunk += -bank_chunk % mesh.size
   shape = len(queries[0]), k
   nothing = (
     _put(np.full(shape, -np.inf, np.float32), mesh, ROWS),
@@ -185,7 +222,8 @@ def _search(
   )
   best = [nothing] * len(queries)
   for start in range(0, len(bank), bank_chunk):
-    chunk = _put(_unit(bank, start, bank_chunk), mesh, SAME)
+    # Split over the devices on its way to them, whole once it is there.
+    chunk = _put(_unit(bank, start, bank_chunk), mesh, ROWS)
     labels = _put(_slice(bank_labels, start, bank_chunk), mesh, SAME)
     count = np.int32(min(bank_chunk, len(bank) - start))
     # The copy above overlaps with the previous chunk's work; without this
@@ -205,7 +243,7 @@ def _merge(*args: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
   return jax.shard_map(
     _merge_rows,
     mesh=mesh,
-    in_specs=(ROWS, ROWS, ROWS, SAME, SAME, SAME),
+    in_specs=(ROWS, ROWS, ROWS, ROWS, SAME, SAME),
     out_specs=(ROWS, ROWS),
   )(*args)
 
@@ -223,12 +261,14 @@ def _merge_rows(
   Args:
     best_sims: [Q, k] float32, falling; best_labels: [Q, k] int32.
     queries: [Q, F] float32, unit length.
-    bank: [n, F] float32, unit length; bank_labels: [n] int32.
-    count: [] int32, rows of `bank` that are not padding.
+    bank: [n / devices, F] float32, unit length, this device's share of the
+      chunk; bank_labels: [n] int32, of all of it.
+    count: [] int32, rows of the chunk that are not padding.
 
   Returns:
     best_sims, best_labels after this chunk.
   """
+  bank = jax.lax.all_gather(bank, BATCH_AXES, tiled=True)
   k, n = best_sims.shape[1], len(bank)
   sims = jnp.dot(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
   sims = jnp.where((jnp.arange(n) < count)[None], sims, -jnp.inf)  # [Q, n]

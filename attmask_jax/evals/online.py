@@ -1,5 +1,6 @@
 """What a run evaluates on its own teacher: k-NN, and where its masks fall."""
 
+import contextlib
 import functools
 import pathlib
 from typing import Any
@@ -9,12 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
-from PIL import Image
 
-from attmask_jax import Params, augment, data, masking, vit
+from attmask_jax import Params, data, masking, vit
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.evals import features, knn, visualize
+from attmask_jax.evals import features, inputs, knn, pictures, visualize
 
 
 def enabled(
@@ -57,7 +57,7 @@ def check(
       f"{train_source.name} has one class, so there is nothing to vote on: "
       "set evals.knn=False"
     )
-  bank = len(_spread(len(train_source), evals.knn_bank))
+  bank = len(pictures.spread(len(train_source), evals.knn_bank))
   if (
     not evals.knn_ks or not 1 <= min(evals.knn_ks) <= max(evals.knn_ks) <= bank
   ):
@@ -65,16 +65,18 @@ def check(
       f"evals.knn_ks {tuple(evals.knn_ks)} must lie between 1 and the k-NN "
       f"bank's {bank} images: lower k or enlarge the bank"
     )
-  one_sided = set(val_source.class_names) ^ set(train_source.class_names)
-  if one_sided:
-    raise InputError(
-      f'class "{min(one_sided)}" and {len(one_sided) - 1} more are in only one '
-      "of training and validation set: give both the same class folders"
-    )
+  inputs.same_classes(train_source, val_source)
 
 
 class Evaluator:
-  """Evaluates teachers of one run; compiles once."""
+  """Evaluates the teacher of a pretraining run; compiles once.
+
+  Attributes:
+    best: the number whose maximum marks the best checkpoint, "" = none.
+    shown: what the log calls it.
+  """
+
+  shown = "k-NN top-1"
 
   def __init__(
     self,
@@ -86,11 +88,34 @@ class Evaluator:
   ) -> None:
     self._config, self._method, self._mesh = config, method, mesh
     self._train, self._val = train_source, val_source
-    self._embed = jax.jit(functools.partial(embed, method, config.evals))
+    self.best = "knn/top1" if enabled(config, val_source) else ""
+    evals = config.evals
+    self._embed = jax.jit(
+      lambda weights, images: vit.embed(
+        functools.partial(method.features, weights),
+        images,
+        last=evals.last_blocks,
+        avgpool=evals.avgpool,
+        raw=evals.raw,
+      )
+    )
     if config.evals.knn and val_source and not val_source.class_names:
       logging.warning(
         "online k-NN is off: %s has no labels", config.data.source
       )
+
+  def before(self, state: Any) -> dict[str, float]:
+    """Of the untrained network: k-NN, and where its masks fall."""
+    logging.info("evaluating before the first step")
+    return self.scores(state) | self.masks(state.teacher or state.params)
+
+  def scores(self, state: Any) -> dict[str, float]:
+    """After an epoch: k-NN, see `knn`."""
+    return self.knn(state.teacher or state.params)
+
+  def after(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
+    """After the last step: draws folder/masks.png, see `masks`."""
+    return self.masks(state.teacher or state.params, folder / "masks.png")
 
   def knn(self, weights: Params) -> dict[str, float]:
     """Weighted k-NN of validation on training images, in percent.
@@ -144,15 +169,20 @@ class Evaluator:
     weights = meshes.to_host(self._mesh, weights)  # every process takes part
     if jax.process_index():
       return {}
-    indices = _spread(len(source), count)
-    images, objects = _load(source, indices, self._config.data.image_size)
+    indices = pictures.spread(len(source), count)
+    shown = pictures.crops(source, indices, self._config.data.image_size)
+    images = np.stack([picture.image for picture in shown])
+    objects = None
+    if hasattr(source, "object_mask"):
+      objects = np.stack([picture.object_mask for picture in shown])
     attention = np.asarray(self._attention(weights, images))
     grid = (self._method.backbone.grid,) * 2
-    hidden = policy_masks(
+    hidden = pictures.policy_masks(
       attention,
       grid,
-      ratio=max(self._method.mask_ratio),
+      ratio=self._method.shown_ratio,
       show_max=self._method.show_max,
+      policies=(*masking.ATTENTION_POLICIES, "random"),
     )
     if path and evals.mask_images:
       self._draw(path, images, attention, hidden, objects)
@@ -195,104 +225,8 @@ class Evaluator:
     self, weights: Params, source: data.Source, limit: int
   ) -> features.Features:
     """Features of at most `limit` images, spread over the source."""
-    config = self._config
-    processes, me = jax.process_count(), jax.process_index()
-    chosen = _spread(len(source), limit)
-    # Equal numbers of batches on every process; -1 is a padding row.
-    chosen = np.pad(chosen, (0, -len(chosen) % processes), constant_values=-1)
-    devices = jax.local_device_count()
-    rows = -(-config.evals.batch_size // (devices * processes)) * devices
-    batches = data.eval_batches(
-      source,
-      image_size=config.data.image_size,
-      batch_size=rows,
-      indices=np.split(chosen, processes)[me],
-      threads=config.run.threads,
-      max_broken=config.data.max_broken,
-    )
+    chosen = pictures.spread(len(source), limit)
+    batches, _ = inputs.batches(source, self._config, chosen)
     embed_images = functools.partial(self._embed, weights)
-    return features.extract(embed_images, batches, mesh=self._mesh)
-
-
-def embed(
-  method: Any,
-  evals: ml_collections.ConfigDict,
-  weights: Params,
-  images: jax.Array,
-) -> jax.Array:
-  """Frozen feature of an image: [B, H, W, 3] uint8 -> [B, F] float32.
-
-  `evals.avgpool` 0: class tokens of the last `evals.last_blocks` blocks, each
-  after the final norm; 1: mean patch of the last block, before the norm; 2:
-  the former followed by the mean patch after the norm.
-  """
-  if evals.avgpool == 1:
-    _, patches = method.features(weights, images, norm=False)
-    return jnp.mean(patches, axis=1)
-  cls, patches = method.features(weights, images, last=evals.last_blocks)
-  if evals.avgpool == 0:
-    return cls
-  return jnp.concatenate([cls, jnp.mean(patches, axis=1)], axis=-1)
-
-
-def policy_masks(
-  attention: np.ndarray,
-  grid: tuple[int, int],
-  *,
-  ratio: float,
-  show_max: float,
-) -> dict[str, np.ndarray]:
-  """What each policy would hide, for pictures: policy -> [n, N] bool.
-
-  Args:
-    attention: [n, N] float32.
-    grid: (h, w) with h * w = N.
-    ratio: share to hide, the same for all.
-    show_max: share of most attended patches that hints come from.
-  """
-  n, patches = attention.shape
-  n_mask, n_show = masking.attention_counts(patches, ratio, ratio, show_max)
-  keys = masking.row_keys(jax.random.key(0), jnp.arange(n))
-  masks = {
-    policy: np.asarray(
-      masking.attention_mask(
-        jnp.asarray(attention),
-        policy=policy,
-        n_mask=n_mask,
-        keys=keys,
-        n_show=n_show,
-        n_eligible=int(patches * show_max),
-      )
-    )
-    for policy in masking.ATTENTION_POLICIES
-  }
-  rng = np.random.RandomState(0)
-  random_masks = [masking.random_mask(rng, grid, ratio) for _ in range(n)]
-  return masks | {"random": np.stack(random_masks).reshape(n, patches)}
-
-
-def _spread(size: int, limit: int) -> np.ndarray:
-  """A fixed random choice of indices, all of them for limit 0: [n] int64.
-
-  Random, since any regular stride may meet a data set's own period.
-  """
-  if not limit or limit >= size:
-    return np.arange(size)
-  return np.random.default_rng([0, size, 4]).permutation(size)[:limit]
-
-
-def _load(
-  source: data.Source, indices: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-  """Evaluation crops [n, H, W, 3] uint8 and, if known, objects [n, H, W]."""
-  images, objects = [], []
-  for index in map(int, indices):
-    try:
-      picture = source.load(index)
-    except data.BrokenImage:
-      continue
-    images.append(np.asarray(augment.eval_crop(picture, size)))
-    if hasattr(source, "object_mask"):
-      shape = Image.fromarray(source.object_mask(index).astype(np.uint8) * 255)
-      objects.append(np.asarray(augment.eval_crop(shape, size)) > 127)
-  return np.stack(images), np.stack(objects) if objects else None
+    with contextlib.closing(batches):
+      return features.extract(embed_images, batches, mesh=self._mesh)

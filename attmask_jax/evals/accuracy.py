@@ -1,0 +1,192 @@
+"""Accuracy of a classifier: top-1, top-5 and loss over a validation set.
+
+Source: validate_network of AttMask eval_linear.py.
+"""
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from attmask_jax import Params, augment, data, losses, progress
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import InputError
+from attmask_jax.evals import inputs
+from attmask_jax.evals.features import HostBatch
+
+LogitsFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
+TOP5_CLASSES = 5  # fewer classes have no top-5
+
+
+def counter(logits_fn: LogitsFn, mesh: jax.sharding.Mesh) -> Any:
+  """Compiled (weights, batch) -> sums over the batch, for `run`.
+
+  Args:
+    logits_fn: (weights, batch) -> [B, J, C]; the batch has "images"
+      [B, H, W, 3] uint8 and "index" [B].
+    mesh: splits each batch over all of its devices.
+  """
+  return jax.jit(
+    functools.partial(_count, logits_fn),
+    out_shardings=meshes.replicated(mesh),
+  )
+
+
+def run(
+  count: Any,
+  weights: Params,
+  batches: Iterable[HostBatch],
+  *,
+  mesh: jax.sharding.Mesh,
+) -> dict[str, np.ndarray]:
+  """Scores of J classifiers that share their images.
+
+  Args:
+    count: of `counter`.
+    weights: of the classifiers.
+    batches: padded batches, see `features.extract`.
+    mesh: that of `count`.
+
+  Returns:
+    top1, top5 in percent and loss, [J] each (top5 only for 5 classes or
+    more), and images, the number of valid rows [].
+
+  Raises:
+    InputError: no valid row.
+  """
+  total: dict[str, np.ndarray] = {}
+  for batch in batches:
+    rows = {name: batch[name] for name in ("images", "label", "index", "valid")}
+    sums = jax.device_get(count(weights, meshes.shard(mesh, rows)))
+    total = {k: np.float64(v) + total.get(k, 0.0) for k, v in sums.items()}
+  images = total.pop("images", 0)
+  if not images:
+    raise InputError(
+      "the validation set holds no images: check data.path and data.source"
+    )
+  percent = {"top1": 100, "top5": 100, "loss": 1}
+  scores = {k: percent[k] * v / images for k, v in total.items()}
+  return scores | {"images": images}
+
+
+def _count(
+  logits_fn: LogitsFn, weights: Params, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Sums over the valid rows of a batch: [J] each, images []."""
+  logits = logits_fn(weights, batch).astype(jnp.float32)  # [B, J, C]
+  label, valid = batch["label"], batch["valid"][:, None]
+  classes = logits.shape[-1]
+  own = jnp.take_along_axis(
+    logits, jnp.maximum(label, 0)[:, None, None], axis=-1
+  )
+  # Equal logits go to the lower class, as arg-max has it.
+  lower = jnp.arange(classes)[None] < label[:, None]
+  tied = (logits == own) & lower[:, None]
+  rank = jnp.sum((logits > own) | tied, axis=-1)  # [B, J]
+  targets = jax.nn.one_hot(label, classes)[:, None]
+  sums = {
+    "top1": jnp.sum((rank < 1) & valid, axis=0),
+    "loss": jnp.sum(
+      jnp.where(valid, losses.soft_cross_entropy(logits, targets), 0.0), axis=0
+    ),
+    "images": jnp.sum(valid),
+  }
+  if classes >= TOP5_CLASSES:
+    sums["top5"] = jnp.sum((rank < 5) & valid, axis=0)
+  return sums
+
+
+def check(
+  config: ml_collections.ConfigDict,
+  train_source: data.Source,
+  val_source: data.Source | None,
+) -> None:
+  """Refuses data that a classifier cannot be measured on.
+
+  Raises:
+    InputError: no labels, other classes in the validation set, or a period
+      that is not positive.
+  """
+  if config.evals.eval_epochs < 1:
+    raise InputError(
+      f"evals.eval_epochs {config.evals.eval_epochs} must be at least 1"
+    )
+  if val_source is None or not len(val_source.class_names):
+    raise InputError(
+      f"data.source={config.data.source} has no labels to train a classifier "
+      "on: set --config.data.source=folder and --config.data.path"
+    )
+  inputs.same_classes(train_source, val_source)
+
+
+class Evaluator:
+  """Measures the classifier of a run as it trains; compiles once.
+
+  Attributes:
+    best: the number whose maximum marks the best checkpoint.
+    shown: what the log calls it.
+  """
+
+  best, shown = "val/top1", "accuracy"
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    method: Any,
+    train_source: data.Source,
+    val_source: data.Source,
+    mesh: jax.sharding.Mesh,
+  ) -> None:
+    self._config, self._method, self._mesh = config, method, mesh
+    self._val = val_source
+    self._count = counter(
+      lambda weights, batch: method.all_logits(weights, batch["images"]), mesh
+    )
+
+  def before(self, state: Any) -> dict[str, float]:
+    """Nothing: an untrained linear layer has nothing to say."""
+    return {}
+
+  def after(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
+    """Nothing to draw."""
+    return {}
+
+  def scores(self, state: Any) -> dict[str, float]:
+    """Accuracy of every linear layer, and of the moving average.
+
+    Returns:
+      "val/top1", "val/top5", "val/loss" of the best layer; "val/J/top1", ...
+      of layer J where there are several; "ema/top1", ... of the average.
+    """
+    found = _named("val", self.measure(state.params, state.aux))
+    if state.teacher:
+      found |= _named("ema", self.measure(state.teacher, state.aux))
+    return found
+
+  def measure(self, params: Params, aux: Params) -> dict[str, np.ndarray]:
+    """Scores of all linear layers, see `run`."""
+    config, size = self._config, self._config.data.image_size
+    # As small images are trained on: whole.
+    whole = config.data.transform == "supervised" and size <= 32
+    crop = augment.eval_whole if whole else None
+    host, total = inputs.batches(self._val, config, crop=crop)
+    weights = self._method.assemble(params, aux)
+    with contextlib.closing(host):
+      batches = progress.track(host, total, "validation")
+      return run(self._count, weights, batches, mesh=self._mesh)
+
+
+def _named(prefix: str, scores: dict[str, np.ndarray]) -> dict[str, float]:
+  """Scores for the log; those of the best layer stand under the prefix."""
+  layers, best = len(scores["top1"]), int(np.argmax(scores["top1"]))
+  values = {k: v for k, v in scores.items() if k != "images"}
+  named = {f"{prefix}/{k}": float(v[best]) for k, v in values.items()}
+  for j in range(layers if layers > 1 else 0):
+    named |= {f"{prefix}/{j}/{k}": float(v[j]) for k, v in values.items()}
+  return named

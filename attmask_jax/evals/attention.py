@@ -1,0 +1,239 @@
+"""Attention to patches as pictures: per head and averaged.
+
+Source: visualize_attention.py and video_generation.py of DINO and AttMask.
+Differs: the region is that of the mean over heads; pictures keep their aspect
+ratio; frames of one video share the scale of their colours.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from attmask_jax.errors import InputError
+from attmask_jax.evals import drawing, pictures
+from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.pictures import Picture
+
+HEADS_PER_LINE = 6
+# By `ViT.class_token`.
+TITLES = {
+  "input": "Attention of the class token in the last block",
+  "readout": "Attention of the class token, which reads the patches",
+  "none": "Attention that patches receive in the last block",
+}
+FRAME_MS = 100  # how long an animation shows each frame
+
+
+def run(job: Job) -> Result:
+  """Draws figures/attention.png, and an animation of a video's frames.
+
+  Reads evals.images, count, every and keep.
+
+  Returns:
+    entropy: of the mean attention over patches, in nats, mean over pictures.
+    entropy_uniform: what it would be if all patches got the same.
+    kept: share of patches that together hold `evals.keep` of the attention,
+      mean over pictures.
+  """
+  keep = job.config.evals.keep
+  check_keep(keep)
+  params = pictures.one_copy(job)
+  if jax.process_index():
+    return pictures.NOTHING
+  shown, moving = pictures.given(job)
+  backbone = job.weights.method.backbone
+  found = pictures.attention(job, params, [p.image for p in shown])
+  means = [heads.mean(axis=0) for heads in found]
+  kept = [keep_mask(mean, keep) for mean in means]
+  some = pictures.some(len(shown))
+  figures = [job.figure("attention.png")]
+  _draw(
+    figures[0],
+    [(shown[i], found[i], kept[i]) for i in some],
+    patch_size=backbone.patch_size,
+    keep=keep,
+    title=TITLES[getattr(backbone, "class_token", "input")],
+  )
+  if moving:
+    folder = job.figure("attention")
+    figures += _animate(folder, shown, means, backbone.patch_size)
+  return _result(shown, means, kept, keep, tuple(figures))
+
+
+def check_keep(keep: float) -> None:
+  """Refuses shares outside (0, 1]."""
+  if not 0 < keep <= 1:
+    raise InputError(
+      f"evals.keep {keep} must be above 0 and at most 1, such as 0.6"
+    )
+
+
+def keep_mask(attention: np.ndarray, keep: float) -> np.ndarray:
+  """The fewest patches that together hold a share of the attention.
+
+  Args:
+    attention: [..., N], >= 0, any scale.
+    keep: share in (0, 1].
+
+  Returns:
+    [..., N] bool.
+
+  Source: the threshold of visualize_attention.py (DINO), which sums upwards
+  from the least attended patch; ties go to the lowest index here.
+  """
+  attention = np.asarray(attention, np.float64)
+  order = np.argsort(-attention, axis=-1, kind="stable")
+  falling = np.take_along_axis(attention, order, axis=-1)
+  before = np.cumsum(falling, axis=-1) - falling
+  total = falling.sum(axis=-1, keepdims=True)
+  # Rounding of the sums must not add a patch to a share that is reached.
+  chosen = before < (keep - 1e-9) * total
+  mask = np.zeros(attention.shape, bool)
+  np.put_along_axis(mask, order, chosen, axis=-1)
+  return mask
+
+
+def entropy(attention: np.ndarray) -> float:
+  """Entropy in nats of attention [N] scaled to sum 1: 0 to log N."""
+  p = np.asarray(attention, np.float64)
+  p = p[p > 0] / p.sum()
+  return float(-(p * np.log(p)).sum())
+
+
+def _result(
+  shown: Sequence[Picture],
+  means: Sequence[np.ndarray],
+  kept: Sequence[np.ndarray],
+  keep: float,
+  figures: tuple[pathlib.Path, ...],
+) -> Result:
+  """Numbers of each picture (the first ones) and over all of them."""
+  numbers = [
+    (entropy(mean), float(np.log(mean.size)), float(mask.mean()))
+    for mean, mask in zip(means, kept, strict=True)
+  ]
+  average = [float(np.mean(column)) for column in zip(*numbers, strict=True)]
+  rows = [(p.name, *n) for p, n in zip(shown, numbers, strict=True)]
+  rows = [*rows[: pictures.TABLE_ROWS], ("mean", *average)]
+  table = Table(
+    (
+      "picture",
+      "entropy (nats)",
+      "if uniform",
+      f"patches holding {100 * keep:g} %",
+    ),
+    tuple(
+      (name, f"{e:.3f}", f"{u:.3f}", f"{100 * k:.1f} %")
+      for name, e, u, k in rows
+    ),
+  )
+  values = dict(
+    zip(("entropy", "entropy_uniform", "kept"), average, strict=True)
+  )
+  return Result(
+    values, {"pictures": len(shown)}, table, figures, pictures.notes(len(shown))
+  )
+
+
+def _draw(
+  path: pathlib.Path,
+  rows: Sequence[tuple[Picture, np.ndarray, np.ndarray]],
+  *,
+  patch_size: int,
+  keep: float,
+  title: str,
+) -> None:
+  """The gallery: image, mean, region, then the heads.
+
+  Args:
+    path: the PNG.
+    rows: of each picture: itself, attention [A, N], region [N] bool.
+    patch_size: P.
+    keep: share of the attention that the region holds.
+    title: whose attention it is.
+  """
+  heads = len(rows[0][1])
+  lines = -(-heads // HEADS_PER_LINE)
+  per_line = -(-heads // lines)
+  first = ["Image", "Mean over\nheads", f"{100 * keep:g} % of the\nattention"]
+  aspects, headings, labels = [], {}, []
+  for number, (picture, _, _) in enumerate(rows):
+    height, width, _ = picture.image.shape
+    aspects += [height / width] * lines
+    labels += [picture.name] + [""] * (lines - 1)
+    for line in range(lines):
+      if lines > 1 or number == 0:
+        names = range(line * per_line, min(heads, (line + 1) * per_line))
+        headings[number * lines + line] = [
+          *(first if line == 0 else [""] * 3),
+          *(f"Head {i + 1}" for i in names),
+        ]
+  figure, axes = drawing.grid(
+    aspects,
+    3 + per_line,
+    headings=headings,
+    labels=labels,
+    title=title,
+    caption="Colours run from the least to the most attended patch of each "
+    f"picture. Outlined: the fewest patches that hold {100 * keep:g} % of the "
+    "mean attention.",
+  )
+  for number, (picture, attention, mask) in enumerate(rows):
+    image = picture.image
+    height, width, _ = image.shape
+    grid = height // patch_size, width // patch_size
+    cells = axes[number * lines : (number + 1) * lines]
+    cells[0][0].imshow(image)
+    mean = attention.mean(axis=0).reshape(grid)
+    cells[0][1].imshow(drawing.heat(image, mean, patch_size))
+    cells[0][2].imshow(drawing.dim(image, mask.reshape(grid), patch_size))
+    drawing.outline_patches(cells[0][2], mask.reshape(grid), patch_size)
+    for head, values in enumerate(attention):
+      axis = cells[head // per_line][3 + head % per_line]
+      axis.imshow(drawing.heat(image, values.reshape(grid), patch_size))
+  drawing.save(figure, path)
+
+
+def _animate(
+  folder: pathlib.Path,
+  shown: Sequence[Picture],
+  means: Sequence[np.ndarray],
+  patch_size: int,
+) -> list[pathlib.Path]:
+  """FOLDER.gif and its frames FOLDER/0001.png ...; gives the former.
+
+  Args:
+    folder: of the numbered frames; those of an earlier run are removed.
+    shown: the frames, image beside heat map.
+    means: of each the attention [N], all in one scale of colours.
+    patch_size: P.
+  """
+  bounds = min(m.min() for m in means), max(m.max() for m in means)
+  folder.mkdir(parents=True, exist_ok=True)
+  for old in folder.glob("[0-9]*.png"):
+    old.unlink()
+  frames = []
+  for number, (picture, mean) in enumerate(
+    zip(shown, means, strict=True), start=1
+  ):
+    height, width, _ = picture.image.shape
+    heat = mean.reshape(height // patch_size, width // patch_size)
+    frame = drawing.frame(
+      picture.image,
+      drawing.heat(picture.image, heat, patch_size, bounds=bounds),
+    )
+    frame.save(folder / f"{number:04d}.png")
+    frames.append(frame)
+  path = folder.with_suffix(".gif")
+  with drawing.replaced(path) as temporary:
+    frames[0].save(
+      temporary,
+      format="GIF",
+      save_all=True,
+      append_images=frames[1:],
+      duration=FRAME_MS,
+      loop=0,
+    )
+  return [path]

@@ -1,0 +1,98 @@
+"""How much a classifier hangs on the background: ImageNet-9 backgrounds.
+
+The same objects on other backgrounds; what the classifier says, one of its own
+classes, is mapped to the nine. BG-gap: accuracy on backgrounds of the same
+class less that on backgrounds of any class.
+
+Source: evaluation of the backgrounds challenge (arXiv:2006.09994) in AttMask.
+differs: the variants are taken by name, where the reference drops the first
+folder; BG-gap is computed; base and large networks keep their final norm,
+with which their probes were trained.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from attmask_jax import Params, augment
+from attmask_jax.data import backgrounds, imagenet
+from attmask_jax.evals import accuracy
+from attmask_jax.evals.job import Job, Result, Table
+
+
+def run(job: Job) -> Result:
+  """Accuracy on every variant in `evals.backgrounds`, and BG-gap.
+
+  Raises:
+    InputError: no such folder or another layout; classes that do not map.
+  """
+  classifier, size = job.classifier, job.config.data.image_size
+  variants = backgrounds.variants(job.config.evals.backgrounds)
+  folders = variants[0].class_names
+  mapped = imagenet.in9_map(
+    classifier.class_names, folders, where=classifier.where
+  )
+
+  def votes(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+    logits = classifier.method.logits(params, batch["images"])
+    return vote(logits, mapped, len(folders))[:, None]  # one classifier
+
+  count = accuracy.counter(votes, job.mesh)
+  values, counts, resized = {}, {}, []
+  for variant in variants:
+    found: set[tuple[int, int]] = set()
+
+    def whole(image: Image.Image, size: int, found: set = found) -> Image.Image:
+      found.add(image.size)
+      return augment.eval_whole(image, size)
+
+    name = variant.variant
+    with job.batches(variant, desc=name, crop=whole) as batches:
+      scores = accuracy.run(count, classifier.params, batches, mesh=job.mesh)
+    values[f"{name}/top1"] = float(scores["top1"][0])
+    counts[f"{name} images"] = int(scores["images"])
+    resized += [name] * bool(found - {(size, size)})
+  if {"mixed_same/top1", "mixed_rand/top1"} <= values.keys():
+    gap = values["mixed_same/top1"] - values["mixed_rand/top1"]
+    values["bg_gap"] = gap
+  counts["mapped classes"] = int(np.sum(mapped >= 0))
+  return Result(values, counts, _table(values), notes=_notes(resized, size))
+
+
+def vote(logits: jax.Array, mapped: np.ndarray, folders: int) -> jax.Array:
+  """One for the folder of the most probable class, zero elsewhere.
+
+  Args:
+    logits: [B, C].
+    mapped: [C] folder of each class, -1 = none.
+    folders: number of folders.
+
+  Returns:
+    [B, folders + 1]; the last stands for classes without a folder, so that
+    such an answer is wrong for every label.
+  """
+  place = jnp.where(mapped < 0, folders, mapped)
+  return jax.nn.one_hot(place[jnp.argmax(logits, axis=-1)], folders + 1)
+
+
+def _table(values: dict[str, float]) -> Table:
+  rows = [
+    (key.removesuffix("/top1"), f"{value:.2f}")
+    for key, value in values.items()
+    if key != "bg_gap"
+  ]
+  if "bg_gap" in values:
+    rows.append(("BG-gap", f"{values['bg_gap']:.2f}"))
+  return Table(("variant", "top-1 %"), tuple(rows))
+
+
+def _notes(resized: Sequence[str], size: int) -> tuple[str, ...]:
+  if not resized:
+    return ()
+  return (
+    f"Images of {', '.join(resized)} were resized to {size} pixels, the size "
+    "that the classifier sees.",
+  )

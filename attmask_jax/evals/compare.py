@@ -1,0 +1,192 @@
+"""Several runs in one plot: accuracy and loss over epochs.
+
+Source: the figure "AttMask learns faster" of the authors' ECCV slides.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+
+from attmask_jax import checkpoint, metrics, weights
+from attmask_jax.errors import InputError
+from attmask_jax.evals import drawing
+from attmask_jax.evals.job import Job, Result, Table
+
+ACCURACIES = {"knn/top1": "k-NN top-1", "val/top1": "accuracy"}
+SHOWN_KEYS = 6  # differing config keys named in the notes
+Curve = list[tuple[float, float]]  # (epoch, value)
+
+
+class History(NamedTuple):
+  """What a run logged.
+
+  Attributes:
+    label: its name in the plot.
+    accuracy: percent over epochs; empty where none was measured.
+    loss: mean of the epoch that ends there.
+    config: flat.
+  """
+
+  label: str
+  accuracy: Curve
+  loss: Curve
+  config: dict[str, object]
+
+
+def run(job: Job) -> Result:
+  """Reads `evals.runs`, draws figures/compare.png.
+
+  Raises:
+    InputError: no runs, a folder that is none, or labels that do not fit.
+  """
+  histories = [
+    read(pathlib.Path(folder).expanduser(), label)
+    for folder, label in _named(job.config.evals)
+  ]
+  path = job.figure("compare.png")
+  if jax.process_index() == 0:
+    _draw(path, histories)
+  goal = max((v for _, v in histories[0].accuracy), default=None)
+  values, rows = {}, []
+  for history in histories:
+    found, row = _summary(history, goal)
+    values |= {f"{history.label}/{k}": v for k, v in found.items()}
+    rows.append(row)
+  headings = ("run", "epochs", "first %", "last %", "best %")
+  if goal is not None:
+    headings += (f"epoch of {goal:.1f} %",)
+  headings += ("last loss",)
+  if goal is None:
+    rows = [row[:5] + row[6:] for row in rows]
+  return Result(
+    values,
+    {"runs": len(histories)},
+    Table(headings, tuple(rows)),
+    (path,),
+    _differences(histories),
+  )
+
+
+def read(folder: pathlib.Path, label: str) -> History:
+  """The curves of one run directory.
+
+  Raises:
+    InputError: the folder holds no run.
+  """
+  path = folder / "metrics.jsonl"
+  if not path.is_file():
+    raise InputError(
+      f"{folder} holds no run (no metrics.jsonl): give run directories in "
+      "--config.evals.runs=A,B"
+    )
+  config = checkpoint.flat_config(weights.read_config(folder))
+  images, batch = config.get("data.images"), config.get("data.batch_size")
+  per_epoch = max(int(images) // int(batch), 1) if images and batch else 1
+  lines = metrics.read_metrics(path)
+  curve = lambda key: [
+    (line["step"] / per_epoch, line[key]) for line in lines if key in line
+  ]
+  key = next((k for k in ACCURACIES if curve(k)), "knn/top1")
+  return History(label, curve(key), curve("epoch/loss"), config)
+
+
+def _named(evals: object) -> list[tuple[str, str]]:
+  """(folder, label) of every run."""
+  listed = lambda x: [x] if isinstance(x, str) else list(x)
+  runs, labels = listed(evals.runs), listed(evals.labels)
+  if not runs:
+    raise InputError(
+      "evals.runs is empty: give run directories, --config.evals.runs=A,B"
+    )
+  if not labels:
+    labels = [pathlib.Path(run).name or run for run in runs]
+    if len(set(labels)) < len(labels):
+      labels = runs
+  if len(labels) != len(runs) or len(set(labels)) < len(labels):
+    raise InputError(
+      f"evals.labels {tuple(labels)} must name each of the {len(runs)} runs, "
+      "each differently"
+    )
+  return list(zip(runs, labels, strict=True))
+
+
+def _summary(
+  history: History, goal: float | None
+) -> tuple[dict[str, float], tuple[str, ...]]:
+  """Numbers of one run, and its row."""
+  accuracy, loss = history.accuracy, history.loss
+  values = {}
+  if accuracy:
+    numbers = [v for _, v in accuracy]
+    values = {
+      "first": numbers[0], "last": numbers[-1], "best": max(numbers),
+    }  # fmt: skip
+  reached = next(
+    (e for e, v in accuracy if goal is not None and v >= goal), None
+  )
+  if reached is not None:
+    values["reached_epoch"] = reached
+  if loss:
+    values["loss"] = loss[-1][1]
+  shown = lambda key, form: format(values[key], form) if key in values else "-"
+  epochs = max((e for e, _ in accuracy + loss), default=0)
+  row = (
+    history.label,
+    f"{epochs:g}",
+    *(shown(key, ".2f") for key in ("first", "last", "best")),
+    shown("reached_epoch", "g"),
+    shown("loss", ".4f"),
+  )
+  return values, row
+
+
+def _differences(histories: list[History]) -> tuple[str, ...]:
+  """A sentence per run whose config differs from the first one's."""
+  first, notes = histories[0], []
+  for other in histories[1:]:
+    keys = sorted(
+      key
+      for key in first.config.keys() | other.config.keys()
+      if first.config.get(key) != other.config.get(key)
+      and not key.startswith(("run.", "data.path"))
+    )
+    if keys:
+      named = ", ".join(
+        f"{key} ({first.config.get(key, 'absent')} and "
+        f"{other.config.get(key, 'absent')})"
+        for key in keys[:SHOWN_KEYS]
+      )
+      more = len(keys) - SHOWN_KEYS
+      rest = f" and {more} more keys" if more > 0 else ""
+      notes.append(f"{first.label} and {other.label} differ in {named}{rest}.")
+  return tuple(notes)
+
+
+def _draw(path: pathlib.Path, histories: list[History]) -> None:
+  """Two panels side by side: accuracy and loss over epochs."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9.5, 4.0), dpi=drawing.DPI, layout="constrained")
+  panels = figure.subplots(1, 2)
+  for axis, name, title in (
+    (panels[0], "accuracy", "Top-1 accuracy, %"),
+    (panels[1], "loss", "Loss, mean of the epoch"),
+  ):
+    for history in histories:
+      curve = getattr(history, name)
+      if curve:
+        axis.plot(
+          *zip(*curve, strict=True), marker="o", markersize=3, linewidth=1.5,
+          label=history.label,
+        )  # fmt: skip
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("Epoch")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    if any(getattr(history, name) for history in histories):
+      axis.legend(frameon=False, fontsize=9)
+    else:
+      axis.text(0.5, 0.5, "not measured", ha="center", va="center",
+                transform=axis.transAxes)  # fmt: skip
+  drawing.save(figure, path)

@@ -1,0 +1,113 @@
+"""k-NN on a few images per class: mean and spread over several choices.
+
+Source: the few-shot protocol of AttMask eval_knn.py (--subset,
+--subset_starts).
+"""
+
+import numpy as np
+
+from attmask_jax import data
+from attmask_jax.errors import InputError
+from attmask_jax.evals import knn
+from attmask_jax.evals.job import Job, Result, Table
+
+
+def run(job: Job) -> Result:
+  """Every entry of `evals.shots`, once per start.
+
+  Run s of n shots takes the images s, ..., s + n - 1 of every class, in the
+  order of the data set. Features are extracted once.
+
+  Raises:
+    InputError: lists of different length, or a class with too few images.
+  """
+  evals = job.config.evals
+  plan = _plan(evals)
+  train, val = job.pair()
+  places = _places(train, max(s + n for n, _, starts in plan for s in starts))
+  wanted = np.unique(
+    np.concatenate(
+      [places[:, s : s + n].ravel() for n, _, starts in plan for s in starts]
+    )
+  )
+  bank = job.embed(train, wanted, desc="bank")
+  queries = job.embed(val, desc="queries")
+  row_of = {int(index): row for row, index in enumerate(bank.index)}
+  values, rows = {}, []
+  for shots, k, starts in plan:
+    tops = {"top1": [], "top5": []}
+    for start in starts:
+      chosen = places[:, start : start + shots].ravel()
+      # A broken file is in no bank.
+      picks = [row_of[int(i)] for i in chosen if int(i) in row_of]
+      scores = knn.knn(
+        bank.features[picks],
+        bank.labels[picks],
+        queries.features,
+        queries.labels,
+        ks=(k,),
+        temp=evals.temp,
+        num_classes=len(train.class_names),
+        mesh=job.mesh,
+        bank_chunk=evals.bank_chunk,
+        query_chunk=evals.query_chunk,
+      )
+      for name, found in tops.items():
+        found.append(scores[f"k{k}/{name}"])
+        values[f"shots{shots}/start{start}/{name}"] = found[-1]
+    spread = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else 0.0
+    values[f"shots{shots}/top1"] = float(np.mean(tops["top1"]))
+    values[f"shots{shots}/spread"] = spread(tops["top1"])
+    values[f"shots{shots}/top5"] = float(np.mean(tops["top5"]))
+    rows.append(
+      (
+        str(shots),
+        str(k),
+        str(len(starts)),
+        f"{values[f'shots{shots}/top1']:.2f}",
+        f"{values[f'shots{shots}/spread']:.2f}",
+        f"{values[f'shots{shots}/top5']:.2f}",
+      )
+    )
+  headings = ("images per class", "k", "runs", "top-1 %", "spread", "top-5 %")
+  counts = {
+    "training images": len(bank.labels),
+    "queries": len(queries.labels),
+    "classes": len(train.class_names),
+  }
+  return Result(values, counts, Table(headings, tuple(rows)))
+
+
+def _plan(evals: object) -> list[tuple[int, int, tuple[int, ...]]]:
+  """(shots, k, starts) of every line of the table."""
+  shots, ks, starts = evals.shots, evals.ks, evals.starts
+  if not shots or not len(shots) == len(ks) == len(starts):
+    raise InputError(
+      f"evals.shots {tuple(shots)}, evals.ks {tuple(ks)} and evals.starts need "
+      f"as many entries each, and starts has {len(starts)}"
+    )
+  if min(shots) < 1 or not all(s and min(s) >= 0 for s in starts):
+    raise InputError(
+      f"evals.shots {tuple(shots)} must be at least 1, and every entry of "
+      "evals.starts a list of whole numbers from 0"
+    )
+  return [
+    (int(n), int(k), tuple(int(i) for i in s))
+    for n, k, s in zip(shots, ks, starts, strict=True)
+  ]
+
+
+def _places(source: data.Source, needed: int) -> np.ndarray:
+  """Where the first `needed` images of every class stand: [C, needed]."""
+  labels = np.asarray(source.labels)
+  counts = np.bincount(labels, minlength=len(source.class_names))
+  scarce = int(np.argmin(counts))
+  if counts[scarce] < needed:
+    raise InputError(
+      f"class {source.class_names[scarce]} of {source.name} has "
+      f"{counts[scarce]} images, and evals.starts with evals.shots go up to "
+      f"image {needed}: lower them, or use a larger data set"
+    )
+  order = np.argsort(labels, kind="stable")
+  first = np.cumsum(counts) - counts
+  return order[first[:, None] + np.arange(needed)]

@@ -1,0 +1,74 @@
+"""Images of an evaluation: this process's rows of padded batches."""
+
+import functools
+from collections.abc import Callable, Generator
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from attmask_jax import augment, data
+from attmask_jax.data.pipeline import HostBatch
+from attmask_jax.errors import InputError
+
+
+def batches(
+  source: data.Source,
+  config: ml_collections.ConfigDict,
+  indices: np.ndarray | None = None,
+  *,
+  crop: Callable[[Image.Image, int], Image.Image] | None = None,
+) -> tuple[Generator[HostBatch, None, None], int]:
+  """Padded batches, as many on every process, and their number.
+
+  Close the generator when leaving it early.
+
+  Args:
+    source: images.
+    config: evals.batch_size, data.image_size, data.eval_resample,
+      data.max_broken, run.threads.
+    indices: which images, all by default.
+    crop: (image, size) -> square, by default the evaluation crop.
+
+  Raises:
+    InputError: an unknown way to resample.
+  """
+  resample = config.data.eval_resample
+  if resample not in augment.RESAMPLE:
+    raise InputError(
+      f'data.eval_resample "{resample}" is unknown: use '
+      f"{', '.join(augment.RESAMPLE)}"
+    )
+  if crop is None:
+    crop = functools.partial(augment.eval_crop, resample=resample)
+  processes, devices = jax.process_count(), jax.local_device_count()
+  chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
+  # Equal numbers of batches on every process; -1 is a padding row.
+  chosen = np.pad(chosen, (0, -len(chosen) % processes), constant_values=-1)
+  mine = np.split(chosen, processes)[jax.process_index()]
+  rows = -(-config.evals.batch_size // (devices * processes)) * devices
+  host = data.eval_batches(
+    source,
+    image_size=config.data.image_size,
+    batch_size=rows,
+    indices=mine,
+    threads=config.run.threads,
+    max_broken=config.data.max_broken,
+    crop=crop,
+  )
+  return host, -(-len(mine) // rows)
+
+
+def same_classes(train: data.Source, val: data.Source) -> None:
+  """Refuses splits whose classes differ.
+
+  Raises:
+    InputError: names a class that is in one of them only.
+  """
+  one_sided = set(val.class_names) ^ set(train.class_names)
+  if one_sided:
+    raise InputError(
+      f'class "{min(one_sided)}" and {len(one_sided) - 1} more are in only one '
+      f"of {train.name} and {val.name}: give both the same class folders"
+    )

@@ -1,0 +1,168 @@
+"""How much accuracy hangs on the attended patches.
+
+Patches are blacked out in the images; the classifier sees the result. Which
+ones, the attention of a network on the clean image says.
+
+Source: eval_linear.py of AttMask on "masked ImageNet". differs: the size of the
+patches is that of the guiding network (16 px in the reference); the guide is
+any network (a fixed DINO ViT-B/16 there); several ratios and policies in one
+pass over the data.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attmask_jax import Params, masking, weights
+from attmask_jax.errors import InputError
+from attmask_jax.evals import accuracy, drawing, visualize
+from attmask_jax.evals.job import Job, Result, Table
+
+POLICIES = ("attmask_high", "attmask_low", "random")
+
+
+def run(job: Job) -> Result:
+  """Accuracy for every policy and ratio; draws figures/masked.png.
+
+  Raises:
+    InputError: a ratio or policy out of range, or other classes in the images
+      than the classifier knows.
+  """
+  evals, classifier = job.config.evals, job.classifier
+  _check(evals)
+  source = job.source("val")
+  if tuple(source.class_names) != tuple(classifier.class_names):
+    raise InputError(
+      f"the classifier {classifier.where} knows "
+      f"{len(classifier.class_names)} classes, and {source.name} has "
+      f"{len(source.class_names)}, or others: evaluate on the classes it was "
+      "trained on"
+    )
+  guide = job.weights
+  if evals.guide:
+    guide = weights.load(evals.guide, network="teacher", mesh=job.mesh)
+  cells = [(None, 0.0)]
+  cells += [(p, r) for p in evals.policies for r in evals.ratios if r > 0]
+  backbone = guide.method.backbone
+  grid = job.config.data.image_size // backbone.patch_size
+  # Products in double precision, truncated, as in training.
+  counts = np.array([int(grid**2 * r) for _, r in cells], np.int32)
+
+  def logits(trees: Params, batch: dict[str, jax.Array]) -> jax.Array:
+    images = batch["images"]
+    attention = guide.method.attention(trees["guide"], images)
+    hide = functools.partial(
+      _hidden, jnp.mean(attention, axis=1), batch["index"], seed=evals.seed
+    )
+    found = [
+      classifier.method.logits(
+        trees["classifier"],
+        images if p is None else blacken(images, hide(p, int(n)), grid),
+      )
+      for (p, _), n in zip(cells, counts, strict=True)
+    ]
+    return jnp.stack(found, axis=1)  # [B, J, C]
+
+  trees = {"guide": guide.params, "classifier": classifier.params}
+  count = accuracy.counter(logits, job.mesh)
+  with job.batches(source, desc="masked") as batches:
+    scores = accuracy.run(count, trees, batches, mesh=job.mesh)
+  return _result(job, cells, counts / grid**2, scores)
+
+
+def blacken(images: jax.Array, mask: jax.Array, grid: int) -> jax.Array:
+  """Black where hidden: [B, H, W, 3] uint8, [B, grid^2] bool -> uint8.
+
+  Pixels beyond the last whole patch stay.
+  """
+  b, height, width, _ = images.shape
+  cells = mask.reshape(b, grid, grid)
+  p = min(height, width) // grid
+  pixels = jnp.repeat(jnp.repeat(cells, p, axis=1), p, axis=2)
+  rest = ((0, 0), (0, height - grid * p), (0, width - grid * p))
+  return jnp.where(jnp.pad(pixels, rest)[..., None], 0, images)
+
+
+def _hidden(
+  attention: jax.Array,
+  index: jax.Array,
+  policy: str,
+  n_mask: int,
+  *,
+  seed: int,
+) -> jax.Array:
+  """[B, N] bool: random ones depend on the image and the seed alone."""
+  if policy != "random":
+    return masking.attention_mask(attention, policy=policy, n_mask=n_mask)
+  keys = masking.row_keys(jax.random.key(seed), index)
+  n = attention.shape[1]
+  draws = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+  return masking.rank(draws) < n_mask
+
+
+def _check(evals: object) -> None:
+  for ratio in evals.ratios:
+    if not 0 <= ratio < 1:
+      raise InputError(
+        f"evals.ratios {ratio} must be at least 0 and below 1: it is the share "
+        "of patches that are blacked out"
+      )
+  for policy in evals.policies:
+    if policy not in POLICIES:
+      raise InputError(
+        f'evals.policies "{policy}" is unknown: use {", ".join(POLICIES)}'
+      )
+
+
+def _result(
+  job: Job,
+  cells: list[tuple[str | None, float]],
+  shares: np.ndarray,
+  scores: dict[str, np.ndarray],
+) -> Result:
+  """Named values, a table of policies by ratios, and the plot."""
+  kinds = [k for k in ("top1", "top5") if k in scores]
+  values, by_policy = {}, {}
+  for j, (policy, ratio) in enumerate(cells):
+    name = "clean" if policy is None else f"{policy}_{round(100 * ratio)}"
+    values |= {f"{name}/{k}": float(scores[k][j]) for k in kinds}
+    if policy is not None:
+      point = (100 * shares[j], values[f"{name}/top1"])
+      by_policy.setdefault(policy, []).append(point)
+  path = job.figure("masked.png")
+  figures = ()
+  if by_policy and jax.process_index() == 0:
+    _draw(path, by_policy, values["clean/top1"])
+    figures = (path,)
+  ratios = [r for r in job.config.evals.ratios if r > 0]
+  rows = [("none", *[f"{values['clean/top1']:.2f}"] * len(ratios))]
+  for policy in by_policy:
+    names = [f"{policy}_{round(100 * r)}" for r in ratios]
+    rows.append((policy, *(f"{values[f'{n}/top1']:.2f}" for n in names)))
+  headings = ("hidden, top-1 %", *(f"{100 * r:.0f} %" for r in ratios))
+  counts = {"images": int(scores["images"])}
+  return Result(values, counts, Table(headings, tuple(rows)), figures)
+
+
+def _draw(
+  path: pathlib.Path, curves: dict[str, list[tuple[float, float]]], clean: float
+) -> None:
+  """Accuracy over the share that is black, a line per policy."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(5.6, 4.0), dpi=drawing.DPI, layout="constrained")
+  axis = figure.subplots()
+  axis.axhline(clean, linestyle=":", color="gray", label="whole images")
+  for policy, points in curves.items():
+    name = visualize.READABLE_NAMES.get(policy, policy)
+    axis.plot(*zip(*points, strict=True), marker="o", label=f"{name} hidden")
+  axis.set_xlabel("Patches blacked out, %")
+  axis.set_ylabel("Top-1 accuracy, %")
+  axis.set_ylim(bottom=0)
+  axis.grid(alpha=0.3)
+  axis.spines[["top", "right"]].set_visible(False)
+  axis.legend(frameon=False)
+  drawing.save(figure, path)

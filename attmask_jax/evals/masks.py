@@ -1,0 +1,133 @@
+"""What every mask policy hides at given ratios, as a gallery."""
+
+import jax
+import numpy as np
+
+from attmask_jax.evals import pictures, visualize
+from attmask_jax.evals.job import Job, Result, Table
+
+SCORES = {"precision": "precision", "recall": "object hidden", "iou": "IoU"}
+
+
+def run(job: Job) -> Result:
+  """Draws figures/masks_30.png for ratio 0.3, one picture per ratio.
+
+  Reads evals.images, count, every, ratios and show_max.
+
+  Returns:
+    "attmask_high_30/hidden": share of patches the policy hides, and where
+    objects are known "/precision", "/recall" and "/iou": see
+    `visualize.overlap_scores`.
+  """
+  evals = job.config.evals
+  pictures.check_ratios(evals.ratios, evals.show_max)
+  params = pictures.one_copy(job)
+  if jax.process_index():
+    return pictures.NOTHING
+  shown, _ = pictures.given(job)
+  images = [picture.image for picture in shown]
+  found = pictures.attention(job, params, images)
+  attention = [heads.mean(axis=0) for heads in found]
+  patch_size = job.weights.method.backbone.patch_size
+  some = pictures.some(len(shown))
+  known = any(picture.object_mask is not None for picture in shown)
+  caption = (
+    "Colours run from the least to the most attended patch of each picture. "
+    f"Hints are revealed among the {100 * evals.show_max:g} % most attended "
+    "patches." + (" Outlined: the object." if known else "")
+  )
+  figures, values, rows = [], {}, []
+  for ratio in evals.ratios:
+    masks = _masks(images, attention, patch_size, ratio, evals.show_max)
+    name = pictures.percent(ratio)
+    figures.append(job.figure(f"masks_{name}.png"))
+    visualize.mask_gallery(
+      figures[-1],
+      [images[i] for i in some],
+      [attention[i] for i in some],
+      {policy: [hidden[i] for i in some] for policy, hidden in masks.items()},
+      patch_size=patch_size,
+      object_masks=[shown[i].object_mask for i in some],
+      labels=[shown[i].name for i in some],
+      title=f"What each policy hides at mask ratio {ratio:g}",
+      caption=caption,
+      network=job.weights.network.capitalize(),
+    )
+    for policy, hidden in masks.items():
+      scores = _scores(shown, hidden, patch_size)
+      values |= {f"{policy}_{name}/{k}": v for k, v in scores.items()}
+      rows.append((visualize.READABLE_NAMES[policy], ratio, scores))
+  return Result(
+    values,
+    {"pictures": len(shown)},
+    _table(rows, SCORES if known else {}),
+    tuple(figures),
+    pictures.notes(len(shown)),
+  )
+
+
+def _masks(
+  images: list[np.ndarray],
+  attention: list[np.ndarray],
+  patch_size: int,
+  ratio: float,
+  show_max: float,
+) -> dict[str, list[np.ndarray]]:
+  """policy -> n times [N] bool, for pictures of any sizes."""
+  grids: dict[tuple[int, int], list[int]] = {}
+  for row, image in enumerate(images):
+    height, width, _ = image.shape
+    grid = height // patch_size, width // patch_size
+    grids.setdefault(grid, []).append(row)
+  masks: dict[str, dict[int, np.ndarray]] = {}
+  for grid, rows in grids.items():
+    found = pictures.policy_masks(
+      np.stack([attention[row] for row in rows]),
+      grid,
+      ratio=ratio,
+      show_max=show_max,
+      rows=np.asarray(rows),
+    )
+    for policy, hidden in found.items():
+      masks.setdefault(policy, {}).update(zip(rows, hidden, strict=True))
+  return {
+    policy: [found[row] for row in range(len(images))]
+    for policy, found in masks.items()
+  }
+
+
+def _scores(
+  shown: list[pictures.Picture], hidden: list[np.ndarray], patch_size: int
+) -> dict[str, float]:
+  """Share hidden, and overlap over the pictures whose objects are known."""
+  everything = np.concatenate(hidden)
+  covers, masks = [], []
+  for picture, mask in zip(shown, hidden, strict=True):
+    if picture.object_mask is not None:
+      height, width = picture.object_mask.shape
+      grid = height // patch_size, width // patch_size
+      covers.append(visualize.patch_cover(picture.object_mask, grid=grid))
+      masks.append(mask)
+  scores = {"hidden": float(everything.mean())}
+  if covers:
+    scores |= visualize.overlap_scores(
+      np.concatenate(masks), np.concatenate(covers)
+    )
+  return scores
+
+
+def _table(
+  rows: list[tuple[str, float, dict[str, float]]], scores: dict[str, str]
+) -> Table:
+  """A line per policy and ratio."""
+  return Table(
+    ("policy", "ratio", "hidden", *scores.values()),
+    tuple(
+      (
+        policy,
+        f"{ratio:g}",
+        *(f"{100 * found[k]:.1f} %" for k in ("hidden", *scores)),
+      )
+      for policy, ratio, found in rows
+    ),
+  )

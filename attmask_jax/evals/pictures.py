@@ -1,0 +1,304 @@
+"""What the picture evaluations share: which pictures, and what is computed."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from attmask_jax import Params, augment, data, masking
+from attmask_jax import mesh as meshes
+from attmask_jax.data import pictures as picture_files
+from attmask_jax.errors import InputError
+from attmask_jax.evals.job import Job, Result, Table
+
+# Pictures that go through the network at a time: bounds memory for large ones.
+CHUNK = 8
+GALLERY_ROWS = 16  # pictures that a gallery shows at most
+TABLE_ROWS = 20  # pictures that a table lists at most
+
+# What processes other than the first answer; the first one does the work.
+NOTHING = Result({}, {}, Table((), ()))
+
+
+class Picture(NamedTuple):
+  """One picture as the network sees it.
+
+  Attributes:
+    name: for people.
+    image: [H, W, 3] uint8.
+    object_mask: [H, W] bool, True = object, or None where unknown.
+  """
+
+  name: str
+  image: np.ndarray
+  object_mask: np.ndarray | None = None
+
+
+def given(job: Job) -> tuple[list[Picture], bool]:
+  """The pictures that `evals.images` names, or validation images of the run.
+
+  Sides are multiples of the patch size. Pictures given by path keep their
+  aspect ratio: the shorter side becomes `data.image_size`. Validation images
+  get the evaluation crop.
+
+  Returns:
+    The pictures, and whether they are frames of one moving picture.
+
+  Raises:
+    InputError: nothing there, nothing readable, or a setting out of range.
+  """
+  evals, size = job.config.evals, job.config.data.image_size
+  patch = job.weights.method.backbone.patch_size
+  if evals.count < 0 or evals.every < 1:
+    raise InputError(
+      f"evals.count {evals.count} must be at least 0 (0 = all) and evals.every "
+      f"{evals.every} at least 1"
+    )
+  if size < patch:
+    raise InputError(
+      f"data.image_size {size} is smaller than a patch of {patch} pixels: set "
+      f"--config.data.image_size={patch} or more"
+    )
+  if evals.images:
+    path = os.path.expanduser(evals.images)
+    found = picture_files.load(path, every=evals.every, limit=evals.count)
+    shown = [Picture(n, fit(image, size, patch)) for n, image in found]
+    return shown, len(shown) > 1 and os.path.isfile(path)
+  source = _source(job)
+  chosen = spread(len(source), evals.count)
+  shown = crops(source, chosen, size - size % patch)
+  if not shown:
+    raise InputError(f"none of the images of {source.name} can be read")
+  return shown, False
+
+
+def _source(job: Job) -> data.Source:
+  """Validation images, with or without labels; training images without any."""
+  config = job.config.data
+  return data.build(config, "val") or data.build(config, "train")
+
+
+def objects(job: Job) -> data.Source:
+  """The source of `data` where it knows its objects.
+
+  Raises:
+    InputError: it has no object masks.
+  """
+  source = _source(job)
+  if not hasattr(source, "object_mask"):
+    raise InputError(
+      f"evaluation {job.config.evals.name} needs object masks, and "
+      f"{source.name} has none: set --config.data.source=segmented and "
+      "--config.data.path to a folder with images/ and masks/"
+    )
+  return source
+
+
+def spread(size: int, limit: int) -> np.ndarray:
+  """A fixed random choice of indices, all of them for limit 0: [n] int64.
+
+  Random, since any regular stride may meet a data set's own period.
+  """
+  if not limit or limit >= size:
+    return np.arange(size)
+  return np.random.default_rng([0, size, 4]).permutation(size)[:limit]
+
+
+def some(count: int) -> np.ndarray:
+  """Evenly spaced indices of what a gallery shows: [at most GALLERY_ROWS]."""
+  shown = min(count, GALLERY_ROWS)
+  return np.linspace(0, count - 1, shown).round().astype(int)
+
+
+def notes(count: int) -> tuple[str, ...]:
+  """What a reader must know of a gallery of `count` pictures."""
+  if count <= GALLERY_ROWS:
+    return ()
+  return (f"The gallery shows {GALLERY_ROWS} of {count} pictures.",)
+
+
+def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
+  """Evaluation crops of images and, where known, of their objects.
+
+  Images that cannot be read are left out.
+  """
+  found = []
+  for index in map(int, indices):
+    try:
+      image = source.load(index)
+    except data.BrokenImage:
+      continue
+    known = hasattr(source, "object_mask")
+    found.append(
+      Picture(
+        os.path.basename(source.describe(index)),
+        np.asarray(augment.eval_crop(image, size)),
+        object_crop(source, index, size) if known else None,
+      )
+    )
+  return found
+
+
+def object_crop(source: Any, index: int, size: int) -> np.ndarray:
+  """An image's object through the same crop as the image: [H, W] bool."""
+  shape = Image.fromarray(source.object_mask(index).astype(np.uint8) * 255)
+  return np.asarray(augment.eval_crop(shape, size)) > 127
+
+
+def fit(image: Image.Image, size: int, patch_size: int) -> np.ndarray:
+  """A whole picture as the network takes it, not squashed.
+
+  The shorter side becomes `size` (bicubic), then the middle is cut out whose
+  sides are multiples of the patch size.
+
+  Returns:
+    [H, W, 3] uint8.
+  """
+  scale = size / min(image.size)
+  width, height = (max(size, round(side * scale)) for side in image.size)
+  image = image.resize((width, height), Image.Resampling.BICUBIC)
+  w, h = (side // patch_size * patch_size for side in (width, height))
+  left, top = (width - w) // 2, (height - h) // 2
+  return np.asarray(image.crop((left, top, left + w, top + h)))
+
+
+def one_copy(job: Job) -> Params:
+  """The weights on one device, for the few pictures of a gallery.
+
+  Every process takes part; the first one then works alone.
+  """
+  whole = meshes.to_host(job.mesh, job.weights.params)
+  return jax.device_put(whole, jax.local_devices()[0])
+
+
+def forward(
+  fn: Callable[[Params, jax.Array], jax.Array],
+  params: Params,
+  images: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+  """A function of batches on pictures of any sizes; compiles once per size.
+
+  Args:
+    fn: (params, [B, H, W, 3] uint8) -> [B, ...].
+    params: on one device.
+    images: n times [H, W, 3] uint8.
+
+  Returns:
+    n rows of what `fn` gives, in the order of the images.
+  """
+  compiled = jax.jit(fn)
+  shapes: dict[tuple[int, ...], list[int]] = {}
+  for index, image in enumerate(images):
+    shapes.setdefault(image.shape, []).append(index)
+  found: dict[int, np.ndarray] = {}
+  for indices in shapes.values():
+    rows = min(CHUNK, len(indices))
+    for start in range(0, len(indices), rows):
+      chunk = indices[start : start + rows]
+      # The last chunk is filled up, or it would be compiled once more.
+      filled = [images[i] for i in (chunk + chunk[:1] * rows)[:rows]]
+      out = np.asarray(compiled(params, np.stack(filled)))
+      found |= dict(zip(chunk, out, strict=False))
+  return [found[index] for index in range(len(images))]
+
+
+def attention(
+  job: Job, params: Params, images: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+  """Class-token attention of the last block: n times [A, N] float32.
+
+  Raises:
+    InputError: the weights' method has none.
+  """
+  return forward(attend(job), params, images)
+
+
+def attend(job: Job) -> Callable[[Params, jax.Array], jax.Array]:
+  """(params, [B, H, W, 3]) -> [B, A, N], where the method has attention.
+
+  Raises:
+    InputError: it has none.
+  """
+  method = job.weights.method
+  if not hasattr(method, "attention"):
+    raise InputError(
+      f"weights of method {job.weights.config.method.name} have no class-token "
+      f"attention, which evaluation {job.config.evals.name} needs: give others"
+    )
+  return method.attention
+
+
+def check_ratios(ratios: Sequence[float], show_max: float) -> None:
+  """Refuses mask ratios outside (0, 1] and a share of hints outside [0, 1]."""
+  wrong = [r for r in ratios if not 0 < r <= 1]
+  if wrong or not len(ratios):
+    raise InputError(
+      f"evals.ratios {tuple(ratios)} must hold numbers above 0 and at most 1, "
+      "such as (0.3,)"
+    )
+  if not 0 <= show_max <= 1:
+    raise InputError(f"evals.show_max {show_max} must lie between 0 and 1")
+
+
+def percent(ratio: float) -> str:
+  """A ratio in names: 0.3 -> "30", 0.125 -> "12.5"."""
+  return f"{100 * ratio:g}"
+
+
+def policy_masks(
+  attention: np.ndarray,
+  grid: tuple[int, int],
+  *,
+  ratio: float,
+  show_max: float,
+  policies: Sequence[str] = masking.POLICIES[:-1],
+  rows: np.ndarray | None = None,
+  seed: int = 0,
+) -> dict[str, np.ndarray]:
+  """What each policy would hide: policy -> [n, N] bool.
+
+  Args:
+    attention: [n, N] float32.
+    grid: (h, w) with h * w = N.
+    ratio: share to hide, the same for all.
+    show_max: share of most attended patches that hints come from.
+    policies: which ones; all that hide anything by default.
+    rows: [n] identities of the images, which random draws depend on; 0 to n-1
+      by default.
+    seed: of the draws.
+  """
+  n, patches = attention.shape
+  rows = np.arange(n) if rows is None else rows
+  n_mask, n_show = masking.attention_counts(patches, ratio, ratio, show_max)
+  keys = masking.row_keys(jax.random.key(seed), jnp.asarray(rows, jnp.int32))
+  masks = {}
+  for policy in policies:
+    if policy in masking.HOST_POLICIES:
+      drawn = [
+        masking.host_masks(
+          policy,
+          seeds=(seed, 0, int(row)),
+          grid=grid,
+          views=1,
+          ratios=(ratio,),
+          variances=(0.0,),
+        )
+        for row in rows
+      ]
+      masks[policy] = np.concatenate(drawn)
+      continue
+    masks[policy] = np.asarray(
+      masking.attention_mask(
+        jnp.asarray(attention),
+        policy=policy,
+        n_mask=n_mask,
+        keys=keys,
+        n_show=n_show,
+        n_eligible=int(patches * show_max),
+      )
+    )
+  return masks

@@ -1,0 +1,238 @@
+"""Training a classifier on pretrained weights, and using one that is trained.
+
+Linear probe and fine-tuning run on the loop of pretraining with the method
+`classify`; here its config is completed from the weights, and its checkpoints
+become scores and classifiers.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from attmask_jax import (
+  Params,
+  checkpoint,
+  data,
+  metrics,
+  positions,
+  train,
+  weights,
+)
+from attmask_jax.errors import InputError
+from attmask_jax.evals.job import Classifier, Result, Table
+from attmask_jax.methods.classify import Classify
+
+CLASSIFIER = "classifier.json"  # in the run directory, when it is complete
+
+
+def complete(
+  config: ml_collections.ConfigDict, source: weights.Weights
+) -> ml_collections.ConfigDict:
+  """A whole training config: the architecture is that of the weights.
+
+  Args:
+    config: of an evaluation with a section `method`, data complete.
+    source: what is trained on.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  theirs, backbone = source.config, source.method.backbone
+  classes = data.build(config.data, "train").class_names
+  config.method.update(
+    variant=theirs.method.variant,
+    patch_size=theirs.method.patch_size,
+    position_size=backbone.image_size,
+    num_classes=len(classes),
+    dtype=config.method.dtype or theirs.method.dtype,
+    class_token=config.method.class_token or backbone.class_token,
+    positions=config.method.positions or backbone.positions,
+    key_bias=backbone.key_bias,
+    readout_layers=backbone.readout_layers,
+  )
+  mixes = config.method.mixup or config.method.cutmix
+  if mixes and not config.data.mixup_group:
+    config.data.mixup_group = _group(config.data.batch_size)
+  config.digest = source.digest
+  return config
+
+
+def _group(batch_size: int) -> int:
+  """Images of a device, or the largest even group that divides the batch."""
+  share = batch_size // jax.device_count()
+  return share if share % 2 == 0 and share else batch_size
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  source: weights.Weights,
+  folder: pathlib.Path,
+) -> Result:
+  """Trains to the end, continuing what the folder holds; then measures.
+
+  Args:
+    config: see `complete`.
+    source: pretrained weights.
+    folder: run directory.
+
+  Returns:
+    Accuracy of the last and of the best epoch; which epoch is best was decided
+    on the same validation images (as published).
+  """
+  frozen = config.method.frozen
+  own = _backbone(source, config.method)
+  start = {"aux" if frozen else "params": {"backbone": own}}
+  if config.method.ema and not frozen:
+    start["teacher"] = start["params"]
+  built = train.train(config, str(folder), start=start)
+  last, best = _steps(folder)
+  scores = {}
+  for name, step in (("last", last), ("best", best)):
+    if name == "best" and best == last:
+      scores[name] = scores["last"]
+      continue
+    where = f"{folder}/checkpoints/{step}"
+    found = weights.load(where, network="student", mesh=built.mesh)
+    aux = {"backbone": own} if frozen else {}
+    scores[name] = built.evaluator.measure(found.params, aux | found.aux)
+  layer = int(np.argmax(scores["best"]["top1"]))
+  _write_classifier(folder, best, layer, built.train_source.class_names)
+  return _result(config, built, scores, (last, best), layer)
+
+
+def _backbone(
+  source: weights.Weights, section: ml_collections.ConfigDict
+) -> Params:
+  """The pretrained parameters that the classifier takes up."""
+  own = dict(source.params["backbone"])
+  own.pop("mask_token", None)
+  if section.class_token == "none":  # fine-tuning of ExtreMA drops its reader
+    own = {
+      name: x
+      for name, x in own.items()
+      if name != "cls_token" and not name.startswith("readout_")
+    }
+  theirs = source.method.backbone
+  if section.positions == "learned" and theirs.positions != "learned":
+    own["pos_embed"] = jnp.asarray(
+      positions.sin_cos((theirs.grid,) * 2, theirs.width, theirs.positions)
+    )
+  return own
+
+
+def load(
+  where: str, source: weights.Weights, *, mesh: jax.sharding.Mesh
+) -> Classifier:
+  """A trained probe with the backbone it was trained on, or a fine-tuned net.
+
+  Args:
+    where: run directory of a linear probe or of a fine-tuning.
+    source: the backbone of a probe.
+    mesh: devices that get a copy.
+
+  Raises:
+    InputError: no finished classifier there, or one of other weights.
+  """
+  folder = pathlib.Path(where).expanduser()
+  config = weights.read_config(folder)
+  path = folder / CLASSIFIER
+  if config.method.name != "classify" or not path.exists():
+    raise InputError(
+      f"{where} holds no finished classifier: give the directory of a linear "
+      "probe or fine-tuning that ran to its end (--config=configs/evals.py:"
+      "linear)"
+    )
+  told = json.loads(path.read_text())
+  trained = weights.load(
+    f"{folder}/checkpoints/{told['step']}", network="student", mesh=mesh
+  )
+  method: Classify = trained.method
+  backbone = trained.params.get("backbone")
+  if method.frozen:
+    method = dataclasses.replace(method, backbone=source.method.backbone)
+    backbone = _backbone(source, config.method)
+  params = checkpoint.combine(
+    backbone,
+    trained.params["head"],
+    width=method.feature_width,
+    layer=told["layer"],
+  )
+  params |= trained.aux
+  if method.frozen and config.digest != source.digest:
+    raise InputError(
+      f"the probe in {where} was trained on other weights ({config.digest}) "
+      f"than {source.where} ({source.digest}): give the weights it belongs to"
+    )
+  return Classifier(
+    method,
+    params,
+    tuple(told["class_names"]),
+    weights.digest(params),
+    trained.where,
+  )
+
+
+def _steps(folder: pathlib.Path) -> tuple[int, int]:
+  """The last step and, of those kept, the one with the best accuracy."""
+  kept = {
+    int(entry.name)
+    for entry in (folder / "checkpoints").iterdir()
+    if entry.name.isdigit()
+  }
+  accuracy = {
+    line["step"]: line["val/top1"]
+    for line in metrics.read_metrics(folder / "metrics.jsonl")
+    if "val/top1" in line and line["step"] in kept
+  }
+  # As in the reference, of equal ones the later.
+  return max(kept), max(accuracy, key=lambda step: (accuracy[step], step))
+
+
+def _write_classifier(
+  folder: pathlib.Path, step: int, layer: int, class_names: Any
+) -> None:
+  """Marks the run as complete and says which of its layers to use."""
+  if jax.process_index():
+    return
+  told = {"step": step, "layer": layer, "class_names": list(class_names)}
+  temporary = folder / f".{CLASSIFIER}.tmp"
+  temporary.write_text(json.dumps(told) + "\n")
+  temporary.replace(folder / CLASSIFIER)
+
+
+def _result(
+  config: ml_collections.ConfigDict,
+  built: Any,
+  scores: dict[str, dict[str, np.ndarray]],
+  steps: tuple[int, int],
+  layer: int,
+) -> Result:
+  """Numbers of the last and the best epoch."""
+  per_epoch = built.schedules.steps_per_epoch
+  rates = tuple(config.method.lrs) or (config.optim.lr_per_256,)
+  values, rows = {}, []
+  for (name, found), step in zip(scores.items(), steps, strict=True):
+    kinds = [k for k in ("top1", "top5", "loss") if k in found]
+    values |= {f"{name}/{k}": float(found[k][layer]) for k in kinds}
+    for j, rate in enumerate(rates):
+      if len(rates) > 1:
+        values |= {f"{name}/lr{rate:g}/{k}": float(found[k][j]) for k in kinds}
+      cells = [f"{found[k][j]:.2f}" for k in kinds]
+      rows.append((name, str(step // per_epoch), f"{rate:g}", *cells))
+  names = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}
+  headings = ("epoch", "number", "lr per 256", *(names[k] for k in kinds))
+  counts = {
+    "train images": len(built.train_source),
+    "validation images": int(scores["last"]["images"]),
+    "classes": config.method.num_classes,
+    "best step": steps[1],
+    "last step": steps[0],
+  }
+  notes = ("The best epoch was chosen on the same validation images.",)
+  if len(rates) > 1:
+    notes += ("So was the learning rate.",)
+  return Result(values, counts, Table(headings, tuple(rows)), notes=notes)

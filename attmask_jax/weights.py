@@ -1,0 +1,245 @@
+"""Trained weights, wherever they lie, with the network they belong to."""
+
+import hashlib
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from attmask_jax import Params, optim
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import InputError
+from attmask_jax.methods import METHODS
+
+# Which tree of a run; "untrained" is the one before the first step.
+NETWORKS = ("teacher", "student", "untrained")
+
+
+class Weights(NamedTuple):
+  """One network and what is known of it.
+
+  Attributes:
+    method: what trained it; gives `features`, `attention`, `backbone`.
+    params: its parameters, whole on every device of the mesh.
+    aux: a classifier's batch norm, else {}.
+    config: of the run that trained it.
+    digest: 16 hex digits over names, shapes and values.
+    step: optimiser steps behind it.
+    network: one of NETWORKS.
+    where: the checkpoint that was read.
+    run_dir: the run directory it belongs to, or None.
+  """
+
+  method: Any
+  params: Params
+  aux: Params
+  config: ml_collections.ConfigDict
+  digest: str
+  step: int
+  network: str
+  where: str
+  run_dir: pathlib.Path | None
+
+
+def load(where: str, *, network: str, mesh: jax.sharding.Mesh) -> Weights:
+  """Reads the weights that `config.weights` names.
+
+  Args:
+    where: a run directory (its newest checkpoint), or a checkpoint of one,
+      such as RUN/checkpoints/936.
+    network: one of NETWORKS.
+    mesh: devices that get a copy.
+
+  Raises:
+    InputError: nothing there, no such network, or arrays that do not fit the
+      config they lie beside.
+  """
+  if network not in NETWORKS:
+    raise InputError(
+      f'network "{network}" is unknown: use {", ".join(NETWORKS)}'
+    )
+  if not where:
+    raise InputError(
+      "no weights given: set --config.weights to a run directory or a "
+      "checkpoint of one"
+    )
+  run_dir, step = _locate(pathlib.Path(where).expanduser())
+  config = read_config(run_dir)
+  name = config.method.name
+  if name not in METHODS:
+    raise InputError(
+      f'{run_dir}/config.json names the method "{name}", which this program '
+      f"does not have: it knows {', '.join(METHODS)}"
+    )
+  method = METHODS[name].from_config(config, steps_per_epoch=1)
+  shapes = _shapes(method, network)
+  if network == "untrained":
+    step, params, aux = 0, _untrained(method, config, mesh), {}
+  else:
+    params = _restore(run_dir, step, network, shapes, mesh)
+    aux = _restore_aux(run_dir, step, method, mesh)
+  where = f"{run_dir}/checkpoints/{step}" if step else f"{run_dir}, untrained"
+  logging.info("weights: %s of %s", network, where)
+  return Weights(
+    method, params, aux, config, digest(params), step, network, where, run_dir
+  )
+
+
+def digest(tree: Params) -> str:
+  """16 hex digits that change with any name, shape, type or value."""
+  total = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.ascontiguousarray(jax.device_get(leaf))
+    total.update(
+      f"{optim.path_name(path)} {array.shape} {array.dtype}".encode()
+    )
+    total.update(array.tobytes())
+  return total.hexdigest()[:16]
+
+
+def read_config(run_dir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config of a run from its config.json, nested again.
+
+  Raises:
+    InputError: the file is missing or damaged.
+  """
+  path = run_dir / "config.json"
+  try:
+    flat = json.loads(path.read_text())
+  except OSError as error:
+    raise InputError(
+      f"{path} is missing: give a run directory, or a checkpoint inside one"
+    ) from error
+  except ValueError as error:
+    raise InputError(f"{path} is damaged ({error}): restore it") from error
+  nested: dict[str, Any] = {}
+  for name, value in flat.items():
+    *sections, key = name.split(".")
+    node = nested
+    for section in sections:
+      node = node.setdefault(section, {})
+    node[key] = tuple(value) if isinstance(value, list) else value
+  return ml_collections.ConfigDict(nested)
+
+
+def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+  """Run directory and step of a run, a checkpoint or one of its items."""
+  if not path.exists():
+    raise InputError(
+      f"weights {path} do not exist: give a run directory or a checkpoint"
+    )
+  path = path.resolve()
+  for folder in (path, path.parent):
+    if folder.name.isdigit() and folder.parent.name == "checkpoints":
+      return folder.parent.parent, int(folder.name)
+  folder = path if path.name == "checkpoints" else path / "checkpoints"
+  steps = [
+    int(entry.name)
+    for entry in (folder.iterdir() if folder.is_dir() else ())
+    if entry.name.isdigit()
+  ]
+  if not steps:
+    raise InputError(
+      f"{path} holds no checkpoint: give a run directory that has trained for "
+      "at least one epoch, or a folder such as RUN/checkpoints/936"
+    )
+  return folder.parent, max(steps)
+
+
+def _shapes(method: Any, network: str) -> Params:
+  """ShapeDtypeStructs of a network."""
+  params, teacher, _ = jax.eval_shape(method.init, jax.random.key(0))
+  return params if network == "student" or not teacher else teacher
+
+
+def _untrained(
+  method: Any, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> Params:
+  """The teacher (or, without one, the student) before the first step."""
+
+  def make() -> Params:
+    rng, _ = jax.random.split(jax.random.key(config.method.seed))
+    params, teacher, _ = method.init(rng)
+    return teacher or params
+
+  return jax.jit(make, out_shardings=meshes.replicated(mesh))()
+
+
+def _restore(
+  run_dir: pathlib.Path,
+  step: int,
+  network: str,
+  shapes: Params,
+  mesh: jax.sharding.Mesh,
+) -> Params:
+  """Reads one item of a checkpoint onto the mesh."""
+  item = "params" if network == "student" else "teacher"
+  folder = run_dir / "checkpoints" / str(step) / item
+  if item == "teacher" and not folder.is_dir():
+    folder = folder.with_name("params")  # a method without a teacher
+  if not folder.is_dir():
+    raise InputError(f"{folder} is missing: {folder.parent} is no checkpoint")
+  reader = ocp.StandardCheckpointer()
+  try:
+    # Of the handler: the checkpointer's own warns of a file we do not have.
+    found = _named(ocp.StandardCheckpointHandler().metadata(folder).tree)
+    wanted = _named(shapes)
+    for name in sorted(found.keys() | wanted.keys()):
+      if found.get(name) != wanted.get(name):
+        raise InputError(
+          f"{folder} does not fit its config: {name} has shape "
+          f"{found.get(name, 'absent')} there, and {run_dir}/config.json "
+          f"makes it {wanted.get(name, 'absent')}"
+        )
+    place = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=meshes.replicated(mesh)
+    )
+    return reader.restore(folder, jax.tree.map(place, shapes))
+  except InputError:
+    raise
+  except (ValueError, OSError, KeyError) as error:
+    reason = str(error).strip().splitlines()[0][:200]
+    raise InputError(f"{folder} is damaged ({reason})") from error
+  finally:
+    reader.close()
+
+
+def _restore_aux(
+  run_dir: pathlib.Path, step: int, method: Any, mesh: jax.sharding.Mesh
+) -> Params:
+  """Those parts of `aux` without which the network cannot be used."""
+  names = getattr(method, "served_aux", ())
+  if not names:
+    return {}
+  shapes = jax.eval_shape(method.init, jax.random.key(0))[2]
+  place = lambda x: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=meshes.replicated(mesh)
+  )
+  wanted = {"aux": jax.tree.map(place, {name: shapes[name] for name in names})}
+  with ocp.PyTreeCheckpointer() as reader:
+    found = reader.restore(
+      run_dir / "checkpoints" / str(step) / "train",
+      args=ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+      ),
+    )
+  return found["aux"]
+
+
+def _named(tree: Any) -> dict[str, tuple[int, ...]]:
+  """{"backbone/norm/scale": (D,), ...}."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda x: hasattr(x, "shape")
+  )
+  return {
+    optim.path_name(path): tuple(leaf.shape)
+    for path, leaf in leaves
+    if hasattr(leaf, "shape")
+  }

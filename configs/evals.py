@@ -1,0 +1,177 @@
+"""Every evaluation by name: what to measure on trained weights, and how.
+
+Command:   python main.py --mode=eval --config=configs/evals.py:NAME \\
+               --config.weights=RUN --workdir=DIR
+Weights:   a run directory (its newest checkpoint) or a checkpoint inside one;
+           --config.network=teacher|student|untrained.
+Data:      those of the weights' own run; --config.data.source and
+           --config.data.path name others.
+Writes:    DIR/results.json, DIR/report.html, pictures in DIR/figures/, and a
+           line in the weights' run, whose report.html then shows the result.
+
+Names:     knn             weighted k-NN (knn_mae: as MAE-priv does it)
+           fewshot         k-NN on 1, 5, 10, 20 images per class, five runs
+           linear, finetune and their published variants: configs/supervised.py
+           masked          a probe's accuracy with patches blacked out
+             masked_30, masked_70 ...  one ratio (percent) instead of a list
+           backgrounds     ImageNet-9 backgrounds challenge
+           clusters        prototypes against labels, without supervision
+           attention       attention maps of images, a folder or a video
+           masks           what each mask policy hides
+           overlap         attention and masks against object masks
+           pca             patch tokens as colours
+           compare         curves of several runs in one plot
+
+Paper:     arXiv:2203.12719; protocols as in the AttMask release. Published
+           numbers for ViT-S/16 on ImageNet are in configs/attmask_vits16.py.
+"""
+
+import functools
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import common, supervised
+
+
+def _features(**settings: object) -> dict[str, object]:
+  return dict(
+    last_blocks=1,  # class tokens of that many last blocks
+    avgpool=0,  # 0 class | 1 mean patch | 2 both
+    raw=False,  # leave the backbone's final norm out (MAE, ExtreMA)
+    cache="",  # folder that keeps features, "" = none
+  ) | dict(
+    temp=0.07,
+    bank_chunk=65536,  # bank images on the device at a time
+    query_chunk=1024,  # queries compared at a time
+  ) | settings  # fmt: skip
+
+
+def knn() -> ml_collections.ConfigDict:
+  """Weighted k-NN, as published: k = 10, 20, 100, 200 at 0.07."""
+  return common.evaluation("knn", **_features(ks=(10, 20, 100, 200)))
+
+
+def knn_mae() -> ml_collections.ConfigDict:
+  """As MAE-priv evaluates: mean patch without final norm, bilinear crops."""
+  config = knn()
+  config.evals.update(avgpool=1, raw=True)
+  config.data.eval_resample = "bilinear"
+  return config
+
+
+def fewshot() -> ml_collections.ConfigDict:
+  """k-NN on few images per class: mean and spread of five runs each."""
+  fives, tens, twenties = (tuple(range(0, 5 * n, n)) for n in (5, 10, 20))
+  return common.evaluation(
+    "fewshot",
+    **_features(
+      shots=(1, 5, 10, 20),  # training images per class
+      ks=(1, 20, 20, 20),  # one per entry of shots
+      # First image of each class in each run, one list per entry of shots.
+      starts=(fives, fives, tens, twenties),
+    ),
+  )
+
+
+def _probed(name: str, **settings: object) -> ml_collections.ConfigDict:
+  """Needs a trained linear probe; without config.probe trains a short one."""
+  config = supervised.linear()
+  config.method.lrs = (0.005, 0.02, 0.1)  # the best on the validation set
+  config.optim.epochs = 3
+  config.evals.update(name=name, **settings)
+  return config
+
+
+def masked(ratio: float | None = None) -> ml_collections.ConfigDict:
+  """Masked ImageNet: black patches chosen by a network's attention."""
+  return _probed(
+    "masked",
+    ratios=(0.1, 0.3, 0.5, 0.7, 0.9) if ratio is None else (ratio,),
+    policies=("attmask_high", "random", "attmask_low"),
+    guide="",  # weights whose attention chooses; "" = the evaluated ones
+    seed=0,  # of random patches
+  )
+
+
+def backgrounds() -> ml_collections.ConfigDict:
+  """ImageNet-9 backgrounds challenge."""
+  # backgrounds: folder with original/, mixed_same/, mixed_rand/, ...
+  return _probed("backgrounds", backgrounds="")
+
+
+def clusters() -> ml_collections.ConfigDict:
+  """NMI, ARI, F and Hungarian accuracy of the prototypes."""
+  return common.evaluation("clusters")
+
+
+def _pictures(name: str, **settings: object) -> ml_collections.ConfigDict:
+  return common.evaluation(
+    name,
+    images="",  # image, folder or video; "" = the run's validation images
+    count=8,  # pictures at most
+    every=1,  # take every n-th frame or file
+    **settings,
+  )
+
+
+def attention() -> ml_collections.ConfigDict:
+  """Attention of the class token, per head and averaged."""
+  # keep: outline of the patches that hold this share of the attention.
+  return _pictures("attention", keep=0.6)
+
+
+def masks() -> ml_collections.ConfigDict:
+  """What each policy hides at these ratios."""
+  return _pictures("masks", ratios=(0.1, 0.3, 0.5), show_max=0.1)
+
+
+def overlap() -> ml_collections.ConfigDict:
+  """Where attention and masks fall, against object masks."""
+  return common.evaluation(
+    "overlap",
+    ratios=(0.3,),
+    show_max=0.1,
+    keep=0.6,  # attention is turned into a region of this share
+    count=0,  # images, 0 = all
+    seed=0,  # of hints, random and block-wise masks
+  )
+
+
+def pca() -> ml_collections.ConfigDict:
+  """The three main directions of patch tokens as red, green, blue."""
+  return _pictures("pca")
+
+
+def compare() -> ml_collections.ConfigDict:
+  """k-NN and loss over epochs of several runs."""
+  config = common.evaluation("compare")
+  config.evals.update(
+    runs=(),  # run directories, e.g. --config.evals.runs=runs/a,runs/b
+    labels=(),  # their names in the plot; () = the directories'
+  )
+  return config
+
+
+NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+  "knn": knn,
+  "knn_mae": knn_mae,
+  "fewshot": fewshot,
+  **supervised.NAMES,
+  "masked": masked,
+  "backgrounds": backgrounds,
+  "clusters": clusters,
+  "attention": attention,
+  "masks": masks,
+  "overlap": overlap,
+  "pca": pca,
+  "compare": compare,
+} | {
+  f"masked_{percent}": functools.partial(masked, percent / 100)
+  for percent in range(10, 100, 10)
+}
+
+
+def get_config(arg: str = "knn") -> ml_collections.ConfigDict:
+  """One of NAMES."""
+  return common.choose(NAMES, arg)()

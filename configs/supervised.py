@@ -1,0 +1,238 @@
+"""Linear probes and fine-tuning, as the three releases do them.
+
+Command:   python main.py --mode=eval --config=configs/evals.py:NAME \\
+               --config.weights=RUN --workdir=DIR
+           Another number of classes, image size or data set is taken from the
+           data: --config.data.source, --config.data.path.
+Papers:    arXiv:2203.12719 (AttMask), arXiv:2111.06377 (MAE; recipes of
+           MAE-priv), arXiv:2206.04667 (ExtreMA).
+Hardware:  published on 2 to 8 GPUs; here any number of devices that divides
+           data.batch_size. Hours: not measured.
+Expected:  the tables in configs/attmask_vits16.py, mae.py and extrema.py; none
+           of these numbers was repeated by us.
+
+Names:     linear            frozen features, SGD, as AttMask's defaults
+             linear_vits16     its published command: n = 4, 2 x 1024 images
+             linear_mae_sgd_gap, _cls, linear_mae_lars_gap, _cls
+                               non-affine batch norm, 90 epochs, 4096 or 16384
+             linear_extrema    batch norm, raw class token of the teacher
+           finetune          all weights, DeiT's recipe, as AttMask's defaults
+             cifar10, cifar100, flowers   its published commands
+             finetune_mae_50e_gap, _50e_gap_erasing, _50e_cls, _100e_gap
+             finetune_extrema  layer decay 0.65, learned positions, mean patch
+
+MAE's recipes are the same for ViT-S, B and L: the network is that of the
+weights.
+"""
+
+import functools
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import common
+
+
+def _classify(name: str, **method: object) -> ml_collections.ConfigDict:
+  """Supervised training on the loop of pretraining."""
+  config = common.evaluation(name)
+  config.method = (
+    dict(
+      name="classify",
+      frozen=True,  # train only the linear layer
+      last_blocks=1,
+      avgpool=0,
+      raw=False,  # features without the backbone's final norm
+      head_norm="none",  # before the linear layer: none | layer | batch
+      class_token="",  # "" = as pretrained; "none" drops it
+      positions="",  # "" = as pretrained; "learned" trains fixed ones
+      lrs=(),  # one linear layer per rate; () = one at optim.lr_per_256
+      init_std=0.01,  # of the linear layer
+      drop_path=0.0,
+      smoothing=0.0,  # of labels
+      mixup=0.0,  # alpha of Beta, 0 = off
+      cutmix=0.0,
+      mix_prob=1.0,  # a batch is mixed at all
+      switch_prob=0.5,  # cutmix rather than mixup, where both are on
+      ema=False,  # keep a moving average
+      layer_decay=1.0,  # rate of a block over that of the next
+      decay_tokens=True,  # class token and positions have weight decay
+      dtype="",  # "" = as in the run
+      seed=0,
+    )
+    | method
+  )
+  config.data.update(
+    batch_size=128,
+    transform="crop_flip",  # crop_flip | supervised
+    scale=(0.08, 1.0),  # share of the image's area
+    resample="bilinear",  # bilinear | bicubic
+    rand_augment="",  # such as rand-m9-mstd0.5-inc1
+    jitter_strength=0.4,  # where rand_augment is off
+    erase_prob=0.0,  # random erasing
+    repeats=1,  # copies of an image per epoch, in a row
+    mixup_group=0,  # images that exchange partners; 0 = those of a device
+  )
+  config.optim = common.optim()
+  config.optim.update(
+    optimizer="sgd",
+    epochs=100,
+    lr_per_256=0.001,
+    min_lr=0.0,
+    warmup_epochs=0,
+    schedule="epoch_cosine",
+    weight_decay=(0.0, 0.0),
+    clip=0.0,
+    freeze_epochs=0,
+  )
+  config.evals.update(eval_epochs=1, mask_images=0)
+  return config
+
+
+def linear() -> ml_collections.ConfigDict:
+  """Linear probe with the release's defaults."""
+  return _classify("linear", last_blocks=4)
+
+
+def linear_vits16() -> ml_collections.ConfigDict:
+  """The published command: n = 4, lr 0.005, 2 x 1024 images."""
+  config = linear()
+  config.optim.lr_per_256 = 0.005
+  config.data.batch_size = 2048
+  return config
+
+
+def finetune() -> ml_collections.ConfigDict:
+  """Fine-tuning with the recipe of DeiT, as in the release."""
+  config = _classify(
+    "finetune",
+    frozen=False,
+    init_std=0.02,
+    drop_path=0.1,
+    smoothing=0.1,
+    mixup=0.8,
+    cutmix=1.0,
+    ema=True,
+  )
+  config.data.update(
+    transform="supervised",
+    resample="bicubic",
+    rand_augment="rand-m9-mstd0.5-inc1",
+    erase_prob=0.25,
+    repeats=3,
+  )
+  config.optim.update(
+    optimizer="adamw",
+    epochs=300,
+    lr_per_256=2.5e-4,  # the release's 5e-4 is per 512 images
+    min_lr=1e-5,
+    warmup_epochs=5,
+    schedule="late_epoch_cosine",
+    warmup_lr=1e-6,
+    weight_decay=(0.05, 0.05),
+    teacher_momentum=0.99996,
+    teacher_momentum_end=0.99996,
+  )
+  config.evals.eval_epochs = 10
+  return config
+
+
+def _published(source: str, epochs: int) -> ml_collections.ConfigDict:
+  """6 x 150 images, lr 7.5e-6 per 512."""
+  config = finetune()
+  config.data.update(source=source, image_size=224, batch_size=900)
+  config.optim.update(epochs=epochs, lr_per_256=3.75e-6)
+  return config
+
+
+def linear_mae(optimizer: str, *, cls: bool) -> ml_collections.ConfigDict:
+  """MAE-priv: mean patch or class token, batch norm, linear layer.
+
+  "lars" is real LARS. The release's never applies its trust ratio:
+  --config.optim.optimizer=lars_mae reproduces that.
+  """
+  config = _classify(
+    "linear", avgpool=0 if cls else 1, raw=True, head_norm="batch"
+  )
+  config.data.update(
+    batch_size=4096 if optimizer == "sgd" else 16384, resample="bicubic"
+  )
+  config.optim.update(
+    optimizer=optimizer,
+    epochs=90,
+    lr_per_256=0.1,
+    min_lr=1e-6,
+    warmup_epochs=10,
+    schedule="cosine",
+    nesterov=optimizer == "sgd",
+  )
+  return config
+
+
+def finetune_mae(
+  epochs: int = 50, *, cls: bool = False, erase_prob: float = 0.0
+) -> ml_collections.ConfigDict:
+  """MAE-priv: layer decay 0.75, LayerNorm after pooling, 8 x 128 images."""
+  config = finetune()
+  config.method.update(
+    avgpool=0 if cls else 1,
+    raw=True,
+    head_norm="layer",
+    init_std=2e-5,  # 0.02 times the release's init_scale of 0.001
+    layer_decay=0.75,
+    decay_tokens=False,
+    ema=False,
+  )
+  config.data.update(batch_size=1024, erase_prob=erase_prob, repeats=1)
+  config.optim.update(
+    epochs=epochs,
+    lr_per_256=1e-3,
+    min_lr=1e-6,
+    warmup_epochs=10,
+    schedule="cosine",
+  )
+  config.evals.eval_epochs = 1
+  return config
+
+
+def linear_extrema() -> ml_collections.ConfigDict:
+  """ExtreMA: raw class token of the teacher, batch norm, 4096 images."""
+  config = _classify("linear", raw=True, head_norm="batch")
+  config.data.update(batch_size=4096, eval_resample="bilinear")
+  config.optim.update(
+    epochs=90, lr_per_256=0.1, warmup_epochs=10, schedule="smooth_cosine"
+  )
+  return config
+
+
+def finetune_extrema() -> ml_collections.ConfigDict:
+  """ExtreMA: BEiT's recipe on the student, without class-attention."""
+  config = finetune_mae(100, erase_prob=0.25)
+  config.network = "student"
+  config.method.update(
+    class_token="none", positions="learned", drop_path=0.2, layer_decay=0.65
+  )
+  config.optim.update(lr_per_256=5e-4, warmup_epochs=5)
+  return config
+
+
+NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+  "linear": linear,
+  "linear_vits16": linear_vits16,
+  "linear_mae_sgd_gap": functools.partial(linear_mae, "sgd", cls=False),
+  "linear_mae_sgd_cls": functools.partial(linear_mae, "sgd", cls=True),
+  "linear_mae_lars_gap": functools.partial(linear_mae, "lars", cls=False),
+  "linear_mae_lars_cls": functools.partial(linear_mae, "lars", cls=True),
+  "linear_extrema": linear_extrema,
+  "finetune": finetune,
+  "cifar10": functools.partial(_published, "cifar10", 500),
+  "cifar100": functools.partial(_published, "cifar100", 500),
+  "flowers": functools.partial(_published, "flowers", 1000),
+  "finetune_mae_50e_gap": finetune_mae,
+  "finetune_mae_50e_gap_erasing": functools.partial(
+    finetune_mae, erase_prob=0.25
+  ),
+  "finetune_mae_50e_cls": functools.partial(finetune_mae, cls=True),
+  "finetune_mae_100e_gap": functools.partial(finetune_mae, 100),
+  "finetune_extrema": finetune_extrema,
+}

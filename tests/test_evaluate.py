@@ -1,0 +1,242 @@
+"""Evaluations end to end: a small run is trained once and evaluated by name."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import small
+
+from attmask_jax import evaluate, train, weights
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import InputError
+from configs import evals
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """Run directory of a small AttMask run; programs are kept and shared."""
+  folder = tmp_path_factory.mktemp("trained")
+  with small.quick_compiler(folder / "programs"):
+    train.train(small.config(), str(folder / "run"))
+    yield folder / "run"
+
+
+def config(name, where, **changes):
+  config = evals.get_config(name)
+  config.weights = str(where)
+  config.evals.batch_size = 16
+  config.run.tensorboard = False
+  config.update_from_flattened_dict(changes)
+  return config.lock()
+
+
+def run(name, where, folder, **changes):
+  evaluate.evaluate(config(name, where, **changes), str(folder))
+  return json.loads((folder / "results.json").read_text())
+
+
+def test_knn_of_the_teacher_is_that_of_the_run(trained, tmp_path):
+  lines = [
+    json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()
+  ]
+  logged = [x for x in lines if "knn/k5/top1" in x][-1]
+  options = {"evals.ks": (3, 5, 10), "evals.temp": 0.1}
+  found = run("knn", trained, tmp_path / "knn", **options)
+  for k in (3, 5, 10):
+    for name in ("top1", "top5"):
+      key = f"k{k}/{name}"
+      assert found["values"][key] == pytest.approx(logged[f"knn/{key}"])
+  assert found["weights"]["step"] == small.TOTAL_STEPS
+  assert found["config"]["data.source"] == "shapes"
+  told = (trained / "evals.jsonl").read_text().splitlines()
+  assert json.loads(told[-1])["evaluation"] == "knn"
+  assert (tmp_path / "knn" / "report.html").exists()
+  options["network"] = "untrained"
+  other = run("knn", trained, tmp_path / "untrained", **options)
+  assert other["weights"]["digest"] != found["weights"]["digest"]
+  first = [x for x in lines if "knn/k5/top1" in x][0]
+  assert first["step"] == 0
+  assert other["values"]["k5/top1"] == pytest.approx(first["knn/k5/top1"])
+
+
+def test_features_come_from_the_cache_and_give_the_same(trained, tmp_path):
+  options = {"evals.ks": (3,), "evals.cache": str(tmp_path / "cache")}
+  first = run("knn", trained, tmp_path / "a", **options)
+  files = list((tmp_path / "cache").glob("*.npz"))
+  assert len(files) == 2  # bank and queries
+  again = run("knn", trained, tmp_path / "b", **options)
+  assert again["values"] == first["values"]
+  options["evals.avgpool"] = 2
+  run("knn", trained, tmp_path / "c", **options)
+  assert len(list((tmp_path / "cache").glob("*.npz"))) == 4
+
+
+@pytest.fixture(scope="module")
+def probe(trained, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("probe")
+  options = PROBE | {"method.lrs": (0.01, 1.0)}
+  return folder, run("linear", trained, folder, **options)
+
+
+PROBE = {
+  "method.last_blocks": 2,
+  "optim.epochs": 2,
+  "optim.lr_per_256": 1.0,
+  "data.batch_size": 16,
+}
+
+
+def test_linear_probe(trained, probe):
+  folder, found = probe
+  values = found["values"]
+  for key in ("last/top1", "best/top1", "last/lr0.01/top1", "last/lr1/top1"):
+    assert 0 <= values[key] <= 100
+  best = max(values["best/lr0.01/top1"], values["best/lr1/top1"])
+  assert values["best/top1"] == best
+  assert found["counts"]["classes"] == 8
+  # Complete: the same command measures again and trains no further.
+  lines = (folder / "metrics.jsonl").read_text()
+  again = run("linear", trained, folder, **PROBE, **{"method.lrs": (0.01, 1.0)})
+  assert again["values"] == values
+  assert (folder / "metrics.jsonl").read_text() == lines
+
+
+def test_masked_and_a_given_probe(trained, probe, tmp_path):
+  options = {"probe": str(probe[0]), "evals.ratios": (0.5,)}
+  found = run("masked", trained, tmp_path, **options)
+  clean = found["values"]["clean/top1"]
+  assert clean == pytest.approx(probe[1]["values"]["best/top1"])
+  for policy in ("attmask_high", "random", "attmask_low"):
+    assert 0 <= found["values"][f"{policy}_50/top1"] <= 100
+  assert found["classifier"]["where"].startswith(str(probe[0]))
+  assert (tmp_path / "figures" / "masked.png").stat().st_size > 5000
+
+
+def test_a_probe_of_other_weights_is_refused(trained, probe, tmp_path):
+  options = {"probe": str(probe[0]), "network": "untrained"}
+  with pytest.raises(InputError, match="trained on other weights"):
+    run("masked", trained, tmp_path, **options)
+
+
+def test_a_probe_of_another_width_is_refused(trained, probe, tmp_path):
+  other = small.config({"method.variant": "24x2x2", "optim.epochs": 1,
+                        "evals.knn": False, "evals.mask_images": 0,
+                        "evals.overlap_images": 0})  # fmt: skip
+  train.train(other, str(tmp_path / "wide"))
+  options = {"probe": str(probe[0])}
+  with pytest.raises(InputError, match="width 32.*give 48"):
+    run("masked", tmp_path / "wide", tmp_path / "out", **options)
+
+
+def test_fine_tuning_and_using_the_result(trained, tmp_path):
+  options = {
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0,
+    "optim.lr_per_256": 0.01,
+    "data.batch_size": 16,
+    "evals.eval_epochs": 1,
+  }
+  found = run("finetune", trained, tmp_path / "tuned", **options)
+  assert found["counts"]["last step"] == 4
+  clean = run(
+    "masked", tmp_path / "tuned", tmp_path / "masked", **{"evals.ratios": ()},
+    network="student",
+  )  # fmt: skip
+  assert clean["values"]["clean/top1"] == pytest.approx(
+    found["values"]["best/top1"]
+  )
+
+
+def test_clusters_fewshot_and_pictures_run(trained, tmp_path):
+  found = run("clusters", trained, tmp_path / "clusters")
+  assert 0 <= found["values"]["nmi"] <= 1
+  options = {"evals.shots": (1,), "evals.ks": (1,), "evals.starts": ((0, 1),)}
+  found = run("fewshot", trained, tmp_path / "fewshot", **options)
+  runs = [found["values"][f"shots1/start{s}/top1"] for s in (0, 1)]
+  assert found["values"]["shots1/top1"] == pytest.approx(np.mean(runs))
+  for name in ("attention", "masks", "pca", "overlap"):
+    size = {"evals.count": 2}
+    found = run(name, trained, tmp_path / name, **size)
+    for figure in found["figures"]:
+      assert (tmp_path / name / figure).stat().st_size > 2000
+  names = {
+    "evals.runs": (str(trained), str(trained)),
+    "evals.labels": ("a", "b"),
+  }
+  found = run("compare", "", tmp_path / "compare", **names)
+  assert found["weights"] is None
+
+
+def test_backgrounds_of_shapes(trained, probe, tmp_path):
+  from attmask_jax.data import backgrounds
+
+  backgrounds.write_shapes(tmp_path / "in9", per_class=2, size=16, seed=0)
+  options = {
+    "probe": str(probe[0]),
+    "evals.backgrounds": str(tmp_path / "in9"),
+  }
+  values = run("backgrounds", trained, tmp_path / "out", **options)["values"]
+  gap = values["mixed_same/top1"] - values["mixed_rand/top1"]
+  assert values["bg_gap"] == pytest.approx(gap)
+
+
+# What is refused, in one sentence -------------------------------------------
+
+
+def refused(name, where, folder, match, **changes):
+  with pytest.raises(InputError, match=match) as error:
+    run(name, where, folder, **changes)
+  assert "\n" not in str(error.value)
+  assert not (folder / "results.json").exists()
+
+
+def test_wrong_weights_and_directories(trained, tmp_path):
+  refused("knn", "", tmp_path / "a", "no weights given")
+  refused("knn", tmp_path / "nothing", tmp_path / "a", "do not exist")
+  refused("knn", tmp_path, tmp_path / "a", "holds no checkpoint")
+  refused("knn", trained, trained, "is the run that is evaluated")
+  refused("knn", trained, tmp_path / "a", 'network "x"', network="x")
+  refused("knn", trained, tmp_path / "a", "bank", **{"evals.ks": (3, 5000)})
+  shutil.copytree(trained, tmp_path / "copy")
+  refused("pca", trained, tmp_path / "copy", "holds a training run")
+  config = json.loads((trained / "config.json").read_text())
+  config["method.variant"] = "24x2x2"
+  (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+  refused(
+    "knn", tmp_path / "copy", tmp_path / "a", "does not fit its config.*shape"
+  )
+
+
+def test_results_of_another_evaluation_stay(trained, tmp_path):
+  run("pca", trained, tmp_path, **{"evals.count": 2})
+  before = (tmp_path / "results.json").read_text()
+  with pytest.raises(InputError, match=r"another evaluation \(pca\)"):
+    run("knn", trained, tmp_path, **{"evals.ks": (3,)})
+  assert (tmp_path / "results.json").read_text() == before
+
+
+def test_data_that_do_not_do(trained, tmp_path):
+  folder = tmp_path / "images"
+  (folder / "train" / "a").mkdir(parents=True)
+  (folder / "val").mkdir()
+  options = {"data.source": "folder", "data.path": str(folder)}
+  refused("knn", trained, tmp_path / "out", "no images", **options)
+  refused("linear", trained, tmp_path / "out", "no images", **options)
+
+
+def test_digest_knows_names_and_values(trained):
+  mesh = meshes.make_mesh()
+  one = weights.load(str(trained), network="teacher", mesh=mesh)
+  same = weights.load(
+    f"{trained}/checkpoints/{small.TOTAL_STEPS}", network="teacher", mesh=mesh
+  )
+  assert one.digest == same.digest
+  tree = {"a": np.zeros(3), "b": np.ones(3)}
+  digests = {
+    weights.digest(t)
+    for t in (tree, {"a": np.zeros(3), "c": np.ones(3)},
+              {"a": np.ones(3), "b": np.zeros(3)},
+              {"a": np.zeros(3), "b": np.ones(3, "f4")})
+  }  # fmt: skip
+  assert len(digests) == 4
