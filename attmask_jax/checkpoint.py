@@ -22,7 +22,9 @@ from attmask_jax.errors import InputError
 
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
 # Sections and keys that may change when a run continues.
-FREE_KEYS = ("run.", "evals.", "data.path")
+FREE_KEYS = (
+  "run.", "evals.", "data.path", "data.eval_resample", "weights", "probe",
+)  # fmt: skip
 IMAGES = "data.images"  # beside the config's own keys: size of the training set
 
 
@@ -196,7 +198,11 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
-    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    args = {
+      name: ocp.args.StandardSave(tree)
+      for name, tree in items.items()
+      if jax.tree.leaves(tree)  # Orbax refuses an empty item
+    }
     self._manager.save(
       step,
       args=ocp.args.Composite(**args, progress=ocp.args.JsonSave(progress)),
@@ -225,12 +231,15 @@ class Checkpoints:
       InputError: another architecture, with the first tensor that differs, or
         damaged files.
     """
+    wanted = {
+      name: tree for name, tree in like.items() if jax.tree.leaves(tree)
+    }
     args = {
       name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
-      for name, tree in like.items()
+      for name, tree in wanted.items()
     }
     try:
-      for name, tree in like.items():
+      for name, tree in wanted.items():
         self._check_shapes(step, name, tree)
       restored = self._manager.restore(
         step,
@@ -245,7 +254,8 @@ class Checkpoints:
         "to continue from an older one, or use another --workdir"
       ) from error
     logging.info("restored step %d of %s", step, self.folder)
-    return {name: restored[name] for name in like}, restored["progress"]
+    found = {name: restored[name] for name in wanted}
+    return like | found, restored["progress"]
 
   def _check_shapes(self, step: int, name: str, tree: Params) -> None:
     saved = self._manager.item_metadata(step)[name]
@@ -258,6 +268,31 @@ class Checkpoints:
           f"{name}/{key} has shape {found.get(key, 'absent')} there and "
           f"{wanted.get(key, 'absent')} here; use the config it was made with"
         )
+
+
+def combine(
+  backbone: Params, head: Params, *, width: int, layer: int = 0
+) -> Params:
+  """A classifier from a backbone and a linear layer trained on its features.
+
+  Args:
+    backbone: parameters of the ViT.
+    head: kernel [J, F, C], bias [J, C], of J layers trained side by side,
+      and what else they share.
+    width: F that the backbone's features have.
+    layer: which of the J.
+
+  Raises:
+    InputError: the layer is for features of another width.
+  """
+  found = head["kernel"].shape[1]
+  if found != width:
+    raise InputError(
+      f"the probe is for features of width {found}, and these weights give "
+      f"{width}: use the weights that the probe was trained on"
+    )
+  one = {k: head[k][layer : layer + 1] for k in ("kernel", "bias")}
+  return {"backbone": backbone, "head": head | one}
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -29,7 +29,7 @@ class Epoch:
   def add(
     self, step: int, values: dict[str, float], label: Any, assignment: Any
   ) -> None:
-    """Takes in one step's metrics and its rows."""
+    """Takes in one step's metrics and its rows; assignment -1 = none."""
     row = step % len(self.label)
     self.label[row], self.assignment[row] = label, assignment
     self.window.add(values)

@@ -127,7 +127,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
   if not path.is_file():
     raise InputError(f"No metrics at {path}: give the run's metrics.jsonl.")
   return [
-    {name: _decode(value) for name, value in record.items()}
+    {name: decode(value) for name, value in record.items()}
     for _, record in _read_lines(path)
   ]
 
@@ -169,7 +169,7 @@ class Averager:
   def from_state(cls, state: Mapping[str, Any]) -> Self:
     """An averager that continues where `state` was taken."""
     averager = cls()
-    averager._sums = {k: _decode(v) for k, v in state["sums"].items()}
+    averager._sums = {k: decode(v) for k, v in state["sums"].items()}
     averager._counts = {k: int(v) for k, v in state["counts"].items()}
     return averager
 
@@ -186,8 +186,8 @@ def _encode(value: float | int) -> float | int | str:
   return value if math.isfinite(value) else str(value)
 
 
-def _decode(value: float | int | str) -> float | int:
-  """Inverse of `_encode`."""
+def decode(value: float | int | str) -> float | int:
+  """A number from its JSON value, "nan" and the like included."""
   return float(value) if isinstance(value, str) else value
 
 

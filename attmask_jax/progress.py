@@ -5,11 +5,14 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import tqdm
 from absl import logging
+
+T = TypeVar("T")
 
 SPEED_WINDOW_STEPS = 50  # steps over which the progress line measures speed
 
@@ -88,6 +91,30 @@ class Progress(contextlib.AbstractContextManager):
     if self._bar is not None:
       self._bar.refresh()
       self._bar.close()
+
+
+def track(
+  items: Iterable[T], total: int, desc: str, *, every_seconds: float = 30.0
+) -> Iterator[T]:
+  """The items, with a bar on a terminal and a log line now and then elsewhere.
+
+  Args:
+    items: passed on one by one.
+    total: how many there are.
+    desc: first words of the line.
+    every_seconds: least time between log lines.
+  """
+  if jax.process_index():
+    yield from items
+  elif sys.stderr.isatty():
+    yield from tqdm.tqdm(items, desc=desc, total=total, dynamic_ncols=True)
+  else:
+    logged = time.monotonic()
+    for done, item in enumerate(items, start=1):
+      yield item
+      if time.monotonic() - logged >= every_seconds or done == total:
+        logged = time.monotonic()
+        logging.info("%s %d/%d batches", desc, done, total)
 
 
 class Clock:

@@ -7,10 +7,10 @@ import jax
 import ml_collections
 import optax
 
-from attmask_jax import augment, data, optim, rates
+from attmask_jax import augment, augment_supervised, data, optim, rates
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.evals import online
+from attmask_jax.evals import accuracy, online
 from attmask_jax.methods import METHODS
 
 # Config keys that hold several numbers; the command line takes any tuple.
@@ -19,6 +19,7 @@ PAIRS = (
   "method.teacher_patch_temp",
   "data.global_scale",
   "data.local_scale",
+  "data.scale",
   "optim.weight_decay",
   "optim.betas",
 )
@@ -57,6 +58,11 @@ RANGES = {
   "run.prefetch": (1, INFINITE),
   "run.threads": (0, INFINITE),
 }
+TRANSFORMS = {
+  "multi_crop": augment.MultiCrop,
+  "crop_flip": augment_supervised.CropFlip,
+  "supervised": augment_supervised.Supervised,
+}
 LISTS = ("method.mask_ratio", "method.mask_ratio_var", "evals.knn_ks")
 
 
@@ -72,6 +78,7 @@ class Run(NamedTuple):
     train_source: images to train on.
     val_source: images to evaluate on, or None.
     pipeline: batches of this process's rows.
+    evaluator: what is measured on the way.
   """
 
   config: ml_collections.ConfigDict
@@ -82,6 +89,7 @@ class Run(NamedTuple):
   train_source: data.Source
   val_source: data.Source | None
   pipeline: data.TrainPipeline
+  evaluator: online.Evaluator | accuracy.Evaluator
 
 
 def build(config: ml_collections.ConfigDict) -> Run:
@@ -119,21 +127,15 @@ def build(config: ml_collections.ConfigDict) -> Run:
       f"run.accumulate {accumulate} would change method {config.method.name}, "
       "whose loss compares the images of a batch: set run.accumulate=1"
     )
-  val_source = data.build(config.data, "val") if config.evals.knn else None
-  online.check(config, train_source, val_source)
-  pipeline = data.TrainPipeline(
-    train_source,
-    _recipe(config.data),
-    batch_size=batch_size,
-    seed=config.data.seed,
-    positions=meshes.local_positions(mesh, batch_size),
-    extras=method.item_extras,
-    threads=config.run.threads,
-    prefetch=config.run.prefetch,
-    max_broken=config.data.max_broken,
-  )
+  evaluation = accuracy if method.classifies else online
+  needs_val = method.classifies or config.evals.knn
+  val_source = data.build(config.data, "val") if needs_val else None
+  evaluation.check(config, train_source, val_source)
   tx = optimizer.build(
-    frozen_at_start=method.frozen_at_start, untrained=method.untrained
+    frozen_at_start=method.frozen_at_start,
+    untrained=method.untrained,
+    undecayed=method.undecayed,
+    lr_scale=method.lr_scale,
   )
   return Run(
     config,
@@ -143,7 +145,38 @@ def build(config: ml_collections.ConfigDict) -> Run:
     tx,
     train_source,
     val_source,
-    pipeline,
+    _pipeline(config, method, train_source, mesh),
+    evaluation.Evaluator(config, method, train_source, val_source, mesh),
+  )
+
+
+def _pipeline(
+  config: ml_collections.ConfigDict,
+  method: Any,
+  source: data.Source,
+  mesh: jax.sharding.Mesh,
+) -> data.TrainPipeline:
+  """Training batches with the augmentation that the section `data` names."""
+  section, batch_size = config.data, config.data.batch_size
+  name = section.get("transform", "multi_crop")
+  if name not in TRANSFORMS:
+    raise InputError(
+      f'data.transform "{name}" is unknown: use {", ".join(TRANSFORMS)}'
+    )
+  recipe = TRANSFORMS[name]
+  names = {f.name for f in dataclasses.fields(recipe)}
+  transform = recipe(**{k: section[k] for k in names})
+  return data.TrainPipeline(
+    source,
+    transform,
+    batch_size=batch_size,
+    seed=section.seed,
+    positions=meshes.local_positions(mesh, batch_size),
+    extras=method.item_extras,
+    threads=config.run.threads,
+    prefetch=config.run.prefetch,
+    max_broken=section.max_broken,
+    repeats=section.get("repeats", 1),
   )
 
 
@@ -172,9 +205,3 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     if not all(low <= x <= high for x in values):
       limit = f"at least {low:g}" + f" and at most {high:g}" * (high < INFINITE)
       raise InputError(f"{key} {value} must be {limit}")
-
-
-def _recipe(section: ml_collections.ConfigDict) -> augment.MultiCrop:
-  """The augmentation that the section `data` describes."""
-  names = {f.name for f in dataclasses.fields(augment.MultiCrop)}
-  return augment.MultiCrop(**{k: section[k] for k in names})

@@ -14,20 +14,35 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from attmask_jax import checkpoint, metrics, progress, train_step
+from attmask_jax import (
+  Params,
+  checkpoint,
+  metrics,
+  progress,
+  report,
+  train_step,
+)
 from attmask_jax import mesh as meshes
 from attmask_jax.epoch import Epoch
 from attmask_jax.errors import NotFiniteError, StoppedError
-from attmask_jax.evals import online
 from attmask_jax.run import Run, build
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  start: dict[str, Params] | None = None,
+) -> Run:
   """Trains to the end of the config, continuing what the directory holds.
 
   Args:
     config: a whole config, see configs/.
     workdir: run directory; made if missing.
+    start: values in the place of initial ones, see `train_step.overlay`.
+
+  Returns:
+    What was built for it, for use after the training.
 
   Raises:
     InputError: bad config, data or directory; nothing was written.
@@ -37,13 +52,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
   run = build(config)
   folder = checkpoint.check_workdir(workdir)
   checkpoint.check_config(config, folder, images=len(run.train_source))
-  best = "knn/top1" if online.enabled(config, run.val_source) else ""
   with checkpoint.Checkpoints(
-    folder, keep_steps=config.run.keep_steps, best=best
+    folder, keep_steps=config.run.keep_steps, best=run.evaluator.best
   ) as saved:
-    loop = Loop(run, folder, saved)
+    loop = Loop(run, folder, saved, start or {})
     checkpoint.write_config(config, folder, images=len(run.train_source))
     loop.run_all()
+  return run
 
 
 class Loop:
@@ -54,6 +69,7 @@ class Loop:
     run: Run,
     folder: pathlib.Path,
     saved: checkpoint.Checkpoints,
+    start: dict[str, Params],
   ) -> None:
     config = run.config
     self._run, self._folder, self._saved = run, folder, saved
@@ -68,6 +84,7 @@ class Loop:
       self._state, shardings = train_step.init_state(
         *parts, seed=config.method.seed
       )
+      self._state = train_step.overlay(self._state, start)
     else:
       like = train_step.abstract_state(*parts, seed=config.method.seed)
       shardings = jax.tree.map(lambda x: x.sharding, like)
@@ -83,9 +100,6 @@ class Loop:
       seed=config.method.seed,
       accumulate=config.run.accumulate,
     )
-    self._evaluate = online.Evaluator(
-      config, run.method, run.train_source, run.val_source, run.mesh
-    )
     self._writer = metrics.MetricsWriter(
       folder,
       resume_step=self._start or -1,
@@ -100,10 +114,8 @@ class Loop:
     handlers = self._catch_signals()
     try:
       if self._start == 0:
-        logging.info("evaluating before the first step")
-        untrained = self._evaluate.knn(self._state.teacher)
-        untrained |= self._evaluate.masks(self._state.teacher)
-        self._write(0, untrained)
+        self._write(0, self._run.evaluator.before(self._state))
+        self._report()
       if self._start < total:
         self._train(total)
         logging.info("finished %d steps in %s", total, self._folder)
@@ -178,12 +190,12 @@ class Loop:
         f"step {i + 1} is not finite: {shown}; {kept}: lower "
         "optim.lr_per_256 or optim.clip, or warm up longer, in a new workdir"
       )
-    numbers |= {k: float(v) for k, v in scalars.items()}
+    numbers |= {k: float(v) for k, v in scalars.items() if np.ndim(v) == 0}
     self._epoch.add(
       i,
       numbers,
       meshes.local_rows(label),
-      meshes.local_rows(per_image["assignment"]),
+      meshes.local_rows(per_image["assignment"]) if per_image else -1,
     )
     self._clock.step()
     bar.update(i + 1, numbers["loss"])
@@ -202,11 +214,13 @@ class Loop:
       self._epoch.reset()
       if done == total or (done // s) % evals.eval_epochs == 0:
         with self._clock.paused():
-          scores = self._evaluate.knn(self._state.teacher)
+          scores = self._run.evaluator.scores(self._state)
         self._write(done, scores)
     if done == total:  # before the save: a finished run is left as it is
       self._write(done, self._figures(done))
     self._save(done, scores)
+    if scores or done == total:
+      self._report()
     if self._signal is not None or self._saved.preempted(done):
       self._saved.wait()
       raise StoppedError(
@@ -236,19 +250,28 @@ class Loop:
     return like.from_items(items)
 
   def _figures(self, total: int) -> dict[str, float]:
-    """Draws figures/masks.png; what its masks cover."""
-    path = self._folder / "figures" / "masks.png"
-    scores = self._evaluate.masks(self._state.teacher, path)
-    if path.exists():
-      logging.info("masks are drawn in %s", path)
-      self._writer.write_image(total, "masks", path)
+    """Draws what the run shows of its last state; the numbers beside it."""
+    folder = self._folder / "figures"
+    scores = self._run.evaluator.after(self._state, folder)
+    for path in sorted(folder.glob("*.png")):
+      logging.info("drawn: %s", path)
+      self._writer.write_image(total, path.stem, path)
     return scores
+
+  def _report(self) -> None:
+    """Rewrites the run's page."""
+    self._writer.flush()
+    if jax.process_index() == 0:
+      report.write(self._folder)
 
   def _write(
     self, done: int, values: dict[str, float], prefix: str = ""
   ) -> None:
-    if "knn/top1" in values:
-      logging.info("step %d: k-NN top-1 %.1f %%", done, values["knn/top1"])
+    evaluator = self._run.evaluator
+    if evaluator.best in values:
+      logging.info(
+        "step %d: %s %.1f %%", done, evaluator.shown, values[evaluator.best]
+      )
     if values:
       self._writer.write(done, {prefix + k: v for k, v in values.items()})
 

@@ -103,6 +103,40 @@ def init_state(
   return jax.jit(make, out_shardings=shardings)(), shardings
 
 
+def overlay(state: TrainState, start: dict[str, Params]) -> TrainState:
+  """Puts given values in the place of initial ones, on their shardings.
+
+  Args:
+    state: fresh.
+    start: trees below "params", "teacher" or "aux"; each leaf's path exists in
+      the state, with the same shape.
+  """
+
+  def one(tree: Params, given: Params) -> Params:
+    values = {optim.path_name(p): x for p, x in _leaves(given)}
+
+    def place(name: str, old: jax.Array) -> jax.Array:
+      if name not in values:
+        return old
+      new = values.pop(name)
+      if new.shape != old.shape:
+        raise ValueError(f"{name}: {new.shape} given for {old.shape}")
+      # A copy: the state is donated, and the caller's arrays must live on.
+      return jax.device_put(new, old.sharding, may_alias=False)
+
+    tree = optim.map_named(place, tree)
+    if values:
+      raise ValueError(f"no such parameters: {sorted(values)}")
+    return tree
+
+  parts = {name: one(getattr(state, name), x) for name, x in start.items()}
+  return state.replace(**parts)
+
+
+def _leaves(tree: Params) -> list[tuple[Any, Any]]:
+  return jax.tree_util.tree_leaves_with_path(tree)
+
+
 def make_step(
   method: Any,
   tx: optax.GradientTransformationExtraArgs,

@@ -1,0 +1,251 @@
+"""Attention rollout: what each patch counts for the token that is read.
+
+A token mixes others in every block, so the attention of the last block alone
+says little about pixels. Rollout multiplies the blocks' attention, with half
+an identity each for the residual branch.
+
+Source: arXiv:2005.00928, as the explanation tools of MAE-priv have it (heads
+fused, weak links discarded, gradients). Differs:
+- any number of images;
+- without a class token, the rows of all patches are averaged;
+- a class token that only reads the patches puts its row before the blocks';
+- gradients belong to the block whose attention they weigh; "reference" pairs
+  them as MAE-priv does.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attmask_jax import Params, vit
+
+FUSIONS = ("mean", "max", "min")
+ROW_SUMS = ("reference", "rows")
+PAIRINGS = ("blocks", "reference")
+
+
+def fuse(attention: jax.Array, fusion: str) -> jax.Array:
+  """One of FUSIONS over the heads: [..., A, L, L] -> [..., L, L]."""
+  return {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion](
+    attention, axis=-3
+  )
+
+
+def fuse_gradients(
+  attention: jax.Array, gradients: jax.Array, *, pairing: str = "blocks"
+) -> jax.Array:
+  """Attention times gradient, mean over the heads, negatives at 0.
+
+  Args:
+    attention: [depth, B, A, L, L].
+    gradients: [depth, B, A, L, L], of the score that is explained with respect
+      to the logits of the attention.
+    pairing: "blocks", or "reference": block l's attention with the gradient of
+      block depth - 1 - l.
+
+  Returns:
+    [depth, B, L, L].
+  """
+  if pairing == "reference":
+    gradients = gradients[::-1]
+  return jnp.maximum(jnp.mean(attention * gradients, axis=-3), 0)
+
+
+def roll(
+  fused: jax.Array,
+  *,
+  discard: float,
+  layer: int = -1,
+  protect: bool = True,
+  row_sums: str = "reference",
+) -> jax.Array:
+  """The product of all blocks.
+
+  Args:
+    fused: [depth, B, L, L] >= 0, of every block.
+    discard: share of the entries of a block, the smallest ones, that become
+      0; in [0, 1). Of equal ones the first go.
+    layer: the only block to take, or -1 for all.
+    protect: never discard entry (0, 0), the class token's on itself.
+    row_sums: what entry (i, j) is divided by: "rows", the sum of row i; or
+      "reference", the sum of row j, which published pictures have.
+
+  Returns:
+    [B, L, L]; row i says what token i is made of.
+  """
+  _, b, tokens, _ = fused.shape
+  if layer >= 0:
+    fused = fused[layer : layer + 1]
+  one = jnp.eye(tokens)[None]
+  rolled = jnp.broadcast_to(one, (b, tokens, tokens))
+  for links in fused:
+    links = (_without_weak(links, discard, protect) + one) / 2
+    sums = jnp.sum(links, axis=-1)
+    # quirk: a slip of broadcasting, kept for the sake of its pictures.
+    slip = row_sums == "reference"
+    links = links / (sums[:, None, :] if slip else sums[:, :, None])
+    rolled = links @ rolled
+  return rolled
+
+
+def _without_weak(links: jax.Array, discard: float, protect: bool) -> jax.Array:
+  """[B, L, L] with its smallest entries at 0, see `roll`."""
+  b, tokens, _ = links.shape
+  flat = links.reshape(b, tokens**2)
+  order = jnp.argsort(flat, axis=-1, stable=True)
+  weak = jnp.argsort(order, axis=-1) < int(tokens**2 * discard)
+  if protect:
+    weak = weak.at[:, 0].set(False)
+  return jnp.where(weak, 0, flat).reshape(links.shape)
+
+
+def relevance(
+  rolled: jax.Array, *, lead: int, mean: bool, row: jax.Array | None = None
+) -> jax.Array:
+  """What each patch counts, over the largest: [B, N]; nan where all are 0.
+
+  Args:
+    rolled: [B, L, L], see `roll`.
+    lead: tokens in front of the patches, 0 or 1.
+    mean: explain the mean patch, else the class token.
+    row: [B, N] attention of a class token that reads the patches after all
+      blocks, or None.
+  """
+  if row is not None:
+    values = jnp.einsum("bn,bnm->bm", row, rolled)
+  elif mean:
+    values = jnp.mean(rolled[:, lead:, lead:], axis=1)
+  else:
+    values = rolled[:, 0, lead:]
+  return values / jnp.max(values, axis=-1, keepdims=True)
+
+
+def attention_rollout(
+  backbone: vit.ViT,
+  params: Params,
+  images: jax.Array,
+  *,
+  fusion: str,
+  discard: float,
+  layer: int = -1,
+  mean: bool | None = None,
+  row_sums: str = "reference",
+) -> jax.Array:
+  """Rollout of a network: [B, H, W, 3] -> [B, N], see `relevance`.
+
+  Args:
+    backbone: the network.
+    params: its parameters.
+    images: uint8 or normalised.
+    fusion: one of FUSIONS.
+    discard: see `roll`.
+    layer: see `roll`.
+    mean: explain the mean patch; by default where there is no class token.
+    row_sums: see `roll`.
+  """
+  if mean is None:
+    mean = backbone.class_token == "none"
+  lead = backbone.lead
+
+  def one(image: jax.Array) -> jax.Array:
+    image = vit.normalize_images(image[None])
+    apply = functools.partial(backbone.apply, {"params": params}, image)
+    attention, row = apply(want="all").attention, None
+    if backbone.class_token == "readout" and not mean:
+      row = apply(want="cls").attention[:, :, None]  # [1, A, 1, N]
+      row = fuse(row, fusion)[:, 0]
+    rolled = roll(
+      fuse(attention, fusion),
+      discard=discard,
+      layer=layer,
+      protect=bool(lead),
+      row_sums=row_sums,
+    )
+    return relevance(rolled, lead=lead, mean=mean, row=row)[0]
+
+  # One by one: the maps of all blocks of a large network fill memory.
+  return jax.lax.map(one, images)
+
+
+def logit_gradients(
+  method: Any, weights: Params, images: jax.Array, *, category: int = -1
+) -> tuple[jax.Array, jax.Array]:
+  """Attention and the gradient of a class with respect to its logits.
+
+  Args:
+    method: classifies, see `methods`.
+    weights: its parameters, assembled.
+    images: [B, H, W, 3], uint8 or normalised.
+    category: index of the class, -1 = the most probable one of each image.
+
+  Returns:
+    Two of [depth, B, A, L, L]; the gradient is that of the class's output with
+    respect to the attention before its softmax.
+  """
+  # Fused kernels have no gradient of a bias for all sizes.
+  backbone = method.backbone.clone(attention="xla")
+  images = vit.normalize_images(images)
+  params = weights["backbone"]
+  out = backbone.apply({"params": params}, images, want="all")
+
+  def score(bias: jax.Array) -> jax.Array:
+    x = vit.embed(
+      functools.partial(vit.features, backbone, params, logit_bias=bias),
+      images,
+      last=method.last_blocks,
+      avgpool=method.avgpool,
+      raw=method.raw,
+    )
+    logits = method.classify(weights, x)[:, 0]
+    chosen = jnp.max(logits, axis=-1) if category < 0 else logits[:, category]
+    return jnp.sum(chosen)
+
+  return out.attention, jax.grad(score)(jnp.zeros_like(out.attention))
+
+
+def gradient_rollout(
+  method: Any,
+  weights: Params,
+  images: jax.Array,
+  *,
+  category: int,
+  discard: float,
+  layer: int = -1,
+  pairing: str = "blocks",
+  row_sums: str = "reference",
+) -> jax.Array:
+  """What counts for a class: [B, H, W, 3] -> [B, N], see `relevance`.
+
+  Args:
+    method: see `logit_gradients`.
+    weights: see `logit_gradients`.
+    images: see `logit_gradients`.
+    category: see `logit_gradients`.
+    discard: see `roll`.
+    layer: see `roll`.
+    pairing: see `fuse_gradients`.
+    row_sums: see `roll`.
+  """
+  backbone = method.backbone
+  mean = method.avgpool == 1
+
+  def one(image: jax.Array) -> jax.Array:
+    attention, gradients = logit_gradients(
+      method, weights, image[None], category=category
+    )
+    row = None
+    if backbone.class_token == "readout" and not mean:
+      row = vit.class_attention(backbone, weights["backbone"], image[None])
+      row = jnp.mean(row, axis=1)
+    rolled = roll(
+      fuse_gradients(attention, gradients, pairing=pairing),
+      discard=discard,
+      layer=layer,
+      protect=False,
+      row_sums=row_sums,
+    )
+    return relevance(rolled, lead=backbone.lead, mean=mean, row=row)[0]
+
+  return jax.lax.map(one, images)
