@@ -29,6 +29,8 @@ from attmask_jax.evals import (
   masks,
   overlap,
   pca,
+  reconstruct,
+  rollout,
 )
 from attmask_jax.evals.job import Job, Result
 
@@ -42,6 +44,8 @@ EVALS: dict[str, Callable[[Job], Result]] = {
   "masks": masks.run,
   "overlap": overlap.run,
   "pca": pca.run,
+  "reconstruct": reconstruct.run,
+  "rollout": rollout.run,
   "compare": compare.run,
 }
 SUPERVISED = ("linear", "finetune")
@@ -97,7 +101,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     config = supervised.complete(config, source)
     result = supervised.run(config, source, folder)
   else:
-    if name in WITH_CLASSIFIER:
+    if name in WITH_CLASSIFIER or config.evals.get("explain") == "class":
       job = _with_classifier(job)
     result = EVALS[name](job)
   if jax.process_index() == 0:
@@ -110,14 +114,16 @@ def complete(
   """The config with data of the weights' own run where it says nothing."""
   config = ml_collections.ConfigDict(config.to_dict())
   mine, theirs = config.data, source.config.get("data", {})
-  other = mine.source or mine.path  # then the run's subset means nothing
+  own = not mine.source and not mine.path  # the run's images
   for key, is_open in OPEN.items():
-    if mine[key] != is_open or (key == "path" and mine.source):
+    if mine[key] != is_open:
       continue
-    if key == "subset" and other:
+    if own or key not in ("source", "path", "subset"):
+      mine[key] = theirs.get(key, mine[key])
+    elif key == "subset":  # the run's means nothing here
       mine[key] = 0
-    elif key in theirs:
-      mine[key] = theirs[key]
+    elif key == "source" and "source" in theirs:  # another folder of the same
+      mine[key] = theirs["source"]
   if not mine.source:
     raise InputError(
       f"{source.where} does not say what images it was trained on: set "

@@ -76,8 +76,8 @@ def data() -> ml_collections.ConfigDict:
   """Images, order and augmentation."""
   return ml_collections.ConfigDict(
     dict(
-      # shapes | folder | flat | segmented | flowers | cifar10 | cifar100 |
-      # tfds:NAME
+      # shapes | folder | flat | segmented | flowers | cifar10 | cifar100, or
+      # one of tensorflow-datasets as tfds:NAME
       source="folder",
       path="",  # see docs/data.md
       subset=0,  # training images per class, 0 = all

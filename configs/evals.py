@@ -20,6 +20,8 @@ Names:     knn             weighted k-NN (knn_mae: as MAE-priv does it)
            masks           what each mask policy hides
            overlap         attention and masks against object masks
            pca             patch tokens as colours
+           reconstruct     what a masked autoencoder paints
+           rollout         attention through all blocks, or for a class
            compare         curves of several runs in one plot
 
 Paper:     arXiv:2203.12719; protocols as in the AttMask release. Published
@@ -143,6 +145,36 @@ def pca() -> ml_collections.ConfigDict:
   return _pictures("pca")
 
 
+def reconstruct() -> ml_collections.ConfigDict:
+  """What a masked autoencoder paints where patches are hidden."""
+  config = _pictures(
+    "reconstruct",
+    mask="",  # policy, see configs/mae.py; "" = as in the run
+    ratio=0.0,  # of hidden patches; 0 = as in the run
+    seed=0,  # of masks
+  )
+  config.network = "student"  # it has the decoder
+  return config
+
+
+def rollout() -> ml_collections.ConfigDict:
+  """Attention through all blocks; or what counts for a class."""
+  return _probed(
+    "rollout",
+    images="",  # image, folder or video; "" = the run's validation images
+    count=8,  # pictures at most
+    every=1,  # take every n-th frame or file
+    explain="token",  # token | class (of the probe, or a fine-tuned network)
+    category=-1,  # class that is explained, -1 = the most probable one
+    fusions=("mean", "max", "min"),  # of the heads; "class" has its own
+    discard=0.9,  # share of the weakest links of a block that is left out
+    layer=-1,  # the only block, from 0; -1 = all
+    # "rows" and "blocks" are right; "reference" is what the release computes.
+    row_sums="rows",  # rows | reference
+    pairing="blocks",  # blocks | reference
+  )
+
+
 def compare() -> ml_collections.ConfigDict:
   """k-NN and loss over epochs of several runs."""
   config = common.evaluation("compare")
@@ -165,6 +197,8 @@ NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
   "masks": masks,
   "overlap": overlap,
   "pca": pca,
+  "reconstruct": reconstruct,
+  "rollout": rollout,
   "compare": compare,
 } | {
   f"masked_{percent}": functools.partial(masked, percent / 100)

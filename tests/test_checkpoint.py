@@ -176,9 +176,10 @@ def test_stopped_again_and_again_is_the_same_run(tmp_path, whole):
 
 
 def test_control_c_stops_like_a_signal(tmp_path):
+  before = signal.getsignal(signal.SIGINT)
   error = stop(small.config(), tmp_path, 2, send(signal.SIGINT))
   assert error.signal == signal.SIGINT
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_crashed_between_checkpoints_is_the_same_run(tmp_path, whole):

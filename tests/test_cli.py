@@ -122,7 +122,7 @@ BAD_VALUES = {
   "k beyond the set": ({"evals.knn_ks": 65}, ["65", "64 images", "lower k"]),
   "k beyond the bank": ({"evals.knn_bank": 4}, ["(3, 5, 10)", "4 images"]),
   "unknown method": ({"method.name": "attmsk"}, ["attmsk", "use one of"]),
-  "unknown variant": ({"method.variant": "huge"}, ["huge", "small"]),
+  "unknown variant": ({"method.variant": "vast"}, ["vast", "small"]),
   "unknown mask": ({"method.mask": "high"}, ["high", "attmask_high"]),
   "unknown optimiser": ({"optim.optimizer": "adam"}, ["adam", "adamw"]),
   "unknown dtype": ({"method.dtype": "float8"}, ["float8", "bfloat16"]),

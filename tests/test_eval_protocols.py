@@ -195,10 +195,10 @@ def test_accuracy_of_nothing_is_refused():
 def test_black_patches():
   images = RNG.integers(1, 256, (2, 7, 7, 3)).astype(np.uint8)
   mask = np.zeros((2, 9), bool)
-  mask[0, 4] = mask[1, 0] = mask[1, 8] = True
+  mask[0, 5] = mask[1, 0] = mask[1, 8] = True
   found = np.asarray(masked.blacken(jnp.asarray(images), mask, 3))
   want = images.copy()
-  want[0, 2:4, 2:4] = 0
+  want[0, 2:4, 4:6] = 0
   want[1, 0:2, 0:2] = 0
   want[1, 4:6, 4:6] = 0
   assert np.array_equal(found, want)

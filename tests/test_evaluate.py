@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -240,3 +241,33 @@ def test_digest_knows_names_and_values(trained):
               {"a": np.zeros(3), "b": np.ones(3, "f4")})
   }  # fmt: skip
   assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+  "given, want",
+  [
+    ({}, ("folder", "/a", 5, 64)),
+    ({"path": "/b"}, ("folder", "/b", 0, 64)),
+    ({"path": "/b", "subset": 7}, ("folder", "/b", 7, 64)),
+    ({"source": "shapes"}, ("shapes", "", 0, 64)),
+    ({"source": "flat", "path": "/b", "image_size": 32}, ("flat", "/b", 0, 32)),
+    ({"subset": 0}, ("folder", "/a", 0, 64)),
+  ],
+)
+def test_data_are_those_of_the_run_unless_named(given, want):
+  settings = evals.get_config("knn")
+  settings.data.update(given)
+  theirs = evals.get_config("knn")
+  theirs.data.update(source="folder", path="/a", subset=5, image_size=64)
+  source = types.SimpleNamespace(config=theirs, where="runs/x")
+  found = evaluate.complete(settings, source).data
+  got = (found.source, found.path, found.subset, found.image_size)
+  assert got == want
+
+
+def test_weights_that_do_not_know_their_images():
+  source = types.SimpleNamespace(
+    config=types.SimpleNamespace(get=lambda name, default: default), where="w"
+  )
+  with pytest.raises(InputError, match="set --config.data.source"):
+    evaluate.complete(evals.get_config("knn"), source)

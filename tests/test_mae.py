@@ -10,6 +10,7 @@ import pytest
 import reference
 
 from attmask_jax import masking, mesh, optim, rates, train_step, vit
+from attmask_jax.evals import knn
 from attmask_jax.methods import mae
 
 FORWARD, TRAINED = 2e-5, 1e-4  # tests/golden/mae/README.md
@@ -239,3 +240,43 @@ def test_variance_of_the_official_release():
   _, std = small(target_variance="unbiased").statistics(jnp.asarray(patches))
   want = np.sqrt(patches.var(axis=-1, ddof=1) + 1e-6)
   close(std[..., 0], want, 1e-6)
+
+
+def test_golden_schedules(golden):
+  file = golden("mae/schedules.npz")
+  cases = [k.removeprefix("cfg/") for k in file if k.startswith("cfg/")]
+  assert len(cases) > 6
+  for case in cases:
+    cfg = file[f"cfg/{case}"]
+    base, final, epochs, steps, warmup, start, warmup_steps = cfg
+    if start:  # only 0 is used by a recipe
+      continue
+    warmup = int(warmup_steps if warmup_steps > 0 else warmup * steps)
+    total = int(epochs * steps)
+    where = file["in/full_index"] if case == "full" else range(total)
+    got = [
+      rates.cosine(int(i), base=base, final=final, warmup=warmup, total=total)
+      for i in where
+    ]
+    want = file[f"out/{case}"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9, err_msg=case)
+
+
+def test_golden_knn(golden):
+  file = golden("mae/knn.npz")
+  ks = tuple(int(k) for k in file["cfg/k"])
+  scores = knn.knn(
+    file["in/train_features_raw"],
+    file["in/train_labels"],
+    file["in/test_features_raw"],
+    file["in/test_labels"],
+    ks=ks,
+    temp=file["cfg/temperature"].item(),
+    num_classes=file["cfg/num_classes"].item(),
+  )
+  queries = len(file["in/test_labels"])
+  for i, k in enumerate(ks):
+    for j, name in enumerate(("top1", "top5")):
+      slack = 100 * file["out/tie_ambiguous"][i, j] / queries + 1e-4
+      want = file[f"out/{name}"][i]
+      assert abs(scores[f"k{k}/{name}"] - want) <= slack, (k, name)

@@ -14,7 +14,14 @@ from absl import logging
 from attmask_jax import Params, data, masking, vit
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.evals import features, inputs, knn, pictures, visualize
+from attmask_jax.evals import (
+  features,
+  inputs,
+  knn,
+  pictures,
+  reconstruct,
+  visualize,
+)
 
 
 def enabled(
@@ -114,8 +121,34 @@ class Evaluator:
     return self.knn(state.teacher or state.params)
 
   def after(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
-    """After the last step: draws folder/masks.png, see `masks`."""
+    """After the last step: draws folder/masks.png and reconstructions.png.
+
+    The latter where the method reconstructs; see `masks`.
+    """
+    if hasattr(self._method, "reconstruct"):
+      self._reconstruct(state, folder / "reconstructions.png")
     return self.masks(state.teacher or state.params, folder / "masks.png")
+
+  def _reconstruct(self, state: Any, path: pathlib.Path) -> None:
+    """Draws what the decoder paints of the first images of the gallery."""
+    count, source = self._config.evals.mask_images, self._val or self._train
+    if not count:
+      return
+    params, guide = meshes.to_host(self._mesh, (state.params, state.teacher))
+    if jax.process_index():
+      return
+    chosen = pictures.spread(len(source), count)
+    shown = pictures.crops(source, chosen, self._config.data.image_size)
+    images = np.stack([picture.image for picture in shown])
+    method = self._method
+    painted = reconstruct.paint(method, params, guide, images, seed=0)
+    reconstruct.draw(
+      path,
+      images,
+      painted,
+      labels=[picture.name for picture in shown],
+      title=f"{method.n_hidden} of {method.patches} patches hidden",
+    )
 
   def knn(self, weights: Params) -> dict[str, float]:
     """Weighted k-NN of validation on training images, in percent.

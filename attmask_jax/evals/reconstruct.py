@@ -1,0 +1,201 @@
+"""Reconstructions of a masked autoencoder as pictures.
+
+Source: the visualisation tool of MAE-priv, as its authors meant it. differs:
+the evaluation crop in place of a random one; hidden patches are hidden in the
+second picture; normalised targets are scaled back with the statistics they
+were made with.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attmask_jax import Params
+from attmask_jax.errors import InputError
+from attmask_jax.evals import drawing, pictures
+from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.methods import checks
+
+HEADINGS = (
+  "Image",
+  "Visible",
+  "Reconstruction",
+  "Reconstruction\nwith visible",
+)
+
+
+class Painted(NamedTuple):
+  """What the decoder makes of pictures.
+
+  Attributes:
+    hidden: [n, h, w] bool.
+    pixels: [n, H, W, 3] uint8, visible patches painted, too.
+    error: [n] mean squared error over the hidden patches, pixels in 0-1.
+  """
+
+  hidden: np.ndarray
+  pixels: np.ndarray
+  error: np.ndarray
+
+
+def run(job: Job) -> Result:
+  """Draws figures/reconstruct.png: image, visible, painted, both together.
+
+  Reads evals.images, count, every, mask, ratio and seed.
+
+  Returns:
+    mse, psnr: of the hidden patches, pixels in 0-1; psnr in decibels.
+
+  Raises:
+    InputError: the weights have no decoder, or a policy or ratio is wrong.
+  """
+  source, evals = job.weights, job.config.evals
+  if not hasattr(source.method, "reconstruct"):
+    raise InputError(
+      f"weights of method {source.config.method.name} have no decoder, which "
+      "evaluation reconstruct needs: give those of an MAE pretraining"
+    )
+  if "decoder" not in source.params:
+    raise InputError(
+      f"the {source.network} of {source.where} has no decoder: set "
+      "--config.network=student"
+    )
+  params = pictures.one_copy(job)
+  if jax.process_index():
+    return pictures.NOTHING
+  shown, _ = pictures.given(job)
+  p = source.method.backbone.patch_size
+  side = min(min(picture.image.shape[:2]) for picture in shown) // p * p
+  images = np.stack([_square(picture.image, side) for picture in shown])
+  method = dataclasses.replace(
+    source.method,
+    backbone=source.method.backbone.clone(image_size=side),
+    mask=evals.mask or source.method.mask,
+    mask_ratio=evals.ratio or source.method.mask_ratio,
+  )
+  checks.visible(method)
+  # The encoder's average is not in these weights: it guides itself.
+  painted = paint(method, params, params, images, seed=evals.seed)
+  path = job.figure("reconstruct.png")
+  some = pictures.some(len(shown))
+  draw(
+    path,
+    images[some],
+    Painted(*(x[some] for x in painted)),
+    labels=[shown[i].name for i in some],
+    title=f"{method.n_hidden} of {method.patches} patches hidden",
+  )
+  return _result([p.name for p in shown], painted, path)
+
+
+def paint(
+  method: Any, params: Params, guide: Params, images: np.ndarray, *, seed: int
+) -> Painted:
+  """Reconstructs pictures of the size that the method is trained on.
+
+  Args:
+    method: an `mae.Mae`.
+    params: encoder and decoder, on one device.
+    guide: network whose attention chooses, for policies that need it.
+    images: [n, H, W, 3] uint8.
+    seed: of masks.
+  """
+  n = len(images)
+  batch = {"position": jnp.arange(n)}
+  extras = [method.item_extras(seed, row) for row in range(n)]
+  if extras[0]:
+    batch["masks"] = jnp.stack([jnp.asarray(e["masks"]) for e in extras])
+
+  @jax.jit
+  def one(params: Params, guide: Params, image: jax.Array, batch: Any) -> Any:
+    order = method.order(guide, image, batch, jax.random.key(seed))
+    return order, method.reconstruct(params, image, order)
+
+  parts = []
+  rows = min(n, pictures.CHUNK)
+  for start in range(0, n, rows):
+    # The last chunk is filled up, or it would be compiled once more.
+    chosen = np.minimum(np.arange(start, start + rows), n - 1)
+    chunk = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
+    found = one(params, guide, images[chosen], chunk)
+    parts.append([np.asarray(x)[: n - start] for x in found])
+  order, pixels = (np.concatenate(x) for x in zip(*parts, strict=True))
+  hidden = np.zeros(order.shape, bool)
+  np.put_along_axis(
+    hidden, order[:, method.patches - method.n_hidden :], True, 1
+  )
+  grid = method.backbone.grid
+  hidden = hidden.reshape(n, grid, grid)
+  where = _pixels(hidden, method.backbone.patch_size)[..., None]
+  wrong = np.square(pixels - images / 255) * where
+  error = wrong.sum(axis=(1, 2, 3)) / (3 * where.sum(axis=(1, 2, 3)))
+  return Painted(hidden, np.round(255 * pixels).astype(np.uint8), error)
+
+
+def draw(
+  path: pathlib.Path,
+  images: np.ndarray,
+  painted: Painted,
+  *,
+  labels: Sequence[str] = (),
+  title: str = "",
+) -> None:
+  """Writes the gallery: a row per picture, columns as in HEADINGS."""
+  p = images.shape[1] // painted.hidden.shape[1]
+  where = _pixels(painted.hidden, p)[..., None]
+  pasted = np.where(where, painted.pixels, images)
+  figure, axes = drawing.grid(
+    [1.0] * len(images),
+    len(HEADINGS),
+    headings={0: HEADINGS},
+    labels=labels,
+    title=title,
+    caption="The decoder is trained on hidden patches alone: what it paints "
+    "at visible ones, in the third picture, means little.",
+  )
+  for row, image in enumerate(images):
+    visible = drawing.hide(image, painted.hidden[row], p)
+    for axis, shown in zip(
+      axes[row], (image, visible, painted.pixels[row], pasted[row]), strict=True
+    ):
+      axis.imshow(shown, interpolation="nearest")
+  drawing.save(figure, path)
+
+
+def _square(image: np.ndarray, side: int) -> np.ndarray:
+  """The middle of a picture: [H, W, 3] -> [side, side, 3]."""
+  top, left = ((length - side) // 2 for length in image.shape[:2])
+  return image[top : top + side, left : left + side]
+
+
+def _pixels(mask: np.ndarray, p: int) -> np.ndarray:
+  """[n, h, w] -> [n, h * p, w * p]."""
+  return mask.repeat(p, axis=1).repeat(p, axis=2)
+
+
+def _result(
+  names: Sequence[str], painted: Painted, path: pathlib.Path
+) -> Result:
+  psnr = -10 * np.log10(np.maximum(painted.error, 1e-12))
+  rows = [
+    (name, f"{e:.4f}", f"{d:.2f}")
+    for name, e, d in zip(names, painted.error, psnr, strict=True)
+  ][: pictures.TABLE_ROWS]
+  mse, decibels = float(painted.error.mean()), float(psnr.mean())
+  rows.append(("mean", f"{mse:.4f}", f"{decibels:.2f}"))
+  return Result(
+    {"mse": mse, "psnr": decibels},
+    {
+      "pictures": len(names),
+      "hidden patches": int(painted.hidden[0].sum()),
+      "patches": int(painted.hidden[0].size),
+    },
+    Table(("picture", "mse of hidden", "psnr, dB"), tuple(rows)),
+    (path,),
+    pictures.notes(len(names)),
+  )

@@ -1,0 +1,214 @@
+"""Attention and gradient rollout as pictures.
+
+What each patch counts for the token that is read, through all blocks; or for
+one class of a classifier. Source: the explanation tools of MAE-priv, see
+`attmask_jax.rollout`. Differs: any number of pictures in their own aspect
+ratio, normalised as the network was trained; networks without class token.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from attmask_jax import Params, rollout
+from attmask_jax.errors import InputError
+from attmask_jax.evals import attention, drawing, pictures
+from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.pictures import Picture
+
+EXPLAINED = ("token", "class")
+
+
+def run(job: Job) -> Result:
+  """Draws figures/rollout.png: image, then a map for each way to fuse heads.
+
+  Reads evals.images, count, every, explain, category, fusions, discard, layer,
+  row_sums and pairing.
+
+  Returns:
+    entropy/FUSION: of the map over patches, in nats, mean over the pictures.
+
+  Raises:
+    InputError: a setting out of range, or every link discarded.
+  """
+  evals = job.config.evals
+  depth = job.weights.method.backbone.depth
+  _check(evals, depth)
+  by_class = evals.explain == "class"
+  if by_class and evals.category >= len(job.classifier.class_names):
+    raise InputError(
+      f"evals.category {evals.category} is no class of the classifier: it has "
+      f"{len(job.classifier.class_names)}, counted from 0 (-1 = the most "
+      "probable one)"
+    )
+  params = pictures.one_copy(job)
+  if jax.process_index():
+    return pictures.NOTHING
+  shown, _ = pictures.given(job)
+  images = [picture.image for picture in shown]
+  if by_class:
+    maps = {"gradient": _by_class(job, images)}
+  else:
+    maps = {f: _by_token(job, params, images, f) for f in evals.fusions}
+  _refuse_empty(maps, evals)
+  path = job.figure("rollout.png")
+  some = pictures.some(len(shown))
+  _draw(
+    path,
+    [shown[i] for i in some],
+    {name: [found[i] for i in some] for name, found in maps.items()},
+    patch_size=job.weights.method.backbone.patch_size,
+    title=_title(job),
+  )
+  return _result(shown, maps, path)
+
+
+def _by_token(
+  job: Job, params: Params, images: Sequence[np.ndarray], fusion: str
+) -> list[np.ndarray]:
+  """Attention rollout of every picture: n times [N]."""
+  evals, backbone = job.config.evals, job.weights.method.backbone
+  return pictures.forward(
+    lambda weights, batch: rollout.attention_rollout(
+      backbone,
+      weights["backbone"],
+      batch,
+      fusion=fusion,
+      discard=evals.discard,
+      layer=evals.layer,
+      row_sums=evals.row_sums,
+    ),
+    params,
+    images,
+  )
+
+
+def _by_class(job: Job, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """Gradient rollout of every picture: n times [N]."""
+  evals, classifier = job.config.evals, job.classifier
+  params = jax.device_put(
+    jax.device_get(classifier.params), jax.local_devices()[0]
+  )
+
+  def explain(weights: Params, batch: jax.Array) -> jax.Array:
+    return rollout.gradient_rollout(
+      classifier.method,
+      weights,
+      batch,
+      category=evals.category,
+      discard=evals.discard,
+      layer=evals.layer,
+      pairing=evals.pairing,
+      row_sums=evals.row_sums,
+    )
+
+  return pictures.forward(explain, params, images)
+
+
+def _check(evals: object, depth: int) -> None:
+  """Refuses settings that mean nothing."""
+  for key, known in (
+    ("explain", EXPLAINED),
+    ("row_sums", rollout.ROW_SUMS),
+    ("pairing", rollout.PAIRINGS),
+  ):
+    if evals[key] not in known:
+      raise InputError(
+        f'evals.{key} "{evals[key]}" is unknown: use {", ".join(known)}'
+      )
+  wrong = [f for f in evals.fusions if f not in rollout.FUSIONS]
+  if wrong or not evals.fusions:
+    raise InputError(
+      f"evals.fusions {tuple(evals.fusions)} must name some of "
+      f"{', '.join(rollout.FUSIONS)}"
+    )
+  if not 0 <= evals.discard < 1:
+    raise InputError(
+      f"evals.discard {evals.discard} must be at least 0 and below 1: it is "
+      "the share of links that are left out"
+    )
+  if not -1 <= evals.layer < depth:
+    raise InputError(
+      f"evals.layer {evals.layer} is no block: use 0 to {depth - 1}, or -1 for "
+      "all"
+    )
+  if evals.category < -1:
+    raise InputError(
+      f"evals.category {evals.category} must be at least -1 (the most probable "
+      "class)"
+    )
+
+
+def _refuse_empty(maps: dict[str, list[np.ndarray]], evals: object) -> None:
+  """Where nothing is left the largest value is 0, and the map is nan."""
+  for fusion, found in maps.items():
+    if not all(np.isfinite(one).all() for one in found):
+      raise InputError(
+        f"evals.discard {evals.discard} leaves no link to some picture's "
+        f"patches ({fusion}): choose a smaller one"
+      )
+
+
+def _title(job: Job) -> str:
+  evals = job.config.evals
+  where = "all blocks" if evals.layer < 0 else f"block {evals.layer + 1}"
+  if evals.explain == "token":
+    return f"Attention rollout, {where}, {100 * evals.discard:g} % discarded"
+  named = "the most probable class"
+  if evals.category >= 0:
+    named = f"class {job.classifier.class_names[evals.category]}"
+  return f"Gradient rollout of {named}, {where}"
+
+
+def _draw(
+  path: pathlib.Path,
+  shown: Sequence[Picture],
+  maps: dict[str, list[np.ndarray]],
+  *,
+  patch_size: int,
+  title: str,
+) -> None:
+  figure, axes = drawing.grid(
+    [p.image.shape[0] / p.image.shape[1] for p in shown],
+    1 + len(maps),
+    headings={0: ("Image", *(name.capitalize() for name in maps))},
+    labels=[p.name for p in shown],
+    title=title,
+    caption="Colours run from the patch that counts least to the one that "
+    "counts most.",
+  )
+  for row, picture in enumerate(shown):
+    height, width, _ = picture.image.shape
+    grid = height // patch_size, width // patch_size
+    axes[row][0].imshow(picture.image)
+    for axis, found in zip(axes[row][1:], maps.values(), strict=True):
+      heat = drawing.heat(picture.image, found[row].reshape(grid), patch_size)
+      axis.imshow(heat)
+  drawing.save(figure, path)
+
+
+def _result(
+  shown: Sequence[Picture],
+  maps: dict[str, list[np.ndarray]],
+  path: pathlib.Path,
+) -> Result:
+  numbers = {
+    fusion: [attention.entropy(one) for one in found]
+    for fusion, found in maps.items()
+  }
+  values = {f"entropy/{f}": float(np.mean(n)) for f, n in numbers.items()}
+  rows = [
+    (picture.name, *(f"{numbers[f][i]:.3f}" for f in maps))
+    for i, picture in enumerate(shown)
+  ][: pictures.TABLE_ROWS]
+  rows.append(("mean", *(f"{value:.3f}" for value in values.values())))
+  headings = ("entropy in nats", *maps)
+  return Result(
+    values,
+    {"pictures": len(shown)},
+    Table(headings, tuple(rows)),
+    (path,),
+    pictures.notes(len(shown)),
+  )
