@@ -31,6 +31,8 @@ from attmask_jax.evals import (
   pca,
   reconstruct,
   rollout,
+  token_clusters,
+  tokens,
 )
 from attmask_jax.evals.job import Job, Result
 
@@ -46,10 +48,12 @@ EVALS: dict[str, Callable[[Job], Result]] = {
   "pca": pca.run,
   "reconstruct": reconstruct.run,
   "rollout": rollout.run,
+  "tokens": tokens.run,
+  "token_clusters": token_clusters.run,
   "compare": compare.run,
 }
 SUPERVISED = ("linear", "finetune")
-WITH_CLASSIFIER = ("masked", "backgrounds")
+WITH_CLASSIFIER = ("masked", "backgrounds", "tokens")
 WITHOUT_WEIGHTS = ("compare",)
 # Values that stand for "as in the run that trained the weights".
 OPEN = {

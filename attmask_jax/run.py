@@ -186,6 +186,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     section, name = key.split(".")
     if name not in config[section]:
       continue  # another method's
+    if isinstance(config[section][name], int | float):
+      continue  # one number by design, in this method
     values = tuple(config[section][name])
     kinds = int if key == "evals.knn_ks" else (int, float)
     fits = len(values) == 2 if key in PAIRS else len(values) > 0

@@ -22,6 +22,8 @@ Names:     knn             weighted k-NN (knn_mae: as MAE-priv does it)
            pca             patch tokens as colours
            reconstruct     what a masked autoencoder paints
            rollout         attention through all blocks, or for a class
+           tokens          what a single patch token knows: k-NN, linear
+           token_clusters  patch tokens in clusters, as colours
            compare         curves of several runs in one plot
 
 Paper:     arXiv:2203.12719; protocols as in the AttMask release. Published
@@ -175,6 +177,27 @@ def rollout() -> ml_collections.ConfigDict:
   )
 
 
+def tokens() -> ml_collections.ConfigDict:
+  """What a single patch token knows: k-NN and linear accuracy."""
+  config = _probed(
+    "tokens",
+    places=8,  # tokens taken of an image, at the same random places
+    seed=0,  # of the places
+    raw=False,  # leave the backbone's final norm out
+    k=20,  # neighbours
+    temp=0.07,
+    bank_chunk=65536,
+    query_chunk=1024,
+  )
+  config.method.update(last_blocks=1, avgpool=1)
+  return config
+
+
+def token_clusters() -> ml_collections.ConfigDict:
+  """Patch tokens in clusters, as colours over the pictures."""
+  return _pictures("token_clusters", clusters=(3, 6, 12), seed=0)
+
+
 def compare() -> ml_collections.ConfigDict:
   """k-NN and loss over epochs of several runs."""
   config = common.evaluation("compare")
@@ -199,6 +222,8 @@ NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
   "pca": pca,
   "reconstruct": reconstruct,
   "rollout": rollout,
+  "tokens": tokens,
+  "token_clusters": token_clusters,
   "compare": compare,
 } | {
   f"masked_{percent}": functools.partial(masked, percent / 100)

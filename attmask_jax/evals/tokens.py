@@ -1,0 +1,142 @@
+"""What a single patch token knows of its image: k-NN and linear accuracy.
+
+ExtreMA learns tokens that stand for the whole image; this measures it for any
+network: every token votes alone, in a bank of single tokens, and a linear probe
+that was trained on the mean patch is asked about each token. The class token
+and the mean patch stand beside it.
+
+Source: the idea of distributed representations in ExtreMA (arXiv:2206.04667);
+no published protocol.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attmask_jax import Params, data
+from attmask_jax.errors import InputError
+from attmask_jax.evals import accuracy, features, knn
+from attmask_jax.evals.job import Job, Result, Table
+
+
+def run(job: Job) -> Result:
+  """k-NN of class token, mean patch and single tokens; the probe's accuracy.
+
+  The same `evals.places` random places are taken of every image, of training
+  images for the bank and of validation images as queries.
+
+  Raises:
+    InputError: more places than patches, or a probe of something else than the
+      mean patch.
+  """
+  evals, method = job.config.evals, job.weights.method
+  probe = job.classifier.method
+  if probe.avgpool != 1:
+    raise InputError(
+      f"the probe {job.classifier.where} was trained with avgpool "
+      f"{probe.avgpool}, and single tokens can only be asked of one trained on "
+      "the mean patch: train it with --config.method.avgpool=1"
+    )
+  grid = job.config.data.image_size // method.backbone.patch_size
+  if not 1 <= evals.places <= grid**2:
+    raise InputError(
+      f"evals.places {evals.places} must be 1 to {grid**2}, the patches of an "
+      "image"
+    )
+  train, val = job.pair()
+  places = np.random.default_rng([evals.seed, 7]).permutation(grid**2)
+  places = np.sort(places[: evals.places])
+  bank = _extract(job, train, places, desc="bank")
+  queries = _extract(job, val, places, desc="queries")
+  values = {}
+  for name in bank:
+    scores = knn.knn(
+      bank[name].features,
+      bank[name].labels,
+      queries[name].features,
+      queries[name].labels,
+      ks=(evals.k,),
+      temp=evals.temp,
+      num_classes=len(train.class_names),
+      mesh=job.mesh,
+      bank_chunk=evals.bank_chunk,
+      query_chunk=evals.query_chunk,
+    )
+    values[f"{name}/knn"] = scores[f"k{evals.k}/top1"]
+  values |= _linear(job, val, places)
+  counts = {
+    "bank tokens": len(bank["token"].labels),
+    "query tokens": len(queries["token"].labels),
+    "classes": len(train.class_names),
+  }
+  return Result(values, counts, _table(values, evals.k))
+
+
+def _extract(
+  job: Job, source: data.Source, places: np.ndarray, *, desc: str
+) -> dict[str, features.Features]:
+  """Features by name, from one pass: class (where there is one), mean, token.
+
+  Tokens are rows of their own: T of each image, with its label.
+  """
+  weights, raw = job.weights, job.config.evals.raw
+
+  @jax.jit
+  def compiled(params: Params, images: jax.Array) -> jax.Array:
+    cls, patches = weights.method.features(params, images, norm=not raw)
+    chosen = patches[:, places].reshape(len(images), -1)
+    parts = [jnp.mean(patches, axis=1), chosen]
+    return jnp.concatenate(parts if cls is None else [cls, *parts], axis=1)
+
+  with job.batches(source, desc=desc) as batches:
+    found = features.extract(
+      functools.partial(compiled, weights.params), batches, mesh=job.mesh
+    )
+  d, names = weights.method.backbone.width, ["class", "mean"]
+  if weights.method.backbone.class_token == "none":
+    names.remove("class")
+  parts = {
+    name: found._replace(features=found.features[:, i * d : (i + 1) * d])
+    for i, name in enumerate(names)
+  }
+  tokens = found.features[:, len(names) * d :].reshape(-1, d)
+  repeat = functools.partial(np.repeat, repeats=len(places))
+  parts["token"] = features.Features(
+    tokens, repeat(found.labels), repeat(found.index)
+  )
+  return parts
+
+
+def _linear(
+  job: Job, source: data.Source, places: np.ndarray
+) -> dict[str, float]:
+  """Accuracy of the probe on the mean patch, and on each token alone."""
+  method = job.classifier.method
+
+  def logits(weights: Params, batch: dict[str, jax.Array]) -> jax.Array:
+    _, patches = method.features(
+      weights, batch["images"], norm=not (method.raw or method.avgpool == 1)
+    )
+    chosen = patches[:, places]
+    x = jnp.concatenate([jnp.mean(patches, axis=1)[:, None], chosen], axis=1)
+    found = method.classify(weights, x.reshape(-1, x.shape[-1]))[:, 0]
+    return found.reshape(*x.shape[:2], -1)  # [B, 1 + T, C]
+
+  count = accuracy.counter(logits, job.mesh)
+  with job.batches(source, desc="linear") as batches:
+    scores = accuracy.run(count, job.classifier.params, batches, mesh=job.mesh)
+  top1 = scores["top1"]
+  return {"mean/linear": float(top1[0]), "token/linear": float(top1[1:].mean())}
+
+
+def _table(values: dict[str, float], k: int) -> Table:
+  shown = lambda key: f"{values[key]:.2f}" if key in values else "-"
+  names = {"class": "class token", "mean": "mean patch", "token": "one token"}
+  rows = [
+    (text, shown(f"{name}/knn"), shown(f"{name}/linear"))
+    for name, text in names.items()
+    if f"{name}/knn" in values
+  ]
+  return Table(("of", f"k-NN ({k}), %", "linear, %"), tuple(rows))
