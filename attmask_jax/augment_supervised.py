@@ -67,7 +67,12 @@ def erase_box(
   return none
 
 
-def _filter(name: str) -> Image.Resampling:
+def resampling(name: str) -> Image.Resampling:
+  """Filter by its name in configs, see `augment.RESAMPLE`.
+
+  Raises:
+    InputError: it is unknown.
+  """
   if name not in augment.RESAMPLE:
     raise InputError(
       f'data.resample "{name}" is unknown: use {" or ".join(augment.RESAMPLE)}'
@@ -91,7 +96,7 @@ class CropFlip:
 
   def __post_init__(self) -> None:
     """Refuses an unknown filter."""
-    _filter(self.resample)
+    resampling(self.resample)
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
@@ -102,7 +107,7 @@ class CropFlip:
       rng,
       size=self.image_size,
       scale=self.scale,
-      resample=_filter(self.resample),
+      resample=resampling(self.resample),
     )
     return {"images": np.asarray(augment.random_flip(image, rng))[None]}
 
@@ -137,7 +142,7 @@ class Supervised:
 
   def __post_init__(self) -> None:
     """Refuses what cannot work, before the first image is read."""
-    _filter(self.resample)
+    resampling(self.resample)
     randaugment.parse(self.rand_augment)
     if not 0 <= self.erase_prob <= 1:
       raise InputError(
@@ -162,7 +167,11 @@ class Supervised:
       image = random_shift(augment.eval_whole(image, size), rng)
     else:
       image = augment.random_resized_crop(
-        image, rng, size=size, scale=self.scale, resample=_filter(self.resample)
+        image,
+        rng,
+        size=size,
+        scale=self.scale,
+        resample=resampling(self.resample),
       )
     image = self._colour(augment.random_flip(image, rng), rng)
     arrays = {"images": np.asarray(image)[None]}
@@ -176,7 +185,7 @@ class Supervised:
     settings = randaugment.parse(self.rand_augment)
     if settings is not None:
       return randaugment.rand_augment(
-        image, rng, **settings._asdict(), resample=_filter(self.resample)
+        image, rng, **settings._asdict(), resample=resampling(self.resample)
       )
     x = self.jitter_strength
     return augment.color_jitter(

@@ -7,7 +7,14 @@ import jax
 import ml_collections
 import optax
 
-from attmask_jax import augment, augment_supervised, data, optim, rates
+from attmask_jax import (
+  augment,
+  augment_pair,
+  augment_supervised,
+  data,
+  optim,
+  rates,
+)
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, online
@@ -62,6 +69,8 @@ TRANSFORMS = {
   "multi_crop": augment.MultiCrop,
   "crop_flip": augment_supervised.CropFlip,
   "supervised": augment_supervised.Supervised,
+  "two_colours": augment_pair.TwoColours,
+  "centre_crop": augment_pair.CentreCrop,
 }
 LISTS = ("method.mask_ratio", "method.mask_ratio_var", "evals.knn_ks")
 

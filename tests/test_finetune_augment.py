@@ -304,7 +304,7 @@ def test_probe_recipe_crops_then_flips(resample: str) -> None:
     assert got.shape == (1, 24, 24, 3) and got.dtype == np.uint8
     box = augment.crop_box(50, 40, _rng(seed), scale=(0.2, 0.6))
     want = np.asarray(
-      image.crop(box).resize((24, 24), augment_supervised.RESAMPLE[resample])
+      image.crop(box).resize((24, 24), augment.RESAMPLE[resample])
     )
     flipped = np.array_equal(got[0], want[:, ::-1])
     assert flipped or np.array_equal(got[0], want)

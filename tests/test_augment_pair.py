@@ -1,0 +1,146 @@
+"""Pairs of ExtreMA: recorded primitives, shared geometry, own colours."""
+
+import numpy as np
+import pytest
+import small
+from PIL import Image, ImageEnhance
+
+from attmask_jax import augment, augment_pair
+from attmask_jax.errors import InputError
+from configs import tiny
+
+
+def test_golden_primitives(golden):
+  file = golden("extrema/augment.npz")
+  image, size = Image.fromarray(file["in/image"]), int(file["cfg/size"])
+  top, left, height, width = file["in/crop_ijhw"].tolist()
+  box = image.crop((left, top, left + width, top + height))
+  crop = box.resize((size, size), augment.RESAMPLE["bilinear"])
+  same = lambda got, key: np.testing.assert_array_equal(
+    np.asarray(got), file[f"out/{key}"]
+  )
+  same(crop, "resized_crop")
+
+  class Always:
+    """A generator that always flips."""
+
+    def random(self):
+      return 0.0
+
+  same(augment.random_flip(crop, Always()), "hflip")
+  bright, contrast, saturation, hue = file["in/factors"].tolist()
+  same(ImageEnhance.Brightness(crop).enhance(bright), "brightness")
+  same(ImageEnhance.Contrast(crop).enhance(contrast), "contrast")
+  same(ImageEnhance.Color(crop).enhance(saturation), "saturation")
+  same(augment.shift_hue(crop, hue), "hue")
+  # Recorded after the jitter.
+  jittered = Image.fromarray(file["out/jitter"])
+  same(augment.to_grey(jittered), "grayscale")
+
+  class Recorded:
+    """Draws the recorded order and factors."""
+
+    def permutation(self, n):
+      return file["in/order"]
+
+    def uniform(self, low, high):
+      self.drawn = getattr(self, "drawn", -1) + 1
+      value = file["in/factors"][self.drawn]
+      assert low <= value <= high
+      return float(value)
+
+  same(augment.color_jitter(crop, Recorded()), "jitter")
+
+
+def gradient():
+  """Red falls from left to right, green from top to bottom: 60 x 40."""
+  x = np.linspace(250, 5, 60)[None, :].repeat(40, 0)
+  y = np.linspace(250, 5, 40)[:, None].repeat(60, 1)
+  return Image.fromarray(np.stack([x, y, 0 * x + 90], -1).astype(np.uint8))
+
+
+def test_views_share_their_geometry():
+  pair = augment_pair.TwoColours(image_size=16, jitter=0.0, grey=0.0)
+  crops = []
+  for seed in range(8):
+    views = pair(gradient(), np.random.default_rng(seed))["images"]
+    assert views.shape == (2, 16, 16, 3) and views.dtype == np.uint8
+    np.testing.assert_array_equal(views[0], views[1])
+    crops.append(views[0].tobytes())
+  assert len(set(crops)) == 8
+  # Mirrored about half of the time: then red rises.
+  rising = [
+    np.diff(pair(gradient(), np.random.default_rng(s))["images"][0, 5, :, 0]
+            .astype(int)).sum() > 0
+    for s in range(300)
+  ]  # fmt: skip
+  assert 0.4 < np.mean(rising) < 0.6
+
+
+def test_views_are_coloured_alone():
+  pair = augment_pair.TwoColours(image_size=16)
+  first = pair(gradient(), np.random.default_rng(1))["images"]
+  again = pair(gradient(), np.random.default_rng(1))["images"]
+  np.testing.assert_array_equal(first, again)
+  grey, same = [], 0
+  for seed in range(400):
+    views = pair(gradient(), np.random.default_rng(seed))["images"]
+    grey += [bool((v == v[..., :1]).all()) for v in views]
+    same += bool((views[0] == views[1]).all())
+  assert 0.15 < np.mean(grey) < 0.25  # p = 0.2
+  # Both plain, or both grey without jitter: (0.2 * 0.8)^2 + (0.2 * 0.2)^2.
+  assert 0.005 < same / 400 < 0.06
+  only_grey = augment_pair.TwoColours(image_size=8, jitter=0.0, grey=1.0)
+  views = only_grey(gradient(), np.random.default_rng(0))["images"]
+  assert (views == views[..., :1]).all() and (views[0] == views[1]).all()
+
+
+def test_centre_crop_by_hand():
+  image = gradient()
+  crop = augment_pair.CentreCrop(image_size=28)
+  got = crop(image, None)["images"]
+  # Shorter side 28 * 256 / 224 = 32; the other 48; the middle 28 x 28.
+  whole = image.resize((48, 32), Image.Resampling.BILINEAR)
+  want = np.asarray(whole)[2:30, 10:38]
+  np.testing.assert_array_equal(got, want[None])
+
+
+@pytest.mark.parametrize(
+  "recipe, changes, match",
+  [
+    (augment_pair.TwoColours, {"jitter": 1.5}, "data.jitter 1.5"),
+    (augment_pair.TwoColours, {"grey": -0.1}, "data.grey -0.1"),
+    (augment_pair.TwoColours, {"resample": "x"}, '"x" is unknown'),
+    (augment_pair.CentreCrop, {"resample": "x"}, '"x" is unknown'),
+  ],
+)
+def test_what_cannot_be_drawn(recipe, changes, match):
+  with pytest.raises(InputError, match=match):
+    recipe(**changes)
+
+
+@pytest.mark.parametrize(
+  "transform, views", [("two_colours", 2), ("crop_flip", 1), ("centre_crop", 1)]
+)
+def test_a_step_on_every_augmentation(tmp_path, transform, views):
+  config = tiny.get_config("extrema")
+  config.update_from_flattened_dict(
+    {
+      "method.variant": "16x1x2",
+      "method.num_masks": 2,
+      "method.head_hidden": 16,
+      "method.out_dim": 8,
+      "data.image_size": 16,
+      "data.batch_size": 8,
+      "data.shapes_train": 16,
+      "data.shapes_val": 8,
+      "data.transform": transform,
+      "evals.knn_ks": (3,),
+    }
+  )
+  with small.quick_compiler(tmp_path):
+    built, state, step = small.parts(config.lock())
+    ((batch, scalars),) = small.arguments(built, 1)
+    assert batch["images"].shape == (8, views, 16, 16, 3)
+    _, values, _ = step(state, batch, scalars)
+  assert np.isfinite(float(values["loss"]))
