@@ -9,9 +9,10 @@ Expected:  k-NN at chance (12.5 %) before and after, see README.md ("The first
 
 A ViT of width 64 and depth 4 learns from 32 px images of eight shape classes
 whose textures and colours say nothing about the class. The arguments `hint`,
-`low`, `random`, `ibot` and `dino` change the mask policy. Half the views of
-`random` and `ibot` stay whole, as do those of the attention policies. `mae` and
-`extrema` run the other two methods (arXiv:2111.06377, arXiv:2206.04667).
+`low`, `random`, `ibot` and `dino` change the mask policy of `attmask`, the
+default. Half the views of `random` and `ibot` stay whole, as do those of the
+attention policies. `mae` and `extrema` run the other two methods
+(arXiv:2111.06377, arXiv:2206.04667).
 """
 
 import ml_collections

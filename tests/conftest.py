@@ -19,10 +19,15 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden():
+def golden_root():
+  """Folder of the recorded numbers, $ATTMASK_GOLDEN if set."""
+  return pathlib.Path(os.environ.get("ATTMASK_GOLDEN", GOLDEN))
+
+
+@pytest.fixture(scope="session")
+def golden(golden_root):
   """golden("attmask/head.npz") opens a file, under $ATTMASK_GOLDEN if set."""
-  root = pathlib.Path(os.environ.get("ATTMASK_GOLDEN", GOLDEN))
-  return lambda name: np.load(root / name)
+  return lambda name: np.load(golden_root / name)
 
 
 @pytest.fixture(scope="session")

@@ -280,3 +280,19 @@ def test_golden_knn(golden):
       slack = 100 * file["out/tie_ambiguous"][i, j] / queries + 1e-4
       want = file[f"out/{name}"][i]
       assert abs(scores[f"k{k}/{name}"] - want) <= slack, (k, name)
+
+
+def test_only_visible_patches_are_encoded():
+  """ViT-S/16, 224 px, 75 % hidden: a quarter of the encoder's operations."""
+  model = vit.ViT(
+    384, 12, 6, 16, 224, class_token="none", positions="yx", scan=False
+  )
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), images)
+  keep = jax.ShapeDtypeStruct((1, 1, 49), jnp.int32)
+  count = lambda *args: (
+    jax.jit(lambda p, x, ids=None: model.apply(p, x, keep_ids=ids).tokens)
+    .lower(params, images, *args)
+    .cost_analysis()["flops"]
+  )
+  assert count(keep) / count() == pytest.approx(0.25, rel=0.05)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from attmask_jax import atomic
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Job, Result, Table
@@ -227,7 +228,7 @@ def _animate(
     frame.save(folder / f"{number:04d}.png")
     frames.append(frame)
   path = folder.with_suffix(".gif")
-  with drawing.replaced(path) as temporary:
+  with atomic.replaced(path) as temporary:
     frames[0].save(
       temporary,
       format="GIF",

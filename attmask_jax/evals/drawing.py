@@ -3,15 +3,15 @@
 matplotlib is imported where it is used, since training need not load it.
 """
 
-import contextlib
 import os
-import pathlib
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from attmask_jax import atomic
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -213,17 +213,5 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
 
   FigureCanvasAgg(figure)
-  with replaced(pathlib.Path(path)) as temporary:
+  with atomic.replaced(path) as temporary:
     figure.savefig(temporary, format="png")
-
-
-@contextlib.contextmanager
-def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write that then takes the place of `path` in one move."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -1,0 +1,355 @@
+"""PyTorch's files without PyTorch: round trips, and files that mean harm."""
+
+import io
+import os
+import pathlib
+import pickle
+import shutil
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from attmask_jax.errors import InputError
+from attmask_jax.torch_io import pth, tensors
+
+RNG = np.random.default_rng(0)
+DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64,
+          np.int32, np.int16, np.int8, np.uint8, np.bool_)  # fmt: skip
+
+
+def some_tree():
+  values = RNG.normal(size=(4, 6)) * 50
+  return {
+    "by type": {np.dtype(d).name: values.astype(d) for d in DTYPES},
+    "transposed": values.astype("f4").T,
+    "every second": values.astype("f4")[:, ::2],
+    "number": np.array(3.5, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+    "plain": [1, -2, 2**31, -(2**40), 2.5, "name ä", None, True, (1, ())],
+  }
+
+
+def same(got, want):
+  if isinstance(want, dict):
+    assert list(got) == list(want)
+    for key in want:
+      same(got[key], want[key])
+  elif isinstance(want, list | tuple):
+    assert type(got) is type(want) and len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+      same(a, b)
+  elif isinstance(want, np.ndarray):
+    assert got.dtype == want.dtype and got.shape == want.shape
+    assert got.tobytes() == want.tobytes()  # C order
+    assert got.flags.c_contiguous
+  else:
+    assert type(got) is type(want) and got == want
+
+
+# Round trips ----------------------------------------------------------------
+
+
+def test_pth_round_trip_is_bit_equal(tmp_path):
+  tree = some_tree()
+  pth.write(tmp_path / "new" / "a.pth", tree)
+  same(pth.read(tmp_path / "new" / "a.pth"), tree)
+  assert os.listdir(tmp_path / "new") == ["a.pth"]  # nothing left beside it
+  pth.write(tmp_path / "b.pth", tree)
+  again = (tmp_path / "b.pth").read_bytes()
+  assert again == (tmp_path / "new" / "a.pth").read_bytes()
+  with zipfile.ZipFile(tmp_path / "b.pth") as archive:
+    for info in archive.infolist():
+      start = info.header_offset + 30 + len(info.filename) + len(info.extra)
+      assert start % 64 == 0
+
+
+def test_safetensors_round_trip_is_bit_equal(tmp_path):
+  flat = {"a." + np.dtype(d).name: RNG.normal(size=(3, 5)).astype(d)
+          for d in DTYPES}  # fmt: skip
+  flat |= {
+    "transposed": RNG.normal(size=(3, 5)).astype("f4").T,
+    "every second": RNG.normal(size=(3, 6)).astype("f4")[:, ::2],
+    "number": np.array(3.5, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+  }
+  tensors.write(tmp_path / "a.safetensors", flat, {"made": "here"})
+  got, notes = tensors.read(tmp_path / "a.safetensors")
+  assert notes == {"made": "here"} and set(got) == set(flat)
+  for name in flat:
+    same(got[name], flat[name])
+
+
+def test_what_cannot_be_written(tmp_path):
+  for value in (np.zeros(2, complex), object(), {1, 2}, b"bytes"):
+    with pytest.raises(InputError, match="cannot be written"):
+      pth.write(tmp_path / "a.pth", {"x": value})
+  (tmp_path / "file").write_text("")
+  for write in (pth.write, tensors.write):
+    with pytest.raises(InputError, match="cannot be written"):
+      write(tmp_path / "file" / "a", {"x": np.zeros(2, "f4")})
+  assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("family", ["attmask", "mae", "extrema"])
+def test_golden_checkpoints_are_read(golden_root, family):
+  found = pth.read(golden_root / family / "checkpoint.pth")
+  key = {"attmask": "student", "mae": "model", "extrema": "state_dict"}[family]
+  assert all(isinstance(v, np.ndarray) for v in found[key].values())
+  assert isinstance(found["epoch"], int)
+  if family == "mae":  # its rates are NumPy numbers
+    rates = [group["lr"] for group in found["optimizer"]["param_groups"]]
+    assert all(isinstance(rate, float) and 0 < rate < 1 for rate in rates)
+  if "args" in found:
+    assert found["args"].name == "argparse.Namespace"
+    assert isinstance(found["args"].state, dict)
+
+
+# Files that mean harm -------------------------------------------------------
+
+
+def archive(path, program, members=None, *, root="archive", compress=False):
+  """A .pth file by hand."""
+  kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+  with zipfile.ZipFile(path, "w", kind) as file:
+    file.writestr(f"{root}/data.pkl", program)
+    for name, content in (members or {}).items():
+      file.writestr(name, content)
+  return path
+
+
+def refused(path, match):
+  with pytest.raises(InputError, match=match) as error:
+    pth.read(path)
+  assert "\n" not in str(error.value)
+
+
+class Call:
+  """Pickles as a call."""
+
+  def __init__(self, function, *arguments):
+    self.call = function, arguments
+
+  def __reduce__(self):
+    return self.call
+
+
+def test_nothing_of_the_file_is_run(tmp_path):
+  mark = tmp_path / "ran"
+  path = tmp_path / "a.pth"
+  for call in (
+    Call(os.system, f"touch {mark}"),
+    Call(eval, f"open({str(mark)!r}, 'w')"),
+    Call(getattr, os, "system"),
+    Call(pathlib.Path.touch, mark),
+    Call(shutil.copy, __file__, str(mark)),
+  ):
+    try:
+      program = pickle.dumps({"model": call}, protocol=2)
+    except (TypeError, pickle.PicklingError):
+      continue
+    refused(archive(path, program), "is not run|opcode")
+  # What stands in for known classes takes a call and runs nothing.
+  program = (
+    b"\x80\x02cargparse\nNamespace\n(X\x01\x00\x00\x00aX\x01\x00\x00\x00btR"
+    b"}X\x0c\x00\x00\x00__setstate__X\x01\x00\x00\x00xsb."
+  )
+  assert pth.read(archive(path, program)).name == "argparse.Namespace"
+  for opcode in (b"(ios\nsystem\n.", b"(cos\nsystem\no.", b"\x82\x01."):
+    refused(archive(path, b"\x80\x02" + opcode), "opcode|is not run|damaged")
+  assert not mark.exists()
+
+
+def tensor_program(numel, size, stride, *, key="0", offset=0):
+  emit = lambda node: pth._emit(node, [])
+  return (
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((" + emit("storage")
+    + b"ctorch\nFloatStorage\n" + emit(key) + emit("cpu") + emit(numel)
+    + b"tQ" + emit(offset) + emit(size) + emit(stride)
+    + b"\x89ccollections\nOrderedDict\n)RtR."
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "claim, match",
+  [
+    (dict(numel=4, size=(5,), stride=(1,)), r"size \(5,\) in 4 numbers"),
+    (dict(numel=2**40, size=(2**40,), stride=(1,)), "claims .* which has 16"),
+    (dict(numel=4, size=(2, 2), stride=(4, 1)), "in 4 numbers"),
+    (dict(numel=4, size=(4,), stride=(1,), offset=1), "in 4 numbers"),
+    (dict(numel=4, size=(2**62, 4), stride=(0, 0)), "in 4 numbers"),
+    (dict(numel=4, size=(-1,), stride=(1,)), "damaged"),
+    (dict(numel=4, size=(2,), stride=(-1,)), "damaged"),
+    (dict(numel=4, size=(2, 2), stride=(1,)), "damaged"),
+    (dict(numel=4, size=(1,) * 70, stride=(1,) * 70), "damaged"),
+    (dict(numel=4, size=(4,), stride=(1,), key="9"), "lacks its member"),
+    (dict(numel=-4, size=(0,), stride=(1,)), "in -4 numbers|claims"),
+    (dict(numel=4, size=(2.0,), stride=(1,)), "damaged"),
+  ],
+)
+def test_tensors_that_claim_more_than_there_is(tmp_path, claim, match):
+  numbers = {"archive/data/0": np.arange(4, dtype="f4").tobytes()}
+  path = archive(tmp_path / "a.pth", tensor_program(**claim), numbers)
+  refused(path, match)
+
+
+def test_many_views_of_few_numbers_do_not_fill_memory(tmp_path):
+  view = tensor_program(10_000, (100, 100), (1, 100))[2:-1]
+  program = b"\x80\x02](" + 50 * view + b"e."
+  numbers = {"archive/data/0": np.zeros(10_000, "f4").tobytes()}
+  refused(archive(tmp_path / "a.pth", program, numbers), "more than twice")
+
+
+def test_archives_that_torch_never_writes(tmp_path):
+  good, path = b"\x80\x02}.", tmp_path / "a.pth"
+  assert pth.read(archive(path, good)) == {}
+  for name in ("/etc/x", "../x", "archive/../../x", "C:\\x", "a\\..\\..\\x"):
+    refused(archive(path, good, {name: b"x"}), "a member outside it")
+  refused(archive(path, good, {"b/data.pkl": good}), "but no .pth file")
+  bomb = archive(path, good, {"archive/data/0": bytes(10**7)}, compress=True)
+  refused(bomb, "compressed")
+  with pytest.warns(UserWarning, match="Duplicate"):
+    twice = archive(path, good, {"archive/data.pkl": good})
+  refused(twice, "twice")
+  script = {"archive/constants.pkl": b"x"}
+  refused(archive(path, good, script), "TorchScript")
+  refused(archive(path, good, {"archive/byteorder": b"big"}), "big-endian")
+  with zipfile.ZipFile(path, "w") as file:
+    file.writestr("readme.txt", "no weights")
+  refused(path, "but no .pth file")
+
+
+def test_files_that_are_something_else(tmp_path):
+  path = tmp_path / "a.pth"
+  refused(path, "is no file")
+  refused(tmp_path, "is no file")
+  path.write_bytes(b"")
+  refused(path, "is no .pth file")
+  path.write_text("<html>404</html>")
+  refused(path, "is no .pth file")
+  path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))
+  refused(path, "before 1.6")
+
+
+def test_memo_indices_reserve_no_memory(tmp_path):
+  program = b"\x80\x02}r" + struct.pack("<I", 2**31) + b"."
+  refused(archive(tmp_path / "a.pth", program), "memo")
+
+
+def nested(depth):
+  return b"\x80\x02" + b"(" * depth + b"t" * depth + b"."
+
+
+def test_deep_nesting_is_survived(tmp_path):
+  path = archive(tmp_path / "a.pth", nested(200_000))
+  found = pth.read(path)
+  assert found == ((),) or isinstance(found, tuple)
+
+
+def test_single_changes_and_truncations(tmp_path):
+  """Only our own error, or a file that reads; never a crash."""
+  path, mark = tmp_path / "a.pth", tmp_path / "ran"
+  pth.write(path, {"w": np.arange(12, dtype="f4").reshape(3, 4), "n": [1, "x"]})
+  good = path.read_bytes()
+  read = errors = 0
+  cases = [good[:n] for n in range(0, len(good), 7)]
+  rng = np.random.default_rng(1)
+  for place in range(len(good)):
+    for value in rng.integers(0, 256, 2).tolist():
+      cases.append(good[:place] + bytes([value]) + good[place + 1 :])
+  for case in cases:
+    path.write_bytes(case)
+    try:
+      pth.read(path)
+      read += 1
+    except InputError:
+      errors += 1
+  assert errors > 500 and read > 0
+  assert not mark.exists()
+
+
+def test_changed_numbers_are_noticed(tmp_path):
+  path = tmp_path / "a.pth"
+  pth.write(path, {"w": np.ones(100, "f4")})
+  content = bytearray(path.read_bytes())
+  content[content.index(np.ones(100, "f4").tobytes()) + 13] ^= 1
+  path.write_bytes(content)
+  refused(path, "damaged|no .pth file")
+
+
+def test_damaged_safetensors(tmp_path):
+  path = tmp_path / "a.safetensors"
+  with pytest.raises(InputError, match="is no file"):
+    tensors.read(path)
+  tensors.write(path, {"w": np.ones(100, "f4")})
+  good = path.read_bytes()
+  for n in range(0, len(good), 11):
+    path.write_bytes(good[:n])
+    with pytest.raises(InputError, match="damaged"):
+      tensors.read(path)
+  path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+  with pytest.raises(InputError, match="damaged"):
+    tensors.read(path)
+
+
+# Where torch is installed ---------------------------------------------------
+
+
+def test_torch_reads_what_we_write(tmp_path):
+  torch = pytest.importorskip("torch")
+  tree = some_tree()
+  pth.write(tmp_path / "a.pth", tree)
+  for options in ({}, {"mmap": True}):
+    found = torch.load(tmp_path / "a.pth", weights_only=True, **options)
+    assert found["plain"] == tree["plain"]
+    arrays = tree["by type"] | {
+      k: tree[k] for k in ("transposed", "every second", "number", "empty")
+    }
+    for name, want in arrays.items():
+      got = found["by type"].get(name, found.get(name))
+      assert tuple(got.shape) == want.shape
+      assert str(got.dtype).removeprefix("torch.") == want.dtype.name
+      values = got.to(torch.float64).numpy()
+      np.testing.assert_array_equal(values, want.astype(float))
+
+
+def test_we_read_what_torch_writes(tmp_path):
+  torch = pytest.importorskip("torch")
+  import argparse
+  import collections
+
+  base = torch.arange(24.0).reshape(4, 6)
+  model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+  saved = {
+    "whole": base,
+    "transposed": base.T,
+    "slice": base[1:3, ::2],
+    "half": base.half(),
+    "brain": base.bfloat16(),
+    "parameter": torch.nn.Parameter(base[0]),
+    "shared": [base, base[2]],
+    "ordered": collections.OrderedDict(a=torch.ones(2, dtype=torch.int64)),
+    "model": model.state_dict(),
+    "args": argparse.Namespace(lr=0.1, path=pathlib.PosixPath("x")),
+    "number": np.float64(0.25),
+    "text": "epoch",
+  }
+  torch.save(saved, tmp_path / "a.pth")
+  found = pth.read(tmp_path / "a.pth")
+  for name in ("whole", "transposed", "slice", "parameter"):
+    same(found[name], np.ascontiguousarray(saved[name].detach().numpy()))
+  same(found["half"], base.half().numpy())
+  same(found["brain"], base.numpy().astype(ml_dtypes.bfloat16))
+  same(found["shared"][1], base[2].numpy())
+  assert found["number"] == 0.25 and found["text"] == "epoch"
+  assert found["args"].state["lr"] == 0.1
+  for name, value in model.state_dict().items():
+    same(found["model"][name], value.numpy())
+  torch.save(base, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+  refused(tmp_path / "old.pth", "before 1.6")
+  buffer = io.BytesIO()
+  torch.jit.save(torch.jit.script(model), buffer)
+  (tmp_path / "script.pth").write_bytes(buffer.getvalue())
+  refused(tmp_path / "script.pth", "TorchScript|compressed")
