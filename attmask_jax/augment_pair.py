@@ -23,7 +23,7 @@ class TwoColours:
 
   Attributes:
     image_size: side of the crop in pixels.
-    scale: smallest and largest share of the image's area, 0-1.
+    scale: smallest and largest share of the image's area, above 0 up to 1.
     resample: "bilinear" or "bicubic".
     jitter, grey: probabilities of colour jitter and of a grey view, 0-1.
   """
@@ -37,6 +37,12 @@ class TwoColours:
   def __post_init__(self) -> None:
     """Refuses what cannot work, before the first image is read."""
     augment_supervised.resampling(self.resample)
+    low, high = self.scale
+    if not 0 < low <= high <= 1:
+      raise InputError(
+        f"data.scale {(low, high)} must be two shares of the image's area, the "
+        "smaller first, above 0 and at most 1"
+      )
     for name in ("jitter", "grey"):
       value = getattr(self, name)
       if not 0 <= value <= 1:

@@ -90,7 +90,13 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   source = None
   if name not in WITHOUT_WEIGHTS:
-    source = weights.load(config.weights, network=config.network, mesh=mesh)
+    source = weights.load(
+      config.weights,
+      network=config.network,
+      mesh=mesh,
+      heads=config.heads,
+      allow_missing=config.allow_missing,
+    )
     if "backbone" not in source.params:
       raise InputError(
         f"{source.where} is a linear probe without a network: give the weights "
@@ -169,9 +175,8 @@ def _check_folder(
 def _with_classifier(job: Job) -> Job:
   """Adds the classifier: a given probe, a fine-tuned net, or a short probe."""
   config, source, where = job.config, job.weights, job.config.probe
-  tuned = source.config.method.name == "classify"
-  if not where and tuned:
-    where = str(source.run_dir)
+  if not where and source.method.classifies:
+    where = str(source.run_dir or source.where)
   if not where:
     folder = job.folder / "probe"
     epochs = config.optim.epochs

@@ -24,9 +24,11 @@ from attmask_jax import (
   train,
   weights,
 )
+from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals.job import Classifier, Result, Table
 from attmask_jax.methods.classify import Classify
+from attmask_jax.torch_io import checkpoints, networks
 
 CLASSIFIER = "classifier.json"  # in the run directory, when it is complete
 
@@ -130,15 +132,20 @@ def load(
   """A trained probe with the backbone it was trained on, or a fine-tuned net.
 
   Args:
-    where: run directory of a linear probe or of a fine-tuning.
+    where: run directory of a linear probe or of a fine-tuning; a .pth or
+      .safetensors file of one; or imported weights with a linear layer.
     source: the backbone of a probe.
     mesh: devices that get a copy.
 
   Raises:
     InputError: no finished classifier there, or one of other weights.
   """
+  if checkpoints.is_file(where):
+    return _of_file(where, source, mesh)
   folder = pathlib.Path(where).expanduser()
   config = weights.read_config(folder)
+  if config.method.name == networks.NAME:
+    return _imported(weights.load(where, network="student", mesh=mesh))
   path = folder / CLASSIFIER
   if config.method.name != "classify" or not path.exists():
     raise InputError(
@@ -174,6 +181,45 @@ def load(
     weights.digest(params),
     trained.where,
   )
+
+
+def _of_file(
+  where: str, source: weights.Weights, mesh: jax.sharding.Mesh
+) -> Classifier:
+  """A classifier of another code base: whole, or the linear layer alone."""
+  if where == source.where:
+    return _imported(source)
+  file = checkpoints.read(where)
+  if checkpoints.kind_of(file) != "linear":
+    return _imported(weights.load(where, network="student", mesh=mesh))
+  head = checkpoints.load_probe(file)
+  _, features, classes = head["kernel"].shape
+  method = networks.probe_of(source.method.backbone, features, classes)
+  params = checkpoint.combine(
+    source.params["backbone"],
+    meshes.put(mesh, head),
+    width=method.feature_width,
+  )
+  return Classifier(
+    method, params, numbered(classes), weights.digest(params), where
+  )
+
+
+def _imported(found: weights.Weights) -> Classifier:
+  """Weights of another code base that end in a linear layer."""
+  if not found.method.classifies:
+    raise InputError(
+      f"{found.where} has no linear layer: give a fine-tuned network, or a "
+      "probe's file"
+    )
+  params = dict(found.params) | found.aux
+  classes = numbered(found.method.num_classes)
+  return Classifier(found.method, params, classes, found.digest, found.where)
+
+
+def numbered(classes: int) -> tuple[str, ...]:
+  """Class names of weights that do not know any: "0", "1", ..."""
+  return tuple(map(str, range(classes)))
 
 
 def _steps(folder: pathlib.Path) -> tuple[int, int]:

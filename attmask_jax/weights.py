@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from attmask_jax import Params, optim
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
+from attmask_jax.torch_io import checkpoints, networks
 
 # Which tree of a run; "untrained" is the one before the first step.
 NETWORKS = ("teacher", "student", "untrained")
@@ -46,14 +48,23 @@ class Weights(NamedTuple):
   run_dir: pathlib.Path | None
 
 
-def load(where: str, *, network: str, mesh: jax.sharding.Mesh) -> Weights:
+def load(
+  where: str,
+  *,
+  network: str,
+  mesh: jax.sharding.Mesh,
+  heads: int = 0,
+  allow_missing: Sequence[str] = (),
+) -> Weights:
   """Reads the weights that `config.weights` names.
 
   Args:
-    where: a run directory (its newest checkpoint), or a checkpoint of one,
-      such as RUN/checkpoints/936.
+    where: a run directory (its newest checkpoint), a checkpoint of one, such
+      as RUN/checkpoints/936, or a .pth or .safetensors file.
     network: one of NETWORKS.
     mesh: devices that get a copy.
+    heads: of a file's attention, 0 = by convention.
+    allow_missing: see `checkpoints.load`, of files.
 
   Raises:
     InputError: nothing there, no such network, or arrays that do not fit the
@@ -65,18 +76,16 @@ def load(where: str, *, network: str, mesh: jax.sharding.Mesh) -> Weights:
     )
   if not where:
     raise InputError(
-      "no weights given: set --config.weights to a run directory or a "
-      "checkpoint of one"
+      "no weights given: set --config.weights to a run directory, a "
+      "checkpoint of one, or a .pth or .safetensors file"
     )
+  if checkpoints.is_file(where):
+    file = checkpoints.read(where)
+    options = dict(heads=heads, allow_missing=allow_missing)
+    return _of_file(file, network, mesh, options)
   run_dir, step = _locate(pathlib.Path(where).expanduser())
   config = read_config(run_dir)
-  name = config.method.name
-  if name not in METHODS:
-    raise InputError(
-      f'{run_dir}/config.json names the method "{name}", which this program '
-      f"does not have: it knows {', '.join(METHODS)}"
-    )
-  method = METHODS[name].from_config(config, steps_per_epoch=1)
+  method = method_of(config)
   shapes = _shapes(method, network)
   if network == "untrained":
     step, params, aux = 0, _untrained(method, config, mesh), {}
@@ -87,6 +96,51 @@ def load(where: str, *, network: str, mesh: jax.sharding.Mesh) -> Weights:
   logging.info("weights: %s of %s", network, where)
   return Weights(
     method, params, aux, config, digest(params), step, network, where, run_dir
+  )
+
+
+def method_of(config: ml_collections.ConfigDict) -> Any:
+  """The method that a config names, trained here or imported.
+
+  Raises:
+    InputError: an unknown one.
+  """
+  name = config.method.name
+  if name == networks.NAME:
+    return networks.from_config(config)
+  if name not in METHODS:
+    raise InputError(
+      f'the config of these weights names the method "{name}", which this '
+      f"program does not have: it knows {', '.join(METHODS)}"
+    )
+  return METHODS[name].from_config(config, steps_per_epoch=1)
+
+
+def _of_file(
+  file: checkpoints.File,
+  network: str,
+  mesh: jax.sharding.Mesh,
+  options: dict[str, Any],
+) -> Weights:
+  """Weights of another code base's file."""
+  wanted = "student" if network == "student" else "teacher"
+  found = checkpoints.load(file, wanted, **options)
+  params, aux = found.params, found.aux
+  if network == "untrained":
+    rng = jax.random.key(0)
+    params, _, aux = jax.device_get(jax.jit(found.method.init)(rng))
+  params, aux = meshes.put(mesh, (params, aux))
+  logging.info("weights: %s of %s", network, file.path)
+  return Weights(
+    found.method,
+    params,
+    aux,
+    found.config,
+    digest(params),
+    0,
+    network,
+    str(file.path),
+    None,
   )
 
 

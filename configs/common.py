@@ -173,8 +173,10 @@ def run() -> ml_collections.ConfigDict:
 def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
   """What all evaluations have, see configs/evals.py."""
   config = ml_collections.ConfigDict()
-  config.weights = ""  # run directory or checkpoint
+  config.weights = ""  # run directory, checkpoint, .pth or .safetensors
   config.network = "teacher"  # teacher | student | untrained
+  config.heads = 0  # of attention, where a weight file is of no known size
+  config.allow_missing = ()  # tensor names of a weight file, or how they begin
   config.probe = ""  # run directory of a linear probe (masked, backgrounds)
   config.evals = dict(name=name, batch_size=256, **settings)
   config.data = dict(

@@ -1,21 +1,25 @@
 """Pairs of ExtreMA: recorded primitives, shared geometry, own colours."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from PIL import Image, ImageEnhance
 
-from attmask_jax import augment, augment_pair
+from attmask_jax import augment, augment_pair, vit
 from attmask_jax.errors import InputError
 from configs import tiny
 
 
-def test_golden_primitives(golden):
+def test_golden_primitives(golden, monkeypatch):
   file = golden("extrema/augment.npz")
   image, size = Image.fromarray(file["in/image"]), int(file["cfg/size"])
   top, left, height, width = file["in/crop_ijhw"].tolist()
-  box = image.crop((left, top, left + width, top + height))
-  crop = box.resize((size, size), augment.RESAMPLE["bilinear"])
+  recorded_box = lambda *_, **__: (left, top, left + width, top + height)
+  monkeypatch.setattr(augment, "crop_box", recorded_box)
+  crop = augment.random_resized_crop(
+    image, None, size=size, scale=(0.2, 1.0), resample=augment.BILINEAR
+  )
   same = lambda got, key: np.testing.assert_array_equal(
     np.asarray(got), file[f"out/{key}"]
   )
@@ -50,6 +54,10 @@ def test_golden_primitives(golden):
       return float(value)
 
   same(augment.color_jitter(crop, Recorded()), "jitter")
+  got = np.asarray(vit.normalize_images(jnp.asarray(file["out/jitter"])))
+  np.testing.assert_allclose(
+    got.transpose(2, 0, 1), file["out/normalized"], rtol=1e-4, atol=2e-5
+  )
 
 
 def gradient():
@@ -75,6 +83,67 @@ def test_views_share_their_geometry():
     for s in range(300)
   ]  # fmt: skip
   assert 0.4 < np.mean(rising) < 0.6
+
+
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.3, 0.4)])
+def test_area_of_the_crop(scale):
+  size, wide, high = 32, 60, 40
+  changes = {} if scale == (0.2, 1.0) else {"scale": scale}  # the default
+  pair = augment_pair.TwoColours(
+    image_size=size, jitter=0.0, grey=0.0, **changes
+  )
+  areas = []
+  for seed in range(300):
+    view = pair(gradient(), np.random.default_rng(seed))["images"][0] * 1.0
+    # Colours are places, 245 levels from the first pixel to the last, and the
+    # outermost centres of a crop lie 31 / 32 of its side apart.
+    across = np.ptp(view[..., 0]) * (wide - 1) / 245 * size / (size - 1)
+    down = np.ptp(view[..., 1]) * (high - 1) / 245 * size / (size - 1)
+    areas.append(across * down / (wide * high))
+  low, top = scale[0], min(scale[1], 8 / 9)  # of 3:2, as 4:3 at the widest
+  assert 0.93 * low - 0.01 < min(areas) < 1.1 * low + 0.01
+  assert 0.9 * top < max(areas) < 1.07 * top
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_filter_of_the_crop(resample):
+  pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3))
+  image = Image.fromarray(pixels.astype(np.uint8))
+  pair = augment_pair.TwoColours(
+    image_size=16, resample=resample, jitter=0.0, grey=0.0
+  )
+  for seed in range(4):
+    got = pair(image, np.random.default_rng(seed))["images"][1]
+    rng = np.random.default_rng(seed)
+    crop = image.crop(augment.crop_box(60, 40, rng, scale=(0.2, 1.0)))
+    pillow = Image.Resampling[resample.upper()]
+    want = np.asarray(crop.resize((16, 16), pillow))
+    assert np.array_equal(got, want) or np.array_equal(got, want[:, ::-1])
+
+
+def test_ranges_of_the_jitter():
+  bounds = []
+
+  class Spy(np.random.Generator):
+    """Notes the bounds of what is drawn."""
+
+    def uniform(self, low, high):
+      bounds.append((low, high))
+      return super().uniform(low, high)
+
+  pair = augment_pair.TwoColours(image_size=8, jitter=1.0)
+  pair(gradient(), Spy(np.random.PCG64(0)))
+  one = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
+  assert bounds[:2] == [(0.2, 1.0), (np.log(3 / 4), np.log(4 / 3))]
+  np.testing.assert_allclose(bounds[-8:], one + one)
+
+
+def test_grey_comes_after_the_jitter(monkeypatch):
+  red = Image.new("RGB", (8, 8), (255, 0, 0))
+  monkeypatch.setattr(augment, "color_jitter", lambda image, rng: red)
+  pair = augment_pair.TwoColours(image_size=8, jitter=1.0, grey=1.0)
+  views = pair(gradient(), np.random.default_rng(0))["images"]
+  assert (views == 76).all()  # 0.299 * 255
 
 
 def test_views_are_coloured_alone():
@@ -111,6 +180,9 @@ def test_centre_crop_by_hand():
     (augment_pair.TwoColours, {"jitter": 1.5}, "data.jitter 1.5"),
     (augment_pair.TwoColours, {"grey": -0.1}, "data.grey -0.1"),
     (augment_pair.TwoColours, {"resample": "x"}, '"x" is unknown'),
+    (augment_pair.TwoColours, {"scale": (0.2, 1.5)}, "data.scale"),
+    (augment_pair.TwoColours, {"scale": (0.0, 1.0)}, "data.scale"),
+    (augment_pair.TwoColours, {"scale": (0.5, 0.2)}, "data.scale"),
     (augment_pair.CentreCrop, {"resample": "x"}, '"x" is unknown'),
   ],
 )

@@ -34,7 +34,9 @@ def run(job: Job) -> Result:
   evals, classifier = job.config.evals, job.classifier
   _check(evals)
   source = job.source("val")
-  if tuple(source.class_names) != tuple(classifier.class_names):
+  names, known = tuple(source.class_names), tuple(classifier.class_names)
+  # Imported classifiers only number their classes.
+  if known not in (names, tuple(map(str, range(len(names))))):
     raise InputError(
       f"the classifier {classifier.where} knows "
       f"{len(classifier.class_names)} classes, and {source.name} has "

@@ -1,0 +1,258 @@
+"""Weight files of other code bases as networks with our parameters."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+
+from attmask_jax import Params, optim
+from attmask_jax.errors import InputError
+from attmask_jax.torch_io import layouts, names, networks, pth, tables, tensors
+
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
+SHOWN = 5  # names in a message
+
+
+class File(NamedTuple):
+  """A weight file.
+
+  Attributes:
+    path: of the file.
+    networks: {"student" | "teacher" | "model": {name: tensor}}.
+    rest: what stands beside the networks; plain values, centres.
+  """
+
+  path: pathlib.Path
+  networks: dict[str, dict[str, np.ndarray]]
+  rest: dict[str, Any]
+
+  @property
+  def epoch(self) -> int:
+    """Completed epochs, 0 where the file does not say."""
+    found = self.rest.get("epoch", 0)
+    return found if isinstance(found, int) and found > 0 else 0
+
+  @property
+  def centers(self) -> Params:
+    """The loss centres of AttMask and iBOT, {} without."""
+    found = self.rest.get("ibot_loss")
+    if not isinstance(found, dict):
+      return {}
+    return {
+      ours: np.asarray(found[theirs], np.float32).reshape(-1)
+      for ours, theirs in (("center", "center"), ("center_patch", "center2"))
+      if isinstance(found.get(theirs), np.ndarray)
+    }
+
+
+class Network(NamedTuple):
+  """One network of a file.
+
+  Attributes:
+    method: what evaluations ask, see `networks.build`.
+    params: float32, on the host.
+    aux: a classifier's batch norm, else {}.
+    config: what is known of it.
+    name: "student", "teacher" or "model".
+    layout: its code base and sizes.
+  """
+
+  method: Any
+  params: Params
+  aux: Params
+  config: ml_collections.ConfigDict
+  name: str
+  layout: layouts.Layout
+
+
+def is_file(where: str) -> bool:
+  """Whether this names a weight file and not a directory of ours."""
+  path = pathlib.Path(where).expanduser()
+  return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def read(where: str) -> File:
+  """Opens a weight file.
+
+  Raises:
+    InputError: missing, damaged, or without a state dict.
+  """
+  path = pathlib.Path(where).expanduser()
+  if path.suffix.lower() == ".safetensors":
+    flat, notes = tensors.read(path)
+    found: dict[str, Any] = _unflatten(flat, notes)
+  else:
+    found = pth.read(path)
+  if not isinstance(found, dict):
+    raise InputError(
+      f"{path} holds a {type(found).__name__} and no state dict: save the "
+      "model's state_dict()"
+    )
+  try:
+    unwrapped = layouts.unwrap(found)
+  except InputError as error:
+    raise InputError(f"{path}: {error}") from error
+  keys = ("student", "teacher", "model", "state_dict", "optimizer")
+  rest = {k: v for k, v in found.items() if k not in keys}
+  return File(path, dict(unwrapped), rest)
+
+
+def _unflatten(
+  flat: dict[str, np.ndarray], notes: dict[str, str]
+) -> dict[str, Any]:
+  """A .safetensors file of ours with several networks, as .pth has them."""
+  parts = ("student.", "teacher.", "ibot_loss.")
+  if not any(name.startswith("student.") for name in flat):
+    return flat
+  found: dict[str, Any] = {}
+  for name, value in flat.items():
+    part = next((p for p in parts if name.startswith(p)), None)
+    if part is None:
+      found[name] = value
+    else:
+      found.setdefault(part[:-1], {})[name.removeprefix(part)] = value
+  if notes.get("epoch", "").isdigit():
+    found["epoch"] = int(notes["epoch"])
+  return found
+
+
+def choose(file: File, network: str) -> str:
+  """The file's name of the network that was asked for."""
+  for name in (network, "model", "student", "teacher"):
+    if name in file.networks:
+      if name != network:
+        logging.info(
+          "%s has no %s: taking its %s", file.path.name, network, name
+        )
+      return name
+  raise InputError(f"{file.path} holds no network")  # `unwrap` found some
+
+
+def load(
+  file: File,
+  network: str,
+  *,
+  heads: int = 0,
+  allow_missing: Sequence[str] = (),
+) -> Network:
+  """One network of a file.
+
+  Args:
+    file: of `read`.
+    network: "teacher" or "student"; a file with one network gives that.
+    heads: of its attention; 0 = by convention.
+    allow_missing: beginnings of tensor names that may be missing in the file
+      or without a place in our network. Missing ones get start values.
+
+  Raises:
+    InputError: an unknown code base, or anything but a full match.
+  """
+  name = choose(file, network)
+  try:
+    layout = layouts.recognise(file.networks[name], heads=heads or None)
+    method = networks.build(layout)
+    wanted = networks.shapes_of(method, layout, name)
+    found = names.to_ours(file.networks[name], layout.table, wanted)
+  except InputError as error:
+    raise InputError(f"{file.path}: {error}") from error
+  _check(file.path, found, layout, tuple(allow_missing))
+  params = _filled(method, wanted, found.tree)
+  _warn_of_nan(file.path, params)
+  aux = {k: params.pop(k) for k in ("batch_norm",) if k in params}
+  return Network(method, params, aux, networks.config_of(layout), name, layout)
+
+
+def kind_of(file: File) -> str:
+  """Code base of a file's first network, see `layouts.Layout`."""
+  flat = next(iter(file.networks.values()))
+  if "linear.weight" in flat and len(flat) == 2:
+    return "linear"
+  return layouts.recognise(flat, heads=1).kind
+
+
+def load_probe(file: File) -> Params:
+  """The linear layer of a file with nothing else: kernel and bias.
+
+  Raises:
+    InputError: the file holds something else.
+  """
+  flat = next(iter(file.networks.values()))
+  layout = layouts.recognise(flat)
+  if layout.kind != "linear":
+    raise InputError(
+      f"{file.path} holds a network ({layout.kind}), and no linear probe alone"
+    )
+  shapes = {
+    "head": {
+      "kernel": jnp.zeros((1, layout.features, layout.num_classes)),
+      "bias": jnp.zeros((1, layout.num_classes)),
+    }
+  }
+  found = names.to_ours(flat, tables.linear(), shapes)
+  _check(file.path, found, layout, ())
+  return {k: np.asarray(v, np.float32) for k, v in found.tree["head"].items()}
+
+
+def _check(
+  path: pathlib.Path,
+  found: names.Converted,
+  layout: layouts.Layout,
+  allowed: tuple[str, ...],
+) -> None:
+  """Reports the match; anything but a full one must be allowed by name."""
+  logging.info(
+    "%s: %d tensors matched, %d missing, %d unexpected (%s)",
+    path.name,
+    len(found.matched),
+    len(found.missing),
+    len(found.unexpected),
+    layout.kind,
+  )
+  for what, listed in (
+    ("lacks", found.missing),
+    ("holds what this network has no place for:", found.unexpected),
+  ):
+    wrong = [n for n in listed if not (allowed and n.startswith(allowed))]
+    if wrong:
+      more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+      raise InputError(
+        f"{path} ({layout.kind}) {what} {', '.join(wrong[:SHOWN])}{more}: if "
+        "that is right, name them (or how they begin) in "
+        "--config.allow_missing=NAME,NAME"
+      )
+
+
+def _filled(method: Any, wanted: Any, tree: Params) -> Params:
+  """The tree in float32; leaves that it lacks get their start values."""
+  given, start = _flat(tree), {}
+  if set(given) != set(_flat(wanted)):
+    logging.info("what is missing gets start values")
+    made = jax.jit(method.init)(jax.random.key(0))
+    start = _flat(jax.device_get(made[0])) | _flat(jax.device_get(made[2]))
+  return optim.map_named(
+    lambda name, leaf: np.asarray(
+      given[name] if name in given else start[name], np.float32
+    ),
+    wanted,
+  )
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  """{"backbone/norm/scale": leaf}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {optim.path_name(path): leaf for path, leaf in leaves}
+
+
+def _warn_of_nan(path: pathlib.Path, params: Params) -> None:
+  wrong = [
+    name for name, leaf in _flat(params).items() if not np.isfinite(leaf).all()
+  ]
+  if wrong:
+    logging.warning(
+      "%s: %d tensors are not finite, such as %s", path, len(wrong), wrong[0]
+    )

@@ -1,0 +1,279 @@
+"""Which code base a state dict is of, and the sizes of its network.
+
+Sizes are read off names and shapes, never off a stored config. Only the number
+of attention heads leaves no trace in a file.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from attmask_jax import vit
+from attmask_jax.errors import InputError
+from attmask_jax.torch_io import sizes, tables
+from attmask_jax.torch_io.names import Table, Tensors
+
+# ExtreMA's two encoders, and the networks of ours that they are.
+_ENCODERS = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """What `recognise` finds; 0, "" and None where a network has no such part.
+
+  Attributes:
+    kind: "backbone", "attmask" (with its head), "mae", "facebook_mae",
+      "mae_classifier", "extrema", "extrema_probe", "extrema_classifier",
+      "classifier" and "classifier_fc_norm" (timm), "linear" (a probe alone),
+      "combined" (trunk and probe), "hf_vit", "hf_classifier" or "hf_mae".
+    table: its names.
+    width: D.
+    depth: blocks.
+    heads: given, or by convention.
+    patch_size: P.
+    image_size: pixels that the position table is made for.
+    mlp_ratio: hidden width of the MLPs over D.
+    class_token: see `vit.ViT`.
+    positions: see `vit.ViT`; "learned" unless the table is a fixed one.
+    key_bias: keys have a bias.
+    mask_token: there is one in the backbone.
+    readout_layers: class-attention blocks.
+    prototypes: see `tables.head`.
+    out_dim: K of the head, or the width of ExtreMA's projector.
+    patch_out_dim: prototypes of patches.
+    head_hidden: width of its hidden layers.
+    head_bottleneck: C.
+    head_layers: linear layers.
+    head_norm: "none" or "ln".
+    predictor: ExtreMA's student's.
+    decoder_width: D'.
+    decoder_depth: its blocks.
+    decoder_heads: by convention.
+    num_classes: of a classifier.
+    features: values that it reads.
+    probe_norm: `head_norm` of `classify.Classify`.
+    unsupported: tensors that our networks cannot hold.
+  """
+
+  kind: str
+  table: Table
+  width: int = 0
+  depth: int = 0
+  heads: int = 0
+  patch_size: int = 0
+  image_size: int = 0
+  mlp_ratio: float = 0.0
+  class_token: str = ""
+  positions: str = ""
+  key_bias: bool = True
+  mask_token: bool = False
+  readout_layers: int = 0
+  prototypes: str = ""
+  out_dim: int = 0
+  patch_out_dim: int = 0
+  head_hidden: int = 0
+  head_bottleneck: int = 0
+  head_layers: int = 0
+  head_norm: str = ""
+  predictor: bool = False
+  decoder_width: int = 0
+  decoder_depth: int = 0
+  decoder_heads: int = 0
+  num_classes: int = 0
+  features: int = 0
+  probe_norm: str = ""
+  unsupported: tuple[str, ...] = ()
+
+  @property
+  def variant(self) -> str:
+    """`method.variant` of a config: a published size or "WxDxH"."""
+    size = dict(width=self.width, depth=self.depth, heads=self.heads)
+    for name, known in vit.VARIANTS.items():
+      if known == size:
+        return name
+    return f"{self.width}x{self.depth}x{self.heads}"
+
+
+def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, np.ndarray]]]:
+  """The networks of a checkpoint, by name.
+
+  Layouts: {student, teacher, ...}; {state_dict: ...}, {model: ...} with perhaps
+  {model_ema: ...}; a bare state dict. "module." and "_orig_mod." in front of
+  names are taken off (in front of an encoder's of ExtreMA too); "backbone.",
+  "encoder." and heads stay, and `recognise` knows them.
+
+  Returns:
+    "student" and "teacher" (ExtreMA's base encoder with predictor and its
+    momentum encoder; a model and its average) or the one "model".
+
+  Raises:
+    InputError: no tensors found.
+  """
+  networks = []
+  pairs = ("student", "teacher"), ("model", "model_ema"), ("state_dict", "")
+  for key, average in pairs:
+    if any(isinstance(obj.get(k), Mapping) for k in (key, average)):
+      first, second = _tensors(obj.get(key)), _tensors(obj.get(average))
+      if key == "student" or second:
+        networks = [("student", first), ("teacher", second)]
+      else:
+        networks = _split(first)
+      break
+  else:
+    networks = _split(_tensors(obj))
+  networks = [(name, tensors) for name, tensors in networks if tensors]
+  if not networks:
+    listed = ", ".join(map(str, list(obj)[:5])) or "nothing"
+    raise InputError(
+      f"no state dict found (the file holds {listed}): give a checkpoint with "
+      "student and teacher, state_dict, model, or a bare state dict"
+    )
+  return networks
+
+
+def wrap_extrema(
+  networks: Mapping[str, Tensors],
+) -> dict[str, np.ndarray]:
+  """The inverse of `unwrap`: {"student": ..., "teacher": ...} as one dict."""
+  joined = {}
+  for encoder, network in _ENCODERS.items():
+    for name, value in networks.get(network, {}).items():
+      prefix = "" if name.startswith("predictor.") else encoder
+      joined[f"module.{prefix}{name}"] = value
+  return joined
+
+
+def recognise(tensors: Tensors, *, heads: int | None = None) -> Layout:
+  """Code base and sizes of one network of `unwrap`.
+
+  Args:
+    tensors: {name: array}.
+    heads: of its attention; None = those of the published size of this width,
+      or else 64 wide.
+
+  Raises:
+    InputError: an unknown file, a tensor of an impossible shape, or a width
+      that tells nothing about the heads.
+  """
+  kind, table = _kind(tensors)
+  found: dict[str, Any] = {}
+  if kind != "linear":
+    found |= sizes.trunk(tensors, table, heads)
+  if kind == "attmask":
+    found |= sizes.prototypes(tensors)
+  elif kind == "extrema":
+    found |= sizes.projector(tensors)
+  elif kind == "mae":
+    found |= sizes.decoder(tensors)
+  found |= sizes.classifier(tensors, table)
+  found |= {"unsupported": _unsupported(tensors, table)}
+  return Layout(kind=kind, table=table, **found)
+
+
+def _tensors(obj: Any) -> dict[str, np.ndarray]:
+  """The arrays of a state dict without prefixes of wrapped modules."""
+  if not isinstance(obj, Mapping):
+    return {}
+  found = {}
+  for name, value in obj.items():
+    if isinstance(name, str) and isinstance(value, np.ndarray):
+      name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+      found[name] = value
+  return found
+
+
+def _split(
+  tensors: dict[str, np.ndarray],
+) -> list[tuple[str, dict[str, np.ndarray]]]:
+  """ExtreMA's two encoders of one state dict, or the one model."""
+  if not any(name.startswith(tuple(_ENCODERS)) for name in tensors):
+    return [("model", tensors)]
+  networks: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
+  for name, value in tensors.items():
+    for prefix, network in _ENCODERS.items():
+      if name.startswith(prefix):
+        networks[network][name.removeprefix(prefix)] = value
+        break
+    else:
+      networks["student"][name] = value  # the predictor
+  return list(networks.items())
+
+
+def _kind(tensors: Tensors) -> tuple[str, Table]:
+  """Kind and table of a state dict."""
+  for prefix in ("vit.", ""):
+    if f"{prefix}embeddings.cls_token" in tensors:
+      return _hf_kind(tensors, prefix)
+  if "encoder.patch_embed.proj.weight" in tensors:
+    order = sizes.order(tensors, "encoder.pos_embed")
+    return "mae", tables.mae("xy" if order == "xy" else "yx")
+  for prefix in ("backbone.", ""):
+    if f"{prefix}patch_embed.proj.weight" in tensors:
+      if "head.mlp.0.weight" in tensors and "linear.weight" not in tensors:
+        return "attmask", _attmask_table(tensors, prefix)
+      if prefix:
+        return "backbone", tables.backbone(prefix)
+      return _bare_kind(tensors)
+  if "linear.weight" in tensors:
+    return "linear", tables.linear()
+  listed = ", ".join(sorted(tensors)[:5])
+  raise InputError(
+    f"a state dict with the names {listed} ... is of no known code base: give "
+    "one of AttMask, iBOT, DINO, timm, MAE, ExtreMA or transformers ViTs"
+  )
+
+
+def _hf_kind(tensors: Tensors, prefix: str) -> tuple[str, Table]:
+  """Of transformers names."""
+  if "classifier.weight" in tensors:
+    return "hf_classifier", tables.hf_classifier()
+  order = sizes.order(tensors, f"{prefix}embeddings.position_embeddings")
+  if order != "learned" or "decoder.decoder_embed.weight" in tensors:
+    order = "yx" if order == "yx" else "xy"
+    return "hf_mae", tables.hf_mae(prefix, order)
+  return "hf_vit", tables.hf_vit(prefix)
+
+
+def _bare_kind(tensors: Tensors) -> tuple[str, Table]:
+  """Of a trunk without prefix."""
+  order = sizes.order(tensors, "pos_embed")
+  known = "yx" if order == "yx" else "xy"
+  if "blocks_token.0.gamma_1" in tensors:
+    if "head.0.running_mean" in tensors:
+      return "extrema_probe", tables.extrema_probe(known)
+    return "extrema", tables.extrema(known)
+  if "blocks.0.attn.q_bias" in tensors:
+    known = "xy" if order == "xy" else "yx"
+    return "mae_classifier", tables.mae_classifier(known)
+  if "linear.weight" in tensors:
+    return "combined", tables.combined()
+  if "head.weight" in tensors:
+    if "fc_norm.weight" not in tensors:
+      return "classifier", tables.classifier()
+    if sizes.sides(tensors, "pos_embed")[1] or "cls_token" not in tensors:
+      return "classifier_fc_norm", tables.classifier_fc_norm()
+    return "extrema_classifier", tables.extrema_classifier()
+  if "decoder_embed.weight" in tensors or order != "learned":
+    return "facebook_mae", tables.facebook_mae(known)
+  return "backbone", tables.backbone()
+
+
+def _attmask_table(tensors: Tensors, prefix: str) -> Table:
+  """The table of a head like this one."""
+  found = sizes.prototypes(tensors)
+  return tables.attmask(
+    found["prototypes"],
+    layers=found["head_layers"],
+    norm=found["head_norm"] == "ln",
+    prefix=prefix,
+  )
+
+
+def _unsupported(tensors: Tensors, table: Table) -> tuple[str, ...]:
+  starts = tuple(
+    row.theirs for row in table if getattr(row, "kind", "") == "unsupported"
+  )
+  return tuple(sorted(n for n in tensors if starts and n.startswith(starts)))

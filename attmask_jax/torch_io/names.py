@@ -1,0 +1,316 @@
+"""Names of other code bases for our parameters, one table for both directions.
+
+A table is a tuple of rows. `Row` pairs a leaf of our tree with a tensor of
+theirs and says how its layout differs; `Constant` stands for a tensor that they
+store and we do not. `to_ours` and `to_theirs` walk the same rows.
+
+Our trees are those of the methods: "backbone/...", "head/...", "decoder/...",
+"predictor/..."; a classifier's holds its batch norm, too ("batch_norm/...").
+
+Source: the state dicts of AttMask, iBOT, DINO, timm, MAE-priv, the official
+MAE, ExtreMA and transformers 4.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from attmask_jax import Params, optim
+from attmask_jax.errors import InputError
+from attmask_jax.torch_io import fixed
+
+Tensors = Mapping[str, np.ndarray]
+Change = Callable[[np.ndarray], np.ndarray]
+
+# What a tensor of theirs becomes in our tree, and back.
+KINDS: dict[str, tuple[Change, Change]] = {
+  "same": (lambda x: x, lambda x: x),
+  # (out, in) <-> (in, out)
+  "linear": (lambda x: x.T, lambda x: x.T),
+  # (D, 3, P, P) <-> (P, P, 3, D)
+  "conv": (
+    lambda x: x.transpose(2, 3, 1, 0),
+    lambda x: x.transpose(3, 2, 0, 1),
+  ),
+  # (K, 1) <-> (K,)
+  "gain": (lambda x: x[:, 0], lambda x: x[:, None]),
+  # (1, K) <-> (K,), (1, 1, K) <-> (K,)
+  "center": (lambda x: x[0], lambda x: x[None]),
+  "center2": (lambda x: x[0, 0], lambda x: x[None, None]),
+  # s <-> (1, *s): a mask token, the bias of the first of several probes
+  "row": (lambda x: x[None], lambda x: x[0]),
+  # (C, F) <-> (1, F, C), the weights of the first of several probes
+  "probe": (lambda x: x.T[None], lambda x: x[0].T),
+}
+# Leaves of ours that they lack because nothing there uses them.
+UNUSED = {"unused_ones": np.ones, "unused_zeros": np.zeros}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One leaf of ours and one tensor of theirs.
+
+  Two rows with one leaf and one part are two names of one tensor: both are
+  written, and must agree where both are read.
+
+  Attributes:
+    ours: path of the leaf; "[i]" at its end says that it stacks the blocks
+      {i} of theirs; {j} is a number in both names.
+    theirs: name of the tensor; "" for the kinds in UNUSED.
+    kind: one of KINDS or UNUSED.
+    part: third of our fused [q | k | v], along the last axis, that the tensor
+      is; a third without a row is 0 in our leaf, and left out of theirs.
+  """
+
+  ours: str
+  theirs: str
+  kind: str = "same"
+  part: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+  """A tensor of theirs that is no parameter of ours.
+
+  Attributes:
+    theirs: its name; {j} stands for any number. What is "unsupported" has
+      names that begin so.
+    kind: "yx" or "xy", a fixed position table, compared when it is read;
+      "zero_token", an unused (1, 1, D), and "counter", an integer, written as
+      0; "dropped", accepted and of no use; "unsupported", what our networks
+      cannot hold. The last two are never written.
+    like: leaf of ours that must exist for it to be written, and has its width.
+    lead: class token with a zero slot in the position table, if it exists.
+  """
+
+  theirs: str
+  kind: str
+  like: str = ""
+  lead: str = ""
+
+
+Table = tuple[Row | Constant, ...]
+
+
+class Converted(NamedTuple):
+  """What `to_ours` found.
+
+  Attributes:
+    tree: nested dict of the leaves that are complete, in the file's dtypes.
+    matched: tensors that were used or compared, sorted.
+    missing: tensors that the tree needs and the file lacks, sorted; leaves that
+      have no name there by their path in our tree.
+    unexpected: tensors of the file that were not used, sorted. The blocks that
+      are there of a leaf that lacks one are among them.
+  """
+
+  tree: Params
+  matched: list[str]
+  missing: list[str]
+  unexpected: list[str]
+
+
+def to_ours(tensors: Tensors, table: Table, shapes: Any) -> Converted:
+  """Tensors of theirs as a tree of ours.
+
+  Args:
+    tensors: {name: array}; each is looked up once.
+    table: the names.
+    shapes: the tree that is wanted: leaves with `.shape`.
+
+  Raises:
+    InputError: a tensor of another shape, two names of one tensor that
+      disagree, or a position table that is not the fixed one.
+  """
+  wanted = {k: tuple(leaf.shape) for k, leaf in _flat(shapes).items()}
+  used, missing, found = set(), set(wanted), {}
+  for path, pieces in _pieces(table, wanted).items():
+    missing.remove(path)
+    absent = {p.name for p in pieces} - tensors.keys() - {""}
+    missing |= absent
+    if not absent:
+      found[path] = _assemble(path, wanted[path], pieces, tensors)
+      used |= {p.name for p in pieces}
+  for row in table:
+    if isinstance(row, Constant) and row.kind != "unsupported":
+      for name in _matching(row.theirs, tensors):
+        if row.kind in ("yx", "xy") and name not in used:
+          fixed.check(name, tensors[name], row.kind)
+        used.add(name)
+  used &= tensors.keys()
+  return Converted(
+    _nested(found), sorted(used), sorted(missing), sorted(set(tensors) - used)
+  )
+
+
+def to_theirs(
+  tree: Params, table: Table, *, grid: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+  """A tree of ours as tensors of theirs, C-contiguous, in its dtypes.
+
+  Args:
+    tree: arrays, on the host or a device.
+    table: the names; rows for leaves that the tree lacks are left out.
+    grid: patches per column and row, where a fixed position table is written.
+
+  Raises:
+    InputError: a leaf without a name, or several linear layers in one leaf.
+  """
+  leaves = {k: np.asarray(jax.device_get(x)) for k, x in _flat(tree).items()}
+  pieces = _pieces(table, {k: x.shape for k, x in leaves.items()})
+  for path in sorted(leaves.keys() - pieces.keys()):
+    raise InputError(
+      f"{path} has no name in this format: choose a format that can hold it, "
+      "or leave it out"
+    )
+  tensors = {}
+  for path, group in pieces.items():
+    for piece in group:
+      if piece.name:
+        value = _part(leaves[path], piece)
+        if piece.row.kind in ("row", "probe") and len(value) != 1:
+          raise InputError(
+            f"{path} holds {len(value)} linear layers, and this format one: "
+            "choose one of them"
+          )
+        value = KINDS[piece.row.kind][1](value)
+        # safetensors writes any other memory order wrongly, without a word.
+        tensors[piece.name] = np.ascontiguousarray(value)
+  for row in table:
+    if isinstance(row, Constant) and row.like in leaves:
+      if row.theirs not in tensors:
+        like, lead = leaves[row.like], int(row.lead in leaves)
+        tensors[row.theirs] = _constant(row, like, lead, grid)
+  return tensors
+
+
+def name_of(table: Table, ours: str) -> str | None:
+  """Their name (template) for a leaf of ours, the first in the table."""
+  for row in table:
+    if isinstance(row, Row) and row.ours == ours:
+      return row.theirs
+  return None
+
+
+class _Piece(NamedTuple):
+  """One tensor that a leaf consists of."""
+
+  row: Row
+  layer: int | None
+  name: str
+
+
+def _pieces(
+  table: Table, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[_Piece]]:
+  """{leaf path: the tensors that it consists of}, in the table's order."""
+  pieces: dict[str, list[_Piece]] = {}
+  for row in table:
+    if isinstance(row, Row):
+      for path, layer, name in _expand(row, shapes):
+        pieces.setdefault(path, []).append(_Piece(row, layer, name))
+  return pieces
+
+
+def _expand(
+  row: Row, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, int | None, str]]:
+  """(leaf path, block, tensor name) of a row, for leaves that exist."""
+  path = row.ours.removesuffix("[i]")
+  if path != row.ours:
+    if shapes.get(path):
+      for i in range(shapes[path][0]):
+        yield path, i, row.theirs.format(i=i)
+    return
+  for leaf, numbers in _matching(path, shapes).items():
+    yield leaf, None, row.theirs.format(j=numbers)
+
+
+def _matching(template: str, names: Mapping[str, Any]) -> dict[str, str]:
+  """{name: its {j}} of the names that fit a template; {j} stands once."""
+  if "{j}" not in template:
+    return {template: ""} if template in names else {}
+  pattern = re.escape(template).replace(r"\{j\}", r"(\d+)")
+  hits = {name: re.fullmatch(pattern, name) for name in names}
+  return {name: hit[1] for name, hit in hits.items() if hit}
+
+
+def _part(leaf: np.ndarray, piece: _Piece) -> np.ndarray:
+  """The view of a leaf that a tensor fills."""
+  if piece.layer is not None:
+    leaf = leaf[piece.layer]
+  if piece.row.part is None:
+    return leaf
+  d = leaf.shape[-1] // 3
+  return leaf[..., piece.row.part * d : (piece.row.part + 1) * d]
+
+
+def _assemble(
+  path: str, shape: tuple[int, ...], pieces: list[_Piece], tensors: Tensors
+) -> np.ndarray:
+  """One leaf."""
+  if pieces[0].row.kind in UNUSED:
+    return UNUSED[pieces[0].row.kind](shape, np.float32)
+  arrays = [np.asarray(tensors[p.name]) for p in pieces]
+  # Views of one value: shapes without memory.
+  probe = np.broadcast_to(np.zeros((), bool), shape)
+  for piece, array in zip(pieces, arrays, strict=True):
+    want = KINDS[piece.row.kind][1](_part(probe, piece)).shape
+    if array.shape != want:
+      raise InputError(
+        f"{piece.name} has shape {array.shape}, and {path} of this network "
+        f"needs {want}: the file is of a network of another size"
+      )
+  dtype = functools.reduce(np.promote_types, [a.dtype for a in arrays])
+  leaf, written = np.zeros(shape, dtype), {}
+  for piece, array in zip(pieces, arrays, strict=True):
+    place = _part(leaf, piece)
+    value = KINDS[piece.row.kind][0](array)
+    first = written.setdefault((piece.layer, piece.row.part), piece.name)
+    if first == piece.name:
+      place[...] = value
+    elif not np.array_equal(place, value):
+      raise InputError(
+        f"{piece.name} differs from {first}, and in this network they are one "
+        "tensor: load it as a network with separate ones"
+      )
+  return leaf
+
+
+def _constant(
+  row: Constant, like: np.ndarray, lead: int, grid: tuple[int, int] | None
+) -> np.ndarray:
+  """What is written for a constant."""
+  if row.kind == "counter":
+    return np.zeros((), np.int64)
+  width = like.shape[-1]
+  if row.kind == "zero_token":
+    return np.zeros((1, 1, width), like.dtype)
+  if grid is None:
+    raise ValueError(f"{row.theirs} is written, and grid is not given")
+  return fixed.table(grid, width, row.kind, lead=lead).astype(like.dtype)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  """{"backbone/norm/scale": leaf}."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda x: hasattr(x, "shape")
+  )
+  return {optim.path_name(path): leaf for path, leaf in leaves}
+
+
+def _nested(flat: Mapping[str, np.ndarray]) -> Params:
+  """The inverse of `_flat`."""
+  tree: Params = {}
+  for path, leaf in flat.items():
+    *parents, last = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree

@@ -1,0 +1,228 @@
+"""The network that a recognised state dict belongs to, ready to be used."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from attmask_jax import Params, heads, vit
+from attmask_jax.errors import InputError
+from attmask_jax.methods.attmask import AttMask
+from attmask_jax.methods.classify import Classify
+from attmask_jax.methods.extrema import ExtreMA
+from attmask_jax.methods.mae import Decoder, Mae
+from attmask_jax.torch_io.layouts import Layout
+
+NAME = "imported"  # of the method, in the config of such weights
+# What a classifier reads: blocks' class tokens, mean patch, final norm or not.
+_READS = {
+  "classifier": dict(avgpool=0, raw=False),
+  "hf_classifier": dict(avgpool=0, raw=False),
+  "classifier_fc_norm": dict(avgpool=1, raw=True),
+  "extrema_classifier": dict(avgpool=1, raw=True),
+  "extrema_probe": dict(avgpool=0, raw=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """A ViT of which nothing else is known.
+
+  Attributes:
+    backbone: the network.
+  """
+
+  backbone: vit.ViT
+
+  classifies = False
+
+  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+    """Start values: params, {}, {}."""
+    side = self.backbone.image_size
+    images = jnp.zeros((1, side, side, 3))
+    return {"backbone": self.backbone.init(rng, images)["params"]}, {}, {}
+
+  def features(
+    self,
+    weights: Params,
+    images: jax.Array,
+    *,
+    last: int = 1,
+    norm: bool = True,
+  ) -> tuple[jax.Array | None, jax.Array]:
+    """cls [B, last * D] or None, patches [B, N, D]: see `vit.features`."""
+    return vit.features(
+      self.backbone, weights["backbone"], images, last=last, norm=norm
+    )
+
+  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
+    """Last attention to each patch: [B, H, W, 3] -> [B, A, N]."""
+    return vit.class_attention(self.backbone, weights["backbone"], images)
+
+
+def config_of(layout: Layout) -> ml_collections.ConfigDict:
+  """What is known of these weights, as a run's config says it."""
+  fields = dataclasses.asdict(dataclasses.replace(layout, table=()))
+  del fields["table"], fields["unsupported"]
+  return ml_collections.ConfigDict(
+    dict(
+      method=dict(name=NAME, variant=layout.variant, dtype="float32", **fields),
+      data=dict(image_size=layout.image_size),
+    )
+  )
+
+
+def from_config(config: ml_collections.ConfigDict) -> Any:
+  """The network of a config of `config_of`."""
+  known = {f.name for f in dataclasses.fields(Layout)}
+  section = {k: v for k, v in config.method.items() if k in known}
+  return build(Layout(table=(), **section))
+
+
+def build(layout: Layout) -> Any:
+  """The network of a layout, with what evaluations ask of it.
+
+  Raises:
+    InputError: a linear layer without a network.
+  """
+  if layout.kind == "linear":
+    raise InputError(
+      "these weights are a linear layer without a network: give the network "
+      "with --config.weights, and the layer with --config.probe"
+    )
+  backbone = vit.ViT(
+    layout.width,
+    layout.depth,
+    layout.heads,
+    layout.patch_size,
+    layout.image_size,
+    mlp_ratio=layout.mlp_ratio,
+    class_token=layout.class_token,
+    positions=layout.positions,
+    key_bias=layout.key_bias,
+    readout_layers=layout.readout_layers or 2,
+  )
+  if layout.num_classes:
+    return _classifier(layout, backbone)
+  if layout.kind == "attmask":
+    return _attmask(layout, backbone)
+  if layout.kind == "mae" and layout.decoder_width:
+    return _mae(layout, backbone)
+  if layout.kind == "extrema" and layout.head_hidden:
+    head = dict(hidden=layout.head_hidden, out=layout.out_dim)
+    return ExtreMA(
+      backbone,
+      projector=heads.Projector(layers=3, **head),
+      predictor=heads.Projector(layers=2, **head),
+    )
+  return Backbone(backbone)
+
+
+def _attmask(layout: Layout, backbone: vit.ViT) -> AttMask:
+  own = layout.patch_out_dim if layout.prototypes == "separate" else 0
+  head = heads.Head(
+    layout.out_dim,
+    own,
+    layout.head_hidden,
+    layout.head_bottleneck,
+    layout.head_layers,
+    norm=layout.head_norm,
+  )
+  return AttMask(
+    backbone,
+    head,
+    head,
+    epochs=1,
+    steps_per_epoch=1,
+    temp_warmup_epochs=0,
+    mask="attmask_high" if layout.mask_token else "none",
+  )
+
+
+def _mae(layout: Layout, backbone: vit.ViT) -> Mae:
+  order = layout.positions
+  decoder = Decoder(
+    width=layout.decoder_width,
+    depth=layout.decoder_depth,
+    heads=layout.decoder_heads,
+    pixels=3 * layout.patch_size**2,
+    positions="yx" if order == "learned" else order,
+  )
+  return Mae(backbone, decoder)
+
+
+def _classifier(layout: Layout, backbone: vit.ViT) -> Classify:
+  """A network with a linear layer, which reads what its code base reads."""
+  if layout.kind == "mae_classifier":
+    reads = dict(avgpool=int(layout.class_token == "none"), raw=True)
+  elif layout.kind in _READS:
+    reads = _READS[layout.kind]
+  else:
+    return probe_of(backbone, layout.features, layout.num_classes)
+  return Classify(
+    backbone,
+    layout.num_classes,
+    epochs=1,
+    steps_per_epoch=1,
+    image_size=layout.image_size,
+    batch_size=1,
+    frozen=False,
+    head_norm=layout.probe_norm,
+    **reads,
+  )
+
+
+def probe_of(backbone: vit.ViT, features: int, classes: int) -> Classify:
+  """A network with a linear probe of AttMask, iBOT or DINO.
+
+  It reads n class tokens or, as published for base and large networks, one and
+  the mean patch: the number of features tells.
+
+  Raises:
+    InputError: no number of tokens gives so many features.
+  """
+  blocks, rest = divmod(features, backbone.width)
+  if rest or not 1 <= blocks <= max(backbone.depth, 2):
+    raise InputError(
+      f"the probe reads {features} features, and tokens of these weights have "
+      f"{backbone.width}: give the weights it was trained on"
+    )
+  pooled = blocks == 2
+  return Classify(
+    backbone,
+    classes,
+    epochs=1,
+    steps_per_epoch=1,
+    image_size=backbone.image_size,
+    batch_size=1,
+    frozen=False,
+    last_blocks=1 if pooled else blocks,
+    avgpool=2 if pooled else 0,
+  )
+
+
+def shapes_of(method: Any, layout: Layout, network: str) -> Mapping[str, Any]:
+  """The tree that a network's tensors fill: leaves with `.shape`.
+
+  Args:
+    method: of `build`.
+    layout: of the same.
+    network: "student", "teacher" or "model".
+  """
+  params, teacher, aux = jax.eval_shape(method.init, jax.random.key(0))
+  if layout.kind == "extrema":
+    tree = dict(params if layout.predictor else teacher)
+  else:
+    tree = dict(params)
+  if layout.probe_norm == "batch":
+    tree["batch_norm"] = aux["batch_norm"]
+  backbone = dict(tree["backbone"])
+  if not layout.mask_token:
+    backbone.pop("mask_token", None)
+  elif "mask_token" not in backbone:
+    width = (1, 1, layout.width)
+    backbone["mask_token"] = jax.ShapeDtypeStruct(width, jnp.float32)
+  return tree | {"backbone": backbone}

@@ -1,0 +1,177 @@
+"""Sizes of a network from the names and shapes of its tensors."""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from attmask_jax import vit
+from attmask_jax.errors import InputError
+from attmask_jax.torch_io import fixed, names
+from attmask_jax.torch_io.names import Table, Tensors
+
+_HEADS = {v["width"]: v["heads"] for v in vit.VARIANTS.values()}
+
+
+def trunk(tensors: Tensors, table: Table, heads: int | None) -> dict[str, Any]:
+  """Sizes of the backbone."""
+  name = lambda ours: names.name_of(table, f"backbone/{ours}") or ""
+  conv = _shape(tensors, name("patch_embed/kernel"), 4)
+  width, patch = conv[0], conv[2]
+  depth = _depth(tensors, name("blocks/norm1/scale[i]"))
+  fc1 = name("blocks/mlp/fc1/kernel[i]").format(i=0)
+  table_name = name("pos_embed")
+  side, lead = sides(tensors, table_name)
+  readouts = _count(tensors, "blocks_token.{i}.gamma_1")
+  token = "readout" if readouts else "input" if lead else "none"
+  return {
+    "width": width,
+    "depth": depth,
+    "heads": _heads(width, heads),
+    "patch_size": patch,
+    "image_size": side * patch,
+    "mlp_ratio": _shape(tensors, fc1, 2)[0] / width,
+    "class_token": token,
+    "positions": order(tensors, table_name),
+    "key_bias": not any("attn.q_bias" in n for n in tensors),
+    "mask_token": name("mask_token") in tensors,
+    "readout_layers": readouts,
+  }
+
+
+def prototypes(tensors: Tensors) -> dict[str, Any]:
+  """Sizes of a DINO or iBOT head."""
+  hidden = _shape(tensors, "head.mlp.0.weight", 2)[0]
+  linear = [
+    n
+    for n, x in tensors.items()
+    if re.fullmatch(r"head\.mlp\.\d+\.weight", n) and x.ndim == 2
+  ]
+  last = max(linear, key=lambda n: int(n.split(".")[2]))
+  norm = _is(tensors, "head.mlp.1.weight", 1)
+  out = _shape(tensors, "head.last_layer.weight_g", 2)[0]
+  kind, patches = "class_only", 0
+  if "head.last_layer2.weight_g" in tensors:
+    patches = _shape(tensors, "head.last_layer2.weight_g", 2)[0]
+    same = all(
+      np.array_equal(
+        tensors.get(f"head.last_layer.{x}"),
+        tensors.get(f"head.last_layer2.{x}"),
+      )
+      for x in ("weight_g", "weight_v")
+    )
+    kind = "shared" if same else "separate"
+  return {
+    "prototypes": kind,
+    "out_dim": out,
+    "patch_out_dim": patches,
+    "head_hidden": hidden,
+    "head_bottleneck": tensors[last].shape[0],
+    "head_layers": len(linear),
+    "head_norm": "ln" if norm else "none",
+  }
+
+
+def projector(tensors: Tensors) -> dict[str, Any]:
+  """Sizes of ExtreMA's heads."""
+  if "head.0.weight" not in tensors:
+    return {}
+  return {
+    "head_hidden": _shape(tensors, "head.0.weight", 2)[0],
+    "out_dim": _shape(tensors, "head.6.weight", 2)[0],
+    "head_layers": 3,
+    "predictor": "predictor.0.weight" in tensors,
+  }
+
+
+def decoder(tensors: Tensors) -> dict[str, Any]:
+  """Sizes of MAE-priv's decoder."""
+  if "encoder_to_decoder.weight" not in tensors:
+    return {}
+  width = _shape(tensors, "encoder_to_decoder.weight", 2)[0]
+  return {
+    "decoder_width": width,
+    "decoder_depth": _depth(tensors, "decoder.blocks.{i}.norm1.weight"),
+    "decoder_heads": max(width // 64, 1),
+  }
+
+
+def classifier(tensors: Tensors, table: Table) -> dict[str, Any]:
+  """Sizes of a linear layer on top."""
+  weight = names.name_of(table, "head/kernel")
+  if weight is None:
+    return {}
+  classes, features = _shape(tensors, weight, 2)
+  norm = "none"
+  for ours, kind in (
+    ("head/norm/scale", "layer"),
+    ("batch_norm/mean", "batch"),
+  ):
+    if names.name_of(table, ours) in tensors:
+      norm = kind
+  return {"num_classes": classes, "features": features, "probe_norm": norm}
+
+
+def _heads(width: int, heads: int | None) -> int:
+  """Given or by convention; must divide the width."""
+  if heads is None:
+    heads = _HEADS.get(width, width // 64 if width % 64 == 0 else 0)
+    if not heads:
+      raise InputError(
+        f"weights of width {width} do not say how many attention heads they "
+        "have: give their number"
+      )
+  if heads < 1 or width % heads:
+    raise InputError(
+      f"width {width} of these weights does not divide over {heads} heads: "
+      "give another number of heads"
+    )
+  return heads
+
+
+def _count(tensors: Tensors, template: str) -> int:
+  """Blocks from 0 on."""
+  count = 0
+  while template.format(i=count) in tensors:
+    count += 1
+  return count
+
+
+def _depth(tensors: Tensors, template: str) -> int:
+  """The same where there must be at least one."""
+  _shape(tensors, template.format(i=0), 1)
+  return _count(tensors, template)
+
+
+def _is(tensors: Tensors, name: str, ndim: int) -> bool:
+  return name in tensors and tensors[name].ndim == ndim
+
+
+def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
+  """Shape of a tensor that must be there, without empty axes."""
+  if name not in tensors:
+    raise InputError(f"{name} is missing from these weights: they are cut")
+  shape = tuple(tensors[name].shape)
+  if len(shape) != ndim or 0 in shape:
+    raise InputError(
+      f"{name} has shape {shape} and not {ndim} axes: these weights are "
+      "damaged or of an unknown kind"
+    )
+  return shape
+
+
+def sides(tensors: Tensors, name: str) -> tuple[int, int]:
+  """(patches along a side, class tokens) of a position table."""
+  tokens = _shape(tensors, name, 3)[1]
+  sizes = fixed.square(tokens)
+  if sizes is None:
+    raise InputError(
+      f"{name} has {tokens} slots, neither a square number of patches nor one "
+      "more for a class token: such networks are not supported"
+    )
+  return sizes
+
+
+def order(tensors: Tensors, name: str) -> str:
+  """Order of a fixed position table, or "learned"."""
+  return fixed.order_of(tensors[name]) if name in tensors else "learned"
