@@ -1,7 +1,9 @@
 """Command line: python main.py --config=configs/NAME.py --workdir=DIR.
 
 --mode=train (the default) trains; --mode=eval --config=configs/evals.py:NAME
---config.weights=RUN measures what a run has learned.
+--config.weights=RUN measures what a run has learned; --mode=export
+--output=FILE and --mode=import --output=DIR move weights to and from PyTorch
+code bases.
 
 Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
 --config.data.batch_size=64; configs/common.py lists all keys with their
@@ -30,14 +32,28 @@ _WORKDIR = flags.DEFINE_string(
   None,
   "Run directory: made if missing, continued if it holds a run.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "import", "export"], "What to do."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "import: new directory; export: .pth or .safetensors file."
+)
+_FORMAT = flags.DEFINE_string(
+  "format", "timm", "export: attmask, timm, hf, mae or extrema."
+)
+_DTYPE = flags.DEFINE_string(
+  "dtype", "float32", "export: float32, float16 or bfloat16."
+)
+_BACKBONE_ONLY = flags.DEFINE_bool(
+  "backbone_only", False, "export: leave heads, decoder and predictor out."
+)
 
 
 def run(argv: list[str]) -> None:
   """Runs one mode of the program."""
   import jax  # here, so that a wrong flag is answered at once
 
-  from attmask_jax import evaluate, mesh, train
+  from attmask_jax import evaluate, interchange, mesh, train
 
   if len(argv) > 1:
     raise InputError(
@@ -56,8 +72,20 @@ def run(argv: list[str]) -> None:
   if config.run.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.run.compilation_cache)
   mesh.init_distributed(config.run.distributed)
-  modes = {"train": train.train, "eval": evaluate.evaluate}
-  modes[_MODE.value](config, _WORKDIR.value)
+  if _MODE.value == "train":
+    train.train(config, _WORKDIR.value)
+  elif _MODE.value == "eval":
+    evaluate.evaluate(config, _WORKDIR.value)
+  elif _MODE.value == "import":
+    interchange.import_weights(config, _OUTPUT.value)
+  else:
+    interchange.export_weights(
+      config,
+      _OUTPUT.value,
+      format=_FORMAT.value,
+      dtype=_DTYPE.value,
+      backbone_only=_BACKBONE_ONLY.value,
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -80,8 +108,9 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> list[str]:
   """Reads the flags; a wrong one ends the program with one sentence."""
   try:
-    rest = flags.FLAGS(argv)
-    for flag in (_CONFIG, _WORKDIR):
+    rest = flags.FLAGS(_with_config(argv))
+    moves = _MODE.value in ("import", "export")  # weights, and nothing else
+    for flag in (_CONFIG, _OUTPUT if moves else _WORKDIR):
       if flag.value is None:
         raise flags.IllegalFlagValueError(f"--{flag.name} is missing")
     _CONFIG.value.lock()
@@ -94,6 +123,15 @@ def parse(argv: list[str]) -> list[str]:
   except (flags.Error, ValueError, TypeError) as error:
     sys.exit(_fail(_sentence(str(error)), 2))
   return rest
+
+
+def _with_config(argv: list[str]) -> list[str]:
+  """Import and export need no config of the user's: any evaluation's does."""
+  moves = any(re.fullmatch(r"--?mode=(im|ex)port", word) for word in argv)
+  if not moves or any(re.match(r"--?config(=|$)", word) for word in argv):
+    return argv
+  path = pathlib.Path(__file__).parent / "configs" / "evals.py"
+  return [argv[0], f"--config={path}:knn", *argv[1:]]
 
 
 def _config_flag(argv: list[str]) -> str:

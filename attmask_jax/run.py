@@ -174,6 +174,12 @@ def _pipeline(
     )
   recipe = TRANSFORMS[name]
   names = {f.name for f in dataclasses.fields(recipe)}
+  lacking = sorted(name for name in names if name not in section)
+  if lacking:
+    raise InputError(
+      f'data.transform "{name}" needs data.{lacking[0]}, which this config '
+      "does not have: choose the transform of its method"
+    )
   transform = recipe(**{k: section[k] for k in names})
   return data.TrainPipeline(
     source,

@@ -17,6 +17,7 @@ from clu import parameter_overview
 from attmask_jax import (
   Params,
   checkpoint,
+  init_from,
   metrics,
   progress,
   report,
@@ -52,10 +53,14 @@ def train(
   run = build(config)
   folder = checkpoint.check_workdir(workdir)
   checkpoint.check_config(config, folder, images=len(run.train_source))
+  begun = 0
+  if config.get("init_from") and not start:
+    start, epoch = init_from.start(config, run.method, run.mesh)
+    begun = epoch * run.schedules.steps_per_epoch
   with checkpoint.Checkpoints(
     folder, keep_steps=config.run.keep_steps, best=run.evaluator.best
   ) as saved:
-    loop = Loop(run, folder, saved, start or {})
+    loop = Loop(run, folder, saved, start or {}, begun)
     checkpoint.write_config(config, folder, images=len(run.train_source))
     loop.run_all()
   return run
@@ -70,6 +75,7 @@ class Loop:
     folder: pathlib.Path,
     saved: checkpoint.Checkpoints,
     start: dict[str, Params],
+    begun: int,
   ) -> None:
     config = run.config
     self._run, self._folder, self._saved = run, folder, saved
@@ -79,12 +85,14 @@ class Loop:
       config.data.batch_size,
     )
     parts = (run.method, run.tx, run.mesh)
-    self._start = saved.latest or 0
+    # Steps done in this directory, or by the run whose weights are taken up.
+    self._start = begun if saved.latest is None else saved.latest
     if saved.latest is None:
       self._state, shardings = train_step.init_state(
         *parts, seed=config.method.seed
       )
       self._state = train_step.overlay(self._state, start)
+      self._state = train_step.at_step(self._state, begun)
     else:
       like = train_step.abstract_state(*parts, seed=config.method.seed)
       shardings = jax.tree.map(lambda x: x.sharding, like)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -131,6 +132,12 @@ def overlay(state: TrainState, start: dict[str, Params]) -> TrainState:
 
   parts = {name: one(getattr(state, name), x) for name, x in start.items()}
   return state.replace(**parts)
+
+
+def at_step(state: TrainState, step: int) -> TrainState:
+  """The state with another count of completed steps."""
+  count = np.asarray(step, state.step.dtype)
+  return state.replace(step=jax.device_put(count, state.step.sharding))
 
 
 def _leaves(tree: Params) -> list[tuple[Any, Any]]:

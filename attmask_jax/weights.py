@@ -92,7 +92,9 @@ def load(
   else:
     params = _restore(run_dir, step, network, shapes, mesh)
     aux = _restore_aux(run_dir, step, method, mesh)
-  where = f"{run_dir}/checkpoints/{step}" if step else f"{run_dir}, untrained"
+  where = f"{run_dir}/checkpoints/{step}"
+  if network == "untrained":
+    where = f"{run_dir}, untrained"
   logging.info("weights: %s of %s", network, where)
   return Weights(
     method, params, aux, config, digest(params), step, network, where, run_dir
@@ -267,7 +269,26 @@ def _restore_aux(
   run_dir: pathlib.Path, step: int, method: Any, mesh: jax.sharding.Mesh
 ) -> Params:
   """Those parts of `aux` without which the network cannot be used."""
-  names = getattr(method, "served_aux", ())
+  return _restore_parts(
+    run_dir, step, method, mesh, getattr(method, "served_aux", ())
+  )
+
+
+def load_centers(source: Weights) -> Params:
+  """The loss centres beside weights of AttMask: center, center_patch."""
+  method, mesh = source.method, meshes.make_mesh()
+  names = tuple(jax.eval_shape(method.init, jax.random.key(0))[2])
+  return _restore_parts(source.run_dir, source.step, method, mesh, names)
+
+
+def _restore_parts(
+  run_dir: pathlib.Path,
+  step: int,
+  method: Any,
+  mesh: jax.sharding.Mesh,
+  names: Sequence[str],
+) -> Params:
+  """Some of a checkpoint's `aux`."""
   if not names:
     return {}
   shapes = jax.eval_shape(method.init, jax.random.key(0))[2]

@@ -26,6 +26,11 @@ def choose(options: dict[str, Any], arg: str) -> Any:
 def attmask() -> ml_collections.ConfigDict:
   """AttMask-High on ViT-S/16 as published for 100 epochs, but for the data."""
   config = ml_collections.ConfigDict()
+  config.init_from = ""  # weights to start from, see docs/pytorch.md
+  config.init_epoch = True  # go on after their epoch, if they hold a whole run
+  config.init_resample = False  # give their positions the size of our images
+  config.heads = 0  # of attention, where a weight file is of no known size
+  config.allow_missing = ()  # tensor names of a weight file, or how they begin
   config.method = method()
   config.data = data()
   config.optim = optim()

@@ -38,6 +38,12 @@ class File(NamedTuple):
     return found if isinstance(found, int) and found > 0 else 0
 
   @property
+  def heads(self) -> int | None:
+    """Of its attention, where the file says it (ours do)."""
+    found = self.rest.get("heads")
+    return found if isinstance(found, int) and found > 0 else None
+
+  @property
   def centers(self) -> Params:
     """The loss centres of AttMask and iBOT, {} without."""
     found = self.rest.get("ibot_loss")
@@ -85,9 +91,10 @@ def read(where: str) -> File:
   path = pathlib.Path(where).expanduser()
   if path.suffix.lower() == ".safetensors":
     flat, notes = tensors.read(path)
-    found: dict[str, Any] = _unflatten(flat, notes)
+    found: dict[str, Any] = _unflatten(flat)
+    said = {k: int(v) for k, v in notes.items() if v.isdigit()}
   else:
-    found = pth.read(path)
+    found, said = pth.read(path), {}
   if not isinstance(found, dict):
     raise InputError(
       f"{path} holds a {type(found).__name__} and no state dict: save the "
@@ -98,13 +105,11 @@ def read(where: str) -> File:
   except InputError as error:
     raise InputError(f"{path}: {error}") from error
   keys = ("student", "teacher", "model", "state_dict", "optimizer")
-  rest = {k: v for k, v in found.items() if k not in keys}
+  rest = {k: v for k, v in found.items() if k not in keys} | said
   return File(path, dict(unwrapped), rest)
 
 
-def _unflatten(
-  flat: dict[str, np.ndarray], notes: dict[str, str]
-) -> dict[str, Any]:
+def _unflatten(flat: dict[str, np.ndarray]) -> dict[str, Any]:
   """A .safetensors file of ours with several networks, as .pth has them."""
   parts = ("student.", "teacher.", "ibot_loss.")
   if not any(name.startswith("student.") for name in flat):
@@ -116,8 +121,6 @@ def _unflatten(
       found[name] = value
     else:
       found.setdefault(part[:-1], {})[name.removeprefix(part)] = value
-  if notes.get("epoch", "").isdigit():
-    found["epoch"] = int(notes["epoch"])
   return found
 
 
@@ -154,7 +157,7 @@ def load(
   """
   name = choose(file, network)
   try:
-    layout = layouts.recognise(file.networks[name], heads=heads or None)
+    layout = layouts.recognise(file.networks[name], heads=heads or file.heads)
     method = networks.build(layout)
     wanted = networks.shapes_of(method, layout, name)
     found = names.to_ours(file.networks[name], layout.table, wanted)
@@ -162,6 +165,8 @@ def load(
     raise InputError(f"{file.path}: {error}") from error
   _check(file.path, found, layout, tuple(allow_missing))
   params = _filled(method, wanted, found.tree)
+  if layout.kind != "attmask":  # nothing else masks the input
+    params["backbone"].pop("mask_token", None)
   _warn_of_nan(file.path, params)
   aux = {k: params.pop(k) for k in ("batch_norm",) if k in params}
   return Network(method, params, aux, networks.config_of(layout), name, layout)

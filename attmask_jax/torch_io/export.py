@@ -72,14 +72,18 @@ def export(
     found["epoch"] = epoch
   elif format in ("mae", "extrema"):
     found["epoch"] = epoch
-  if file.suffix == ".pth":
-    pth.write(file, found)
-  else:
-    flat, notes = _flatten(found)
-    tensors.write(file, flat, notes | {"format": "pt"})
+  flat, notes = _flatten(found)
+  heads = teacher.method.backbone.heads
   if format == "hf":
     _write_hf_config(file.parent / "config.json", teacher)
-  return list(_flatten(found)[0])
+  if file.suffix == ".safetensors":
+    notes |= {"format": "pt", "heads": str(heads)}
+    tensors.write(file, flat, notes)
+  else:
+    # Flat files hold tensors alone: timm and transformers expect nothing else.
+    wrapped = any(isinstance(value, dict) for value in found.values())
+    pth.write(file, found | ({"heads": heads} if wrapped else {}))
+  return list(flat)
 
 
 def _flatten(tree: dict[str, Any]) -> tuple[Flat, dict[str, str]]:
@@ -238,7 +242,11 @@ def _needs(weights: Weights, format: str, fits: bool) -> None:
 
 
 def _write_hf_config(path: pathlib.Path, weights: Weights) -> None:
-  """config.json beside the file, as transformers reads it."""
+  """config.json beside the file, as transformers reads it.
+
+  Raises:
+    InputError: another one is there, such as that of a run.
+  """
   method, backbone = weights.method, weights.method.backbone
   fixed = backbone.positions != "learned"
   kind = "ViTModel"
@@ -268,5 +276,11 @@ def _write_hf_config(path: pathlib.Path, weights: Weights) -> None:
       "id2label": labels,
       "label2id": {v: int(k) for k, v in labels.items()},
     }
+  text = json.dumps(told, indent=2) + "\n"
+  if path.exists() and path.read_text() != text:
+    raise InputError(
+      f'{path} exists, and format "hf" writes its own: give a file in another '
+      "folder"
+    )
   with atomic.replaced(path) as temporary:
-    temporary.write_text(json.dumps(told, indent=2) + "\n")
+    temporary.write_text(text)

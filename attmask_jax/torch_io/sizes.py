@@ -119,12 +119,12 @@ def _heads(width: int, heads: int | None) -> int:
     if not heads:
       raise InputError(
         f"weights of width {width} do not say how many attention heads they "
-        "have: give their number"
+        "have: set --config.heads"
       )
   if heads < 1 or width % heads:
     raise InputError(
       f"width {width} of these weights does not divide over {heads} heads: "
-      "give another number of heads"
+      "set --config.heads"
     )
   return heads
 

@@ -51,7 +51,10 @@ def write(
   }
   try:
     with atomic.replaced(path) as temporary:
+      temporary.touch()  # the package would make it private
+      mode = temporary.stat().st_mode
       save_file(plain, temporary, dict(notes or {}))
+      temporary.chmod(mode)
   except (OSError, SafetensorError) as error:
     raise InputError(
       f"{path} cannot be written ({error}): give another file"

@@ -1,0 +1,189 @@
+"""Our exports in timm and transformers, and theirs in ours: the same numbers.
+
+Runs where torch, timm and transformers are installed.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from attmask_jax import mesh as meshes
+from attmask_jax import vit
+from attmask_jax.methods.classify import Classify
+from attmask_jax.torch_io import export, networks
+from attmask_jax.weights import Weights, load
+
+NEEDED = ("torch", "timm", "transformers")
+pytestmark = pytest.mark.skipif(
+  not all(map(importlib.util.find_spec, NEEDED)),
+  reason=f"needs {', '.join(NEEDED)}",
+)
+CLOSE = dict(rtol=0, atol=1e-4)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def torch():
+  """torch, with what torchvision lacks on a machine without a GPU."""
+  import torch
+
+  library = torch.library.Library("torchvision", "FRAGMENT")
+  for name in ("nms", "qnms"):
+    library.define(
+      f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    )
+  torch.set_grad_enabled(False)
+  yield torch
+  del library
+
+
+def source(method, params, name="attmask"):
+  config = ml_collections.ConfigDict(dict(method=dict(name=name)))
+  known = dict(
+    method=method, params=params, aux={}, config=config, where="runs/x",
+    network="teacher", step=0,
+  )  # fmt: skip
+  return Weights(**dict.fromkeys(Weights._fields) | known)
+
+
+def network(variant, size=32, **options):
+  """A ViT with random weights everywhere, biases and norms included."""
+  sizes = vit.VARIANTS[variant]
+  backbone = vit.ViT(**sizes, patch_size=16, image_size=size, **options)
+  method = networks.Backbone(backbone)
+  shapes = jax.eval_shape(method.init, jax.random.key(0))[0]
+  draw = lambda path, leaf: (
+    RNG.normal(
+      size=leaf.shape, scale=0.3 if "scale" in str(path) else 0.05
+    ).astype("f4")
+    + ("scale" in str(path))
+  )
+  return method, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def images(size=32):
+  pixels = RNG.normal(size=(2, size, size, 3)).astype("f4")
+  return jnp.asarray(pixels), np.moveaxis(pixels, -1, 1)
+
+
+def tokens(method, params, x):
+  out = method.backbone.apply({"params": params["backbone"]}, x)
+  return np.asarray(out.tokens)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_timm_loads_our_export(torch, tmp_path, variant, suffix):
+  import timm
+
+  method, params = network(variant)
+  path = tmp_path / f"a{suffix}"
+  ours = source(method, params)
+  export.export(str(path), ours, ours, format="timm")
+  model = timm.create_model(
+    f"vit_{variant}_patch16_224", img_size=32, num_classes=0,
+    checkpoint_path=str(path),
+  ).eval()  # fmt: skip
+  x, theirs = images()
+  want = model.forward_features(torch.from_numpy(theirs)).numpy()
+  np.testing.assert_allclose(tokens(method, params, x), want, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small"])
+def test_we_load_timm(torch, tmp_path, variant):
+  import timm
+
+  model = timm.create_model(
+    f"vit_{variant}_patch16_224", img_size=48, num_classes=7
+  ).eval()
+  for value in model.parameters():
+    value.add_(0.05 * torch.randn(value.shape))
+  torch.save(model.state_dict(), tmp_path / "a.pth")
+  mesh = meshes.make_mesh(devices=jax.devices()[:1])
+  found = load(str(tmp_path / "a.pth"), network="teacher", mesh=mesh)
+  assert isinstance(found.method, Classify)
+  assert found.config.method.variant == variant
+  x, theirs = images(48)
+  want = model(torch.from_numpy(theirs)).numpy()
+  got = found.method.logits(found.params, x)
+  np.testing.assert_allclose(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
+def test_transformers_load_our_export(torch, tmp_path, variant):
+  from transformers import ViTModel
+
+  method, params = network(variant)
+  ours = source(method, params)
+  path = tmp_path / "model.safetensors"
+  export.export(str(path), ours, ours, format="hf")
+  model = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+  x, theirs = images()
+  want = model(torch.from_numpy(theirs)).last_hidden_state.numpy()
+  np.testing.assert_allclose(tokens(method, params, x), want, **CLOSE)
+
+
+def test_classifiers_in_timm_and_transformers(torch, tmp_path):
+  import timm
+  from transformers import ViTForImageClassification
+
+  bare, params = network("tiny")
+  method = Classify(
+    bare.backbone, 7, epochs=1, steps_per_epoch=1, image_size=32, batch_size=2,
+    frozen=False,
+  )  # fmt: skip
+  params = params | {
+    "head": {
+      "kernel": RNG.normal(size=(1, 192, 7)).astype("f4"),
+      "bias": RNG.normal(size=(1, 7)).astype("f4"),
+    }
+  }
+  ours = source(method, params, "classify")
+  export.export(str(tmp_path / "a.pth"), ours, ours, format="timm")
+  x, theirs = images()
+  got = np.asarray(method.logits(params, x))
+  model = timm.create_model(
+    "vit_tiny_patch16_224", img_size=32, num_classes=7,
+    checkpoint_path=str(tmp_path / "a.pth"),
+  ).eval()  # fmt: skip
+  want = model(torch.from_numpy(theirs)).numpy()
+  np.testing.assert_allclose(got, want, **CLOSE)
+  file = tmp_path / "hf" / "model.safetensors"
+  export.export(str(file), ours, ours, format="hf")
+  model = ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
+  want = model(torch.from_numpy(theirs)).logits.numpy()
+  np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_mae_encoder_in_transformers(torch, tmp_path):
+  from transformers import ViTMAEModel
+
+  method, params = network("tiny", positions="xy")
+  ours = source(method, params, "mae")
+  export.export(str(tmp_path / "model.safetensors"), ours, ours, format="hf")
+  model = ViTMAEModel.from_pretrained(tmp_path, mask_ratio=0.0).eval()
+  x, theirs = images()
+  order = torch.arange(4).repeat(2, 1).float()  # nothing is shuffled
+  want = model(torch.from_numpy(theirs), noise=order).last_hidden_state
+  np.testing.assert_allclose(tokens(method, params, x), want.numpy(), **CLOSE)
+
+
+@pytest.mark.parametrize("token", ["none", "readout"])
+def test_encoders_without_class_token_in_timm(torch, tmp_path, token):
+  import timm
+
+  method, params = network("tiny", positions="xy", class_token=token)
+  ours = source(method, params, "extrema")
+  export.export(str(tmp_path / "a.pth"), ours, ours, format="timm")
+  model = timm.create_model(
+    "vit_tiny_patch16_224", img_size=32, num_classes=0, class_token=False,
+    global_pool="avg", fc_norm=False, checkpoint_path=str(tmp_path / "a.pth"),
+  ).eval()  # fmt: skip
+  x, theirs = images()
+  want = model.forward_features(torch.from_numpy(theirs)).numpy()
+  got = tokens(method, params, x)[:, int(token == "readout") :]
+  np.testing.assert_allclose(got, want, **CLOSE)
