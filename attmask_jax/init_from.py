@@ -12,8 +12,6 @@ from attmask_jax import Params, optim, positions, weights
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import checkpoints
 
-SHOWN = 6  # names in a message
-
 
 class Start(NamedTuple):
   """Where a run begins.
@@ -74,13 +72,8 @@ def start(
     raise InputError(f"{where} holds nothing that this run could start from")
   epoch = _training_state(config, wanted["aux"], fresh, trees)
   if fresh:
-    more = f" and {len(fresh) - SHOWN} more" if len(fresh) > SHOWN else ""
-    logging.info(
-      "not in %s, at their start values: %s%s",
-      where,
-      ", ".join(fresh[:SHOWN]),
-      more,
-    )
+    parts = sorted({"/".join(path.split("/")[:2]) for path in fresh})
+    logging.info("not in %s, at start values: %s", where, ", ".join(parts))
   return Start({k: v for k, v in trees.items() if v}, epoch)
 
 

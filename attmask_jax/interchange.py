@@ -105,7 +105,7 @@ def export_weights(
     dtype=dtype,
     backbone_only=backbone_only,
     centers=_centers(config.weights, main),
-    epoch=_epoch(main),
+    epoch=_epoch(config.weights, main),
   )
   logging.info("%d tensors in %s", len(written), output)
   size = pathlib.Path(output).expanduser().stat().st_size
@@ -121,8 +121,10 @@ def _centers(where: str, source: weights.Weights) -> dict[str, np.ndarray]:
   return jax.device_get(weights.load_centers(source))
 
 
-def _epoch(source: weights.Weights) -> int:
-  """Completed epochs of a run; an imported one counts them as steps."""
+def _epoch(where: str, source: weights.Weights) -> int:
+  """Completed epochs; an imported checkpoint counts them as steps."""
+  if source.run_dir is None:
+    return checkpoints.read(where).epoch
   config = source.config
   images = config.get("data", {}).get("images", 0)
   batch = config.get("data", {}).get("batch_size", 0)

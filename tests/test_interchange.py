@@ -1,0 +1,334 @@
+"""Weights from and to other code bases, end to end, and what is refused."""
+
+import json
+import logging
+import os
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from attmask_jax import evaluate, interchange, train, weights
+from attmask_jax import init_from as starts
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import InputError
+from attmask_jax.methods import METHODS
+from attmask_jax.torch_io import checkpoints, pth, tensors
+from configs import evals, tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """Run directory of a small AttMask run."""
+  folder = tmp_path_factory.mktemp("trained")
+  with small.quick_compiler(folder / "programs"):
+    train.train(small.config(), str(folder / "run"))
+    yield folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+  """Its full checkpoint as PyTorch's."""
+  path = tmp_path_factory.mktemp("exported") / "checkpoint.pth"
+  export(trained, path, format="attmask")
+  return path
+
+
+def export(where, path, *, format, network="teacher", **options):
+  config = evals.get_config("knn")
+  config.weights, config.network = str(where), network
+  settings = dict(dtype="float32", backbone_only=False) | options
+  interchange.export_weights(config, str(path), format=format, **settings)
+  return path
+
+
+def load(where, network="teacher", **options):
+  return weights.load(
+    str(where), network=network, mesh=meshes.make_mesh(), **options
+  )
+
+
+def same(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# Round trips ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_full_checkpoint_there_and_back(trained, tmp_path, suffix, dtype):
+  path = export(trained, tmp_path / f"a{suffix}", format="attmask", dtype=dtype)
+  file = checkpoints.read(str(path))
+  assert set(file.networks) == {"student", "teacher"}
+  assert file.epoch == 2 and set(file.centers) == {"center", "center_patch"}
+  for network in ("student", "teacher"):
+    ours, theirs = load(trained, network), load(path, network)
+    rounded = jax.tree.map(
+      lambda x: np.asarray(x).astype(dtype).astype("f4"), ours.params
+    )
+    same(theirs.params, rounded)
+  # Written again it is the same file.
+  again = export(path, tmp_path / f"b{suffix}", format="attmask", dtype=dtype)
+  assert path.read_bytes() == again.read_bytes()
+
+
+def test_a_backbone_alone(trained, tmp_path):
+  teacher = load(trained)
+  for name, form in (("a.pth", "attmask"), ("b.pth", "timm"), ("c.pth", "hf")):
+    path = export(trained, tmp_path / name, format=form, backbone_only=True)
+    # A flat file does not say how many heads there are: 8 wide is unusual.
+    found = load(path, heads=2)
+    assert list(found.params) == ["backbone"]
+    same(found.params["backbone"], teacher.params["backbone"])
+  assert set(pth.read(tmp_path / "a.pth")) == {"state_dict", "heads"}
+
+
+def test_import_is_a_checkpoint_of_ours(trained, exported, tmp_path, capsys):
+  config = evals.get_config("knn")
+  config.weights = str(exported)
+  interchange.import_weights(config, str(tmp_path / "new"))
+  said = capsys.readouterr().out
+  assert "ViT 16x2x2 with patches of 4 and images of 16 pixels" in said
+  for network in ("student", "teacher"):
+    same(load(tmp_path / "new", network).params, load(trained, network).params)
+  again = export(tmp_path / "new", tmp_path / "b.pth", format="attmask")
+  a, b = pth.read(exported), pth.read(again)
+  same(a["teacher"], b["teacher"])
+  same(a["ibot_loss"], b["ibot_loss"])
+  with pytest.raises(InputError, match="is not empty"):
+    interchange.import_weights(config, str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("family", ["mae", "extrema"])
+def test_the_other_families(tmp_path, family):
+  config = tiny.get_config(family)
+  method = METHODS[family].from_config(config, steps_per_epoch=1)
+  params, teacher, _ = jax.device_get(method.init(jax.random.key(3)))
+  bumped = lambda tree: jax.tree_util.tree_map_with_path(
+    lambda path, x: x + 0.01 * ("qkv" not in str(path)), tree
+  )
+  params, teacher = bumped(params), bumped(teacher)
+  known = dict(aux={}, config=config, digest="", step=0, where="x")
+  of = lambda tree, name: weights.Weights(
+    method=method, params=tree, network=name, run_dir=None, **known
+  )
+  from attmask_jax.torch_io import export as exporting
+
+  student = of(params, "student")
+  other = of(teacher, "teacher") if teacher else student
+  path = tmp_path / "a.pth"
+  exporting.export(str(path), student, other, format=family, epoch=4)
+  assert checkpoints.read(str(path)).epoch == 4
+  same(load(path, "student").params, params)
+  same(load(path, "teacher").params, teacher or params)
+
+
+# Evaluations on files -------------------------------------------------------
+
+
+def evaluated(name, where, folder, **changes):
+  config = evals.get_config(name)
+  config.weights = str(where)
+  config.evals.batch_size = 16
+  config.data.update(source="shapes", shapes_train=64, shapes_val=48, seed=0)
+  config.run.tensorboard = False
+  config.update_from_flattened_dict(changes)
+  evaluate.evaluate(config.lock(), str(folder))
+  return json.loads((folder / "results.json").read_text())["values"]
+
+
+def test_evaluations_take_files(trained, exported, tmp_path):
+  options = {"evals.ks": (3, 5)}
+  ours = evaluated("knn", trained, tmp_path / "a", **options)
+  theirs = evaluated("knn", exported, tmp_path / "b", **options)
+  assert ours == pytest.approx(theirs)
+  short = {"method.last_blocks": 1, "optim.epochs": 1, "data.batch_size": 16}
+  evaluated("linear", exported, tmp_path / "probe", **short)
+  folder = tmp_path / "probe"
+  clean = evaluated(
+    "masked", exported, tmp_path / "c",
+    **{"probe": str(folder), "evals.ratios": ()},
+  )  # fmt: skip
+  # The same probe as AttMask's file.
+  told = json.loads((folder / "classifier.json").read_text())
+  head = load(f"{folder}/checkpoints/{told['step']}", "student").params["head"]
+  linear = {
+    "module.linear.weight": np.asarray(head["kernel"][0]).T,
+    "module.linear.bias": np.asarray(head["bias"][0]),
+  }
+  file = tmp_path / "linear.pth"
+  pth.write(file, {"epoch": 1, "state_dict": linear, "best_acc": 1.0})
+  options = {"probe": str(file), "evals.ratios": ()}
+  again = evaluated("masked", exported, tmp_path / "d", **options)
+  assert again == pytest.approx(clean)
+  # And both in one file.
+  backbone = export(
+    trained, tmp_path / "e.pth", format="timm", backbone_only=True
+  )
+  whole = pth.read(backbone) | {
+    k.removeprefix("module."): v for k, v in linear.items()
+  }
+  pth.write(tmp_path / "combined.pth", {"state_dict": whole})
+  options = {"evals.ratios": (), "heads": 2}
+  again = evaluated("masked", tmp_path / "combined.pth", tmp_path / "f",
+                    **options)  # fmt: skip
+  assert again == pytest.approx(clean)
+  with pytest.raises(InputError, match="linear layer without a network"):
+    evaluated("knn", file, tmp_path / "g")
+
+
+# Starting from them ---------------------------------------------------------
+
+
+def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
+  config = small.config({"optim.epochs": 3, "init_from": str(exported)})
+  with caplog.at_level(logging.INFO):
+    method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
+    start = starts.start(config, method, meshes.make_mesh())
+  assert start.epoch == 2
+  assert "going on after epoch 2" in caplog.text
+  for tree, network in (("params", "student"), ("teacher", "teacher")):
+    same(start.trees[tree], jax.device_get(load(trained, network).params))
+  centers = jax.device_get(weights.load_centers(load(trained)))
+  same(start.trees["aux"], centers)
+  train.train(config, str(tmp_path))
+  lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  steps = [x["step"] for x in lines if "epoch/loss" in x]
+  assert steps == [24]  # the third epoch alone
+  done = small.config({"optim.epochs": 2, "init_from": str(exported)})
+  with pytest.raises(InputError, match="has completed 2 epochs"):
+    starts.start(done, method, meshes.make_mesh())
+
+
+def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
+  path = export(trained, tmp_path / "a.pth", format="timm")
+  mesh = meshes.make_mesh()
+  teacher = jax.device_get(load(trained).params["backbone"])
+  for family in ("attmask", "mae", "extrema"):
+    config = tiny.get_config(family)
+    config.update_from_flattened_dict(
+      {"method.variant": "16x2x2", "method.patch_size": 4,
+       "data.image_size": 16, "init_from": str(path), "heads": 2}
+    )  # fmt: skip
+    method = METHODS[family].from_config(config, steps_per_epoch=8)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+      start = starts.start(config, method, mesh)
+    assert start.epoch == 0
+    found = start.trees["params"]["backbone"]
+    same(found["blocks"], teacher["blocks"])
+    same(found["patch_embed"], teacher["patch_embed"])
+    assert ("pos_embed" in found) == (family == "attmask")
+    fresh = {"attmask": "head/mlp", "mae": "decoder/blocks",
+             "extrema": "backbone/readout_0"}[family]  # fmt: skip
+    (said,) = [x for x in caplog.messages if "at start values" in x]
+    assert fresh in said
+
+
+def test_positions_of_another_size(trained, tmp_path):
+  path = export(trained, tmp_path / "a.pth", format="timm")
+  config = small.config({"data.image_size": 24, "data.local_size": 12,
+                         "init_from": str(path), "heads": 2})  # fmt: skip
+  method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
+  mesh = meshes.make_mesh()
+  with pytest.raises(InputError, match="--config.init_resample=True"):
+    starts.start(config, method, mesh)
+  with config.unlocked():
+    config.init_resample = True
+  table = starts.start(config, method, mesh).trees["params"]["backbone"]
+  from attmask_jax import positions
+
+  old = jax.device_get(load(trained).params["backbone"]["pos_embed"])
+  want = positions.interpolate(old, 24, 24, 4, lead=1)
+  np.testing.assert_allclose(table["pos_embed"], want, atol=1e-6)
+  wide = small.config({"method.variant": "24x2x2", "init_from": str(path),
+                       "heads": 2})  # fmt: skip
+  method = METHODS["attmask"].from_config(wide, steps_per_epoch=8)
+  with pytest.raises(InputError, match="set .*method.variant"):
+    starts.start(wide, method, mesh)
+
+
+# What is refused ------------------------------------------------------------
+
+
+def changed(path, target, change):
+  tree = pth.read(path)
+  change(tree)
+  pth.write(target, {k: v for k, v in tree.items()})
+  return str(target)
+
+
+def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
+  file = tmp_path / "a.pth"
+  name = "backbone.blocks.1.mlp.fc1.bias"
+  where = changed(exported, file, lambda t: t["teacher"].pop(name))
+  with pytest.raises(InputError, match=f"lacks {name}.*allow_missing"):
+    load(where)
+  # Its other blocks are then without a place.
+  rest = ("backbone.blocks.",)
+  found = load(where, allow_missing=rest)
+  ours = load(exported)
+  bias = found.params["backbone"]["blocks"]["mlp"]["fc1"]["bias"]
+  assert not np.any(bias)  # start values
+  kernel = lambda w: w.params["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
+  same(kernel(found), kernel(ours))
+  extra = lambda t: t["teacher"].update({"new.thing": np.zeros(2, "f4")})
+  with pytest.raises(InputError, match="no place for: new.thing"):
+    load(changed(exported, file, extra))
+  load(str(file), allow_missing=("new.",))
+  short = lambda t: t["teacher"].update({name: np.zeros(3, "f4")})
+  with pytest.raises(InputError, match=r"fc1.bias has shape \(3,\)"):
+    load(changed(exported, file, short))
+  nan = lambda t: t["teacher"].update(
+    {"backbone.norm.bias": np.full(16, np.nan, "f4")}
+  )
+  with caplog.at_level(logging.WARNING):
+    load(changed(exported, file, nan))
+  assert "1 tensors are not finite" in caplog.text
+
+
+def test_files_without_a_network(tmp_path):
+  for tree, match in (
+    ([1, 2], "holds a list and no state dict"),
+    ({"epoch": 3}, "no state dict found"),
+    ({"a.b": np.zeros(3, "f4")}, "of no known code base"),
+  ):
+    pth.write(tmp_path / "a.pth", tree)
+    with pytest.raises(InputError, match=match):
+      load(tmp_path / "a.pth")
+  with pytest.raises(InputError, match="is no file"):
+    load(tmp_path / "b.pth")
+
+
+def test_exports_that_cannot_be(trained, exported, tmp_path):
+  path = tmp_path / "a.pth"
+  for options, match in (
+    (dict(format="onnx"), 'format "onnx" is unknown'),
+    (dict(format="timm", dtype="int8"), 'dtype "int8" is unknown'),
+    (dict(format="mae"), 'format "mae" cannot hold'),
+    (dict(format="extrema"), 'format "extrema" cannot hold'),
+  ):
+    with pytest.raises(InputError, match=match):
+      export(trained, path, **options)
+    assert not path.exists()
+  with pytest.raises(InputError, match=r"must end in .pth or .safetensors"):
+    export(trained, tmp_path / "a.onnx", format="timm")
+  with pytest.raises(InputError, match="exists"):
+    export(trained, exported, format="timm")
+  config = (trained / "config.json").read_text()
+  with pytest.raises(InputError, match="config.json exists"):
+    export(trained, trained / "a.safetensors", format="hf")
+  assert (trained / "config.json").read_text() == config
+
+
+def test_exported_files_have_the_usual_rights(trained, tmp_path):
+  mask = os.umask(0o022)
+  try:
+    for name in ("a.pth", "a.safetensors"):
+      path = export(trained, tmp_path / name, format="timm")
+      assert path.stat().st_mode & 0o777 == 0o644
+  finally:
+    os.umask(mask)
+  assert tensors.read(tmp_path / "a.safetensors")[1]["heads"] == "2"
