@@ -71,7 +71,12 @@ def test_full_checkpoint_there_and_back(trained, tmp_path, suffix, dtype):
     same(theirs.params, rounded)
   # Written again it is the same file.
   again = export(path, tmp_path / f"b{suffix}", format="attmask", dtype=dtype)
-  assert path.read_bytes() == again.read_bytes()
+  if suffix == ".pth":
+    assert path.read_bytes() == again.read_bytes()
+  else:  # the package writes its notes in any order
+    (first, notes), (second, others) = map(tensors.read, (path, again))
+    assert notes == others
+    same(first, second)
 
 
 def test_a_backbone_alone(trained, tmp_path):
