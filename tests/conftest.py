@@ -37,3 +37,18 @@ def images_root():
   if not root:
     pytest.skip("ATTMASK_DATA names no folder of real images")
   return pathlib.Path(root)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+  """Folder of compiled programs, which runs of one session share."""
+  return tmp_path_factory.getbasetemp() / "programs"
+
+
+@pytest.fixture(scope="module")
+def quick_compiler(programs):
+  """See `small.quick_compiler`."""
+  import small  # after jax is set up, above
+
+  with small.quick_compiler(programs):
+    yield

@@ -27,15 +27,7 @@ WALL_CLOCK = {"train/img_per_s", "train/data_wait"}
 PARAMETERS, LOGGED = 1e-5, 1e-4
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-  return tmp_path_factory.getbasetemp() / "programs"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(programs):
-  with small.quick_compiler(programs):
-    yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(autouse=True)

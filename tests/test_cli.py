@@ -19,15 +19,7 @@ ROOT = pathlib.Path(main.__file__).parent
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-  return tmp_path_factory.getbasetemp() / "programs"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(programs):
-  with small.quick_compiler(programs):
-    yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture

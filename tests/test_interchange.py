@@ -19,12 +19,11 @@ from configs import evals, tiny
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, quick_compiler):
   """Run directory of a small AttMask run."""
   folder = tmp_path_factory.mktemp("trained")
-  with small.quick_compiler(folder / "programs"):
-    train.train(small.config(), str(folder / "run"))
-    yield folder / "run"
+  train.train(small.config(), str(folder / "run"))
+  return folder / "run"
 
 
 @pytest.fixture(scope="module")

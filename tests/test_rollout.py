@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-import small
 from PIL import Image
 from test_classify_golden import mae_method, under, weights_of
 
@@ -104,7 +103,7 @@ def test_proper_rows_against_a_loop():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, quick_compiler):
   """A small MAE run that asks its own attention what to hide."""
   folder = tmp_path_factory.mktemp("mae")
   changes = {
@@ -130,9 +129,8 @@ def trained(tmp_path_factory):
 
   config = tiny.get_config("mae")
   config.update_from_flattened_dict(changes)
-  with small.quick_compiler(folder / "programs"):
-    train.train(config.lock(), str(folder / "run"))
-    yield folder / "run"
+  train.train(config.lock(), str(folder / "run"))
+  return folder / "run"
 
 
 def run(name, where, folder, **changes):

@@ -18,10 +18,7 @@ from attmask_jax.methods import attmask
 ROUNDING = 5e-6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(tmp_path_factory):
-  with small.quick_compiler(tmp_path_factory.getbasetemp() / "programs"):
-    yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(autouse=True)
