@@ -1,11 +1,13 @@
 """PyTorch's files without PyTorch: round trips, and files that mean harm."""
 
 import io
+import json
 import os
 import pathlib
 import pickle
 import shutil
 import struct
+import sys
 import zipfile
 
 import ml_dtypes
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import pth, tensors
+from attmask_jax.torch_io import pickling, pth, tensors
 
 RNG = np.random.default_rng(0)
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64,
@@ -86,6 +88,11 @@ def test_what_cannot_be_written(tmp_path):
   for value in (np.zeros(2, complex), object(), {1, 2}, b"bytes"):
     with pytest.raises(InputError, match="cannot be written"):
       pth.write(tmp_path / "a.pth", {"x": value})
+  circle = []
+  circle.append(circle)
+  for value in (circle, 2**70):
+    with pytest.raises(InputError, match="cannot be written"):
+      pth.write(tmp_path / "a.pth", {"x": value})
   (tmp_path / "file").write_text("")
   for write in (pth.write, tensors.write):
     with pytest.raises(InputError, match="cannot be written"):
@@ -150,7 +157,7 @@ def test_nothing_of_the_file_is_run(tmp_path):
       program = pickle.dumps({"model": call}, protocol=2)
     except (TypeError, pickle.PicklingError):
       continue
-    refused(archive(path, program), "is not run|opcode")
+    refused(archive(path, program), "is not run|instruction")
   # What stands in for known classes takes a call and runs nothing.
   program = (
     b"\x80\x02cargparse\nNamespace\n(X\x01\x00\x00\x00aX\x01\x00\x00\x00btR"
@@ -158,12 +165,12 @@ def test_nothing_of_the_file_is_run(tmp_path):
   )
   assert pth.read(archive(path, program)).name == "argparse.Namespace"
   for opcode in (b"(ios\nsystem\n.", b"(cos\nsystem\no.", b"\x82\x01."):
-    refused(archive(path, b"\x80\x02" + opcode), "opcode|is not run|damaged")
+    refused(archive(path, b"\x80\x02" + opcode), "instruction|is not run")
   assert not mark.exists()
 
 
 def tensor_program(numel, size, stride, *, key="0", offset=0):
-  emit = lambda node: pth._emit(node, [])
+  emit = lambda node: pickling.dump(node)[0][2:-1]
   return (
     b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((" + emit("storage")
     + b"ctorch\nFloatStorage\n" + emit(key) + emit("cpu") + emit(numel)
@@ -179,13 +186,13 @@ def tensor_program(numel, size, stride, *, key="0", offset=0):
     (dict(numel=2**40, size=(2**40,), stride=(1,)), "claims .* which has 16"),
     (dict(numel=4, size=(2, 2), stride=(4, 1)), "in 4 numbers"),
     (dict(numel=4, size=(4,), stride=(1,), offset=1), "in 4 numbers"),
-    (dict(numel=4, size=(2**62, 4), stride=(0, 0)), "in 4 numbers"),
+    (dict(numel=4, size=(2**62, 4), stride=(0, 0)), "twice its size"),
     (dict(numel=4, size=(-1,), stride=(1,)), "damaged"),
     (dict(numel=4, size=(2,), stride=(-1,)), "damaged"),
     (dict(numel=4, size=(2, 2), stride=(1,)), "damaged"),
     (dict(numel=4, size=(1,) * 70, stride=(1,) * 70), "damaged"),
     (dict(numel=4, size=(4,), stride=(1,), key="9"), "lacks its member"),
-    (dict(numel=-4, size=(0,), stride=(1,)), "in -4 numbers|claims"),
+    (dict(numel=-4, size=(0,), stride=(1,)), "damaged"),
     (dict(numel=4, size=(2.0,), stride=(1,)), "damaged"),
   ],
 )
@@ -195,7 +202,8 @@ def test_tensors_that_claim_more_than_there_is(tmp_path, claim, match):
   refused(path, match)
 
 
-def test_many_views_of_few_numbers_do_not_fill_memory(tmp_path):
+def test_many_views_of_few_numbers_do_not_fill_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(pth, "MAX_COPIED_BYTES", 10**6)
   view = tensor_program(10_000, (100, 100), (1, 100))[2:-1]
   program = b"\x80\x02](" + 50 * view + b"e."
   numbers = {"archive/data/0": np.zeros(10_000, "f4").tobytes()}
@@ -235,17 +243,125 @@ def test_files_that_are_something_else(tmp_path):
 
 def test_memo_indices_reserve_no_memory(tmp_path):
   program = b"\x80\x02}r" + struct.pack("<I", 2**31) + b"."
-  refused(archive(tmp_path / "a.pth", program), "memo")
+  assert pth.read(archive(tmp_path / "a.pth", program)) == {}
 
 
 def nested(depth):
-  return b"\x80\x02" + b"(" * depth + b"t" * depth + b"."
+  return b"(" * depth + b"t" * depth
 
 
-def test_deep_nesting_is_survived(tmp_path):
-  path = archive(tmp_path / "a.pth", nested(200_000))
-  found = pth.read(path)
-  assert found == ((),) or isinstance(found, tuple)
+TEXT = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6
+CALLED_OFTEN = b"q\x01" + 2000 * b"h\x00h\x01R" + b"t."
+
+
+@pytest.mark.parametrize(
+  "program, match",
+  [
+    (nested(200_000) + b".", "deeper than"),
+    (b"}" + nested(200_000) + b"Ns.", "damaged"),  # its hash is recursive
+    (b"]q\x00h\x00a.", "in a circle"),
+    (
+      b"]q\x00"
+      + b"".join(
+        b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1])
+        for i in range(60)
+      )
+      + b".",
+      "unfolds",
+    ),  # 2^60 lists
+    (b"(ctorch\nSize\nq\x00" + TEXT + b"\x85" + CALLED_OFTEN, "damaged"),
+    (
+      b"(c_codecs\nencode\nq\x00" + TEXT + b"X\x06\x00\x00\x00latin1\x86"
+      + CALLED_OFTEN,
+      "unfolds",
+    ),
+    (b"X\xff\xff\xff\xffa.", "damaged"),
+    (b"cos\x1b[31m\n" + 10**5 * b"x" + b"\n.", r"os\\x1b\[31m.x{20,80}\.\.\."),
+    (b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000NK\x04tQ.",
+     "no tensor"),
+    (b"", "damaged"), (b"t.", "damaged"), (b"0.", "damaged"),
+    (b"R.", "damaged"), (b"h\x07.", "damaged"), (b"Q.", "damaged"),
+  ],
+)  # fmt: skip
+def test_programs_that_fill_memory_or_crash(tmp_path, program, match):
+  refused(archive(tmp_path / "a.pth", b"\x80\x02" + program), match)
+
+
+@pytest.mark.parametrize(
+  "name", ["torch FloatStorage", "torch._utils _rebuild_tensor_v2",
+           "numpy.core.multiarray scalar", "collections OrderedDict"],
+)  # fmt: skip
+def test_a_file_sets_no_attributes_of_ours(tmp_path, name):
+  """What stands for names of the file is new each time, and inert."""
+  program = b"c" + name.replace(" ", "\n").encode() + b"\nN}X\x0c\x00\x00\x00"
+  program += b"__defaults__K\x01s\x86b."
+  path = archive(tmp_path / "a.pth", b"\x80\x02" + program)
+  assert type(pth.read(path)) is pth.Opaque
+  assert not hasattr(pth.Opaque, "__defaults__")
+  assert np.dtype("f4").itemsize == 4
+  numbers = {"archive/data/0": np.arange(4, dtype="f4").tobytes()}
+  tensor = tensor_program(4, (4,), (1,))[:-1]
+  for change in (
+    b"(tb.",
+    b"}b.",
+    b"(K\x00K\x01ua.",
+    b"K\x00K\x01s.",
+    b"K\x00a.",
+  ):
+    refused(archive(path, tensor + change, numbers), "damaged")
+
+
+def test_items_are_set_in_dicts_alone(tmp_path):
+  numbers = {"archive/data/0": np.arange(4, dtype="f4").tobytes()}
+  copied = tensor_program(4, (2, 2), (1, 2))[:-1]  # a writable array
+  for start in (copied, b"\x80\x02](K\x01K\x02e"):
+    path = archive(tmp_path / "a.pth", start + b"K\x00K\x07s.", numbers)
+    refused(path, "wrong place")
+
+
+def test_members_that_overlap(tmp_path):
+  """A small file whose members are larger than itself in sum."""
+  path = tmp_path / "a.pth"
+  members = {f"archive/data/{i}": bytes(1000) for i in range(3)}
+  content = bytearray(archive(path, b"\x80\x02}.", members).read_bytes())
+  at = 0
+  while (at := content.find(b"PK\x01\x02", at + 1)) > 0:
+    content[at + 20 : at + 28] = struct.pack("<II", 2000, 2000)
+  path.write_bytes(content)
+  refused(path, "larger than itself")
+
+
+def test_a_description_that_is_too_long(tmp_path, monkeypatch):
+  monkeypatch.setattr(pth, "MAX_PICKLE_BYTES", 100)
+  program = b"\x80\x02](" + 100 * b"K\x01" + b"e."
+  refused(archive(tmp_path / "a.pth", program), "data.pkl of 206 bytes")
+
+
+def test_plain_values_of_checkpoints(tmp_path):
+  program = (
+    b"\x80\x02(c__builtin__\nset\n](K\x01K\x02e\x85Rctorch\nSize\n(K\x03K\x04t"
+    b"\x85Rctorch\ndevice\nX\x03\x00\x00\x00cpu\x85Rctorch\nfloat32\nt."
+  )
+  ones, size, device, dtype = pth.read(archive(tmp_path / "a.pth", program))
+  assert ones == {1, 2} and size == (3, 4)
+  assert (device.name, device.state) == ("torch.device", ("cpu",))
+  assert (dtype.name, dtype.state) == ("torch.float32", None)
+
+
+def test_expanded_tensors_are_read(tmp_path):
+  program = tensor_program(4, (3, 2), (0, 1), offset=1)
+  numbers = {"archive/data/0": np.arange(4, dtype="f4").tobytes()}
+  found = pth.read(archive(tmp_path / "a.pth", program, numbers))
+  same(found, np.array([[1, 2]] * 3, np.float32))
+
+
+def test_an_array_that_occurs_twice_is_written_once(tmp_path):
+  weight = RNG.normal(size=(100, 10)).astype("f4")
+  pth.write(tmp_path / "a.pth", {"a": weight, "b": [weight], "c": weight + 1})
+  with zipfile.ZipFile(tmp_path / "a.pth") as file:
+    assert sum("/data/" in name for name in file.namelist()) == 2
+  found = pth.read(tmp_path / "a.pth")
+  same(found, {"a": weight, "b": [weight], "c": weight + 1})
 
 
 def test_single_changes_and_truncations(tmp_path):
@@ -270,6 +386,27 @@ def test_single_changes_and_truncations(tmp_path):
   assert not mark.exists()
 
 
+def test_changed_programs_with_right_checksums(tmp_path, golden_root):
+  """What the archive's checksums would hide from the test above."""
+  with zipfile.ZipFile(golden_root / "attmask" / "checkpoint.pth") as file:
+    members = {name: file.read(name) for name in file.namelist()}
+  name = next(n for n in members if n.endswith("/data.pkl"))
+  root = name.removesuffix("/data.pkl")
+  program = members.pop(name)
+  path = archive(tmp_path / "a.pth", program, members, root=root)
+  same(pth.read(path)["teacher"], pth.read(path)["teacher"])
+  rng, errors = np.random.default_rng(2), 0
+  for _ in range(300):
+    changed = bytearray(program)
+    for place in rng.integers(0, len(program), rng.integers(1, 4)):
+      changed[place] = rng.choice([rng.integers(256), *b"(tRbQuesa0hqX.N}]"])
+    try:
+      pth.read(archive(path, bytes(changed), members, root=root))
+    except InputError:
+      errors += 1
+  assert errors > 100
+
+
 def test_changed_numbers_are_noticed(tmp_path):
   path = tmp_path / "a.pth"
   pth.write(path, {"w": np.ones(100, "f4")})
@@ -292,6 +429,39 @@ def test_damaged_safetensors(tmp_path):
   path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
   with pytest.raises(InputError, match="damaged"):
     tensors.read(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E8M0", "F4", "X"])
+def test_safetensors_of_types_that_numpy_lacks(tmp_path, dtype):
+  size = 2 if dtype == "F4" else 4
+  what = {"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, size]}}
+  head = json.dumps(what).encode()
+  path = tmp_path / "a.safetensors"
+  path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(size))
+  with pytest.raises(InputError, match="damaged|NumPy lacks"):
+    tensors.read(path)
+
+
+def test_safetensors_that_cannot_be_written(tmp_path):
+  path, good = tmp_path / "a.safetensors", {"w": np.ones(2, "f4")}
+  for given, notes in (
+    (good, {"epoch": 1}), ({1: np.ones(2, "f4")}, None),
+    ({"w": np.zeros(2, complex)}, None), ({"w": np.array(["x"])}, None),
+  ):  # fmt: skip
+    with pytest.raises(InputError, match="cannot be written"):
+      tensors.write(path, given, notes)
+  assert not os.listdir(tmp_path)
+
+
+def test_without_the_safetensors_package(tmp_path, monkeypatch):
+  for name in ("safetensors", "safetensors.numpy"):
+    monkeypatch.setitem(sys.modules, name, None)
+  path = tmp_path / "a.safetensors"
+  path.write_bytes(b"x")
+  with pytest.raises(InputError, match="pip install safetensors"):
+    tensors.read(path)
+  with pytest.raises(InputError, match="pip install safetensors"):
+    tensors.write(path, {"w": np.ones(2, "f4")})
 
 
 # Where torch is installed ---------------------------------------------------
@@ -335,6 +505,11 @@ def test_we_read_what_torch_writes(tmp_path):
     "args": argparse.Namespace(lr=0.1, path=pathlib.PosixPath("x")),
     "number": np.float64(0.25),
     "text": "epoch",
+    "set": {1, 2},
+    "expanded": base[:1].expand(5, 6),
+    "flags": base > 3,
+    "dtype": torch.bfloat16,
+    "array": np.arange(3),
   }
   torch.save(saved, tmp_path / "a.pth")
   found = pth.read(tmp_path / "a.pth")
@@ -345,6 +520,10 @@ def test_we_read_what_torch_writes(tmp_path):
   same(found["shared"][1], base[2].numpy())
   assert found["number"] == 0.25 and found["text"] == "epoch"
   assert found["args"].state["lr"] == 0.1
+  assert found["set"] == {1, 2} and found["dtype"].name == "torch.bfloat16"
+  assert found["array"].name.endswith("_reconstruct")
+  same(found["flags"], (base > 3).numpy())
+  same(found["expanded"], np.ascontiguousarray(saved["expanded"].numpy()))
   for name, value in model.state_dict().items():
     same(found["model"][name], value.numpy())
   torch.save(base, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

@@ -1,0 +1,329 @@
+"""Pickle programs of tensors in containers, read without running them.
+
+A pickle is a program that may call anything. Python's own Unpickler can be kept
+from finding functions, but it still lets a file set attributes of whatever
+stands for them, fill memory, and crash by deep keys. So here is an interpreter
+of the few instructions that torch.save writes. It makes plain values, looks
+calls up in a fixed list, and calls nothing that the file brings.
+
+Source: pickletools, which documents and decodes the instructions.
+"""
+
+import pickletools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+STORAGES = {
+  "DoubleStorage": np.dtype(np.float64),
+  "FloatStorage": np.dtype(np.float32),
+  "HalfStorage": np.dtype(np.float16),
+  "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+  "LongStorage": np.dtype(np.int64),
+  "IntStorage": np.dtype(np.int32),
+  "ShortStorage": np.dtype(np.int16),
+  "CharStorage": np.dtype(np.int8),
+  "ByteStorage": np.dtype(np.uint8),
+  "BoolStorage": np.dtype(np.bool_),
+}
+MAX_DEPTH = 64  # of containers in containers
+MAX_VALUES = 2**22  # in the object, counting shared ones again and again
+MAX_MADE = 2**26  # characters and items that calls may make
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_LITERALS = frozenset(
+  "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES "
+  "SHORT_BINBYTES".split()
+)
+_PARAMETERS = (
+  "torch._utils._rebuild_parameter",
+  "torch._utils._rebuild_parameter_with_state",
+)
+_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+_SETS = ("__builtin__.set", "builtins.set")
+_INERT = (
+  "argparse.Namespace", "collections.Counter", "numpy.dtype", "numpy.ndarray",
+  "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+  "pathlib.PosixPath", "pathlib.WindowsPath", "torch.device", "torch.float16",
+  "torch.bfloat16", "torch.float32", "torch.float64", "torch.int64",
+  "torch.strided",
+)  # fmt: skip
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_KNOWN = frozenset(
+  (*(f"torch.{name}" for name in STORAGES), *_PARAMETERS, *_SCALARS, *_SETS)
+  + (*_INERT, _TENSOR, "_codecs.encode", "collections.OrderedDict")
+  + ("torch.Size",)
+)
+
+
+_TOO_MUCH = (
+  "unfolds to more than any checkpoint needs: save only tensors, numbers and "
+  "text in it"
+)
+
+
+class Refused(ValueError):
+  """The rest of a sentence that starts with the name of the file."""
+
+
+class Opaque:
+  """A part of a file that is none of our business, such as its arguments.
+
+  Attributes:
+    name: what the file calls its class.
+    state: what it would have been made of; plain values.
+  """
+
+  __slots__ = ("name", "state")
+
+  def __init__(self, name: str, state: Any = None) -> None:
+    self.name, self.state = name, state
+
+
+class Storage(NamedTuple):
+  """A block of numbers that a program names."""
+
+  dtype: np.dtype
+  key: str
+  numel: int
+
+
+def shown(text: Any) -> str:
+  """Text of a file for a message: short, and without control characters."""
+  text = str(text)
+  return ascii(text[:80])[1:-1] + ("..." if len(text) > 80 else "")
+
+
+def load(program: bytes, tensor: Callable[..., np.ndarray]) -> Any:
+  """The object of a program: plain values, arrays and `Opaque`.
+
+  Args:
+    program: bytes of the pickle.
+    tensor: makes an array of a `Storage`, offset, size and stride (of which
+      only the first is checked).
+
+  Raises:
+    Refused: something else than tensors in containers, by name.
+    Exception: damage, of many kinds.
+  """
+  machine = _Machine(tensor)
+  for opcode, argument, _ in pickletools.genops(program):
+    if opcode.name == "STOP":
+      break
+    machine.step(opcode.name, argument)
+  found = machine.pop()
+  _check(found)
+  return found
+
+
+class _Machine:
+  """A stack, marks on it, and a memo."""
+
+  def __init__(self, tensor: Callable[..., np.ndarray]) -> None:
+    self._tensor = tensor
+    self._stack: list[Any] = []
+    self._below: list[list[Any]] = []
+    self._memo: dict[int, Any] = {}
+    self._made = 0
+
+  def pop(self) -> Any:
+    """The value on top."""
+    return self._stack.pop()
+
+  def step(self, name: str, argument: Any) -> None:
+    """Carries out one instruction."""
+    if name in _LITERALS:
+      self._stack.append(argument)
+    elif name in _CONSTANTS:
+      self._stack.append(_CONSTANTS[name])
+    elif name in ("PROTO", "FRAME"):
+      pass
+    elif name == "MARK":
+      self._below.append(self._stack)
+      self._stack = []
+    elif name == "POP":
+      self._stack.pop()
+    elif name in ("BINPUT", "LONG_BINPUT"):
+      self._memo[argument] = self._stack[-1]
+    elif name == "MEMOIZE":
+      self._memo[len(self._memo)] = self._stack[-1]
+    elif name in ("BINGET", "LONG_BINGET"):
+      self._stack.append(self._memo[argument])
+    elif not self._container(name) and not self._object(name, argument):
+      raise Refused(
+        f"uses the pickle instruction {name}, which no checkpoint needs: save "
+        "only tensors, numbers and text in it"
+      )
+
+  def _since_mark(self) -> list[Any]:
+    items, self._stack = self._stack, self._below.pop()
+    return items
+
+  def _last(self, count: int) -> list[Any]:
+    if len(self._stack) < count:
+      raise IndexError("the stack is empty")
+    items = self._stack[-count:]
+    del self._stack[-count:]
+    return items
+
+  def _container(self, name: str) -> bool:
+    """Carries out an instruction on containers; False for others."""
+    made: dict[str, Callable[[], Any]] = {
+      "EMPTY_TUPLE": tuple,
+      "EMPTY_LIST": list,
+      "EMPTY_DICT": dict,
+      "EMPTY_SET": set,
+      "TUPLE": lambda: tuple(self._since_mark()),
+      "TUPLE1": lambda: tuple(self._last(1)),
+      "TUPLE2": lambda: tuple(self._last(2)),
+      "TUPLE3": lambda: tuple(self._last(3)),
+    }
+    if name in made:
+      value = made[name]()  # first: it may change what the stack is
+      self._stack.append(value)
+    elif name in ("APPEND", "APPENDS"):
+      items = self._last(1) if name == "APPEND" else self._since_mark()
+      _of(list, self._stack[-1]).extend(items)
+    elif name in ("SETITEM", "SETITEMS"):
+      items = self._last(2) if name == "SETITEM" else self._since_mark()
+      pairs = zip(map(_key, items[::2]), items[1::2], strict=True)
+      _of(dict, self._stack[-1]).update(pairs)
+    elif name == "ADDITEMS":
+      items = self._since_mark()
+      _of(set, self._stack[-1]).update(map(_key, items))
+    else:
+      return False
+    return True
+
+  def _object(self, name: str, argument: Any) -> bool:
+    """Carries out an instruction on globals and objects; False for others."""
+    if name == "GLOBAL":
+      self._stack.append(_global(*argument.split(" ", 1)))
+    elif name == "STACK_GLOBAL":
+      self._stack.append(_global(*self._last(2)))
+    elif name in ("REDUCE", "NEWOBJ"):
+      what, arguments = self._last(2)
+      self._stack.append(self._call(_of(Opaque, what), _of(tuple, arguments)))
+    elif name == "BUILD":
+      state = self._stack.pop()
+      if isinstance(self._stack[-1], Opaque):
+        what = self._stack[-1]
+        self._stack[-1].state = (
+          (what.state, state) if what.name == "numpy.dtype" else state
+        )
+      elif not isinstance(self._stack[-1], dict):  # an OrderedDict's _metadata
+        raise TypeError("state for a plain value")
+    elif name == "BINPERSID":
+      self._stack.append(_storage(self._stack.pop()))
+    else:
+      return False
+    return True
+
+  def _call(self, what: Opaque, arguments: tuple[Any, ...]) -> Any:
+    """What torch would have made of a call that is known."""
+    if what.name == _TENSOR:
+      storage, offset, size, stride, *_ = arguments
+      return self._tensor(_of(Storage, storage), offset, size, stride)
+    if what.name in _PARAMETERS:
+      return _of(np.ndarray, arguments[0])
+    if what.name in _SCALARS:
+      return _scalar(*arguments)
+    if what.name == "collections.OrderedDict" and not arguments:
+      return {}
+    if what.name in _SETS or what.name == "torch.Size":
+      items = _of(list | tuple, arguments[0]) if arguments else ()
+      self._spend(len(items))
+      return set(map(_key, items)) if what.name in _SETS else tuple(items)
+    if what.name == "_codecs.encode":  # how protocol 2 holds bytes
+      text, encoding = arguments
+      if encoding != "latin1":
+        raise ValueError("unknown encoding")
+      self._spend(len(text))
+      return _of(str, text).encode("latin1")
+    if what.name not in _INERT:
+      raise TypeError(f"an unknown call of {what.name}")
+    return Opaque(what.name, arguments)
+
+  def _spend(self, amount: int) -> None:
+    self._made += amount
+    if self._made > MAX_MADE:
+      raise Refused(_TOO_MUCH)
+
+
+def _of(kind: Any, value: Any) -> Any:
+  """The value, if it is of this type."""
+  if not isinstance(value, kind):
+    raise TypeError(f"a {type(value).__name__} in the wrong place")
+  return value
+
+
+def _key(value: Any) -> Any:
+  """A value that may be a key: nothing deep, whose hash would be recursive."""
+  for part in value if isinstance(value, tuple) else (value,):
+    if not isinstance(part, str | bytes | int | float | Opaque | None):
+      raise TypeError(f"a {type(part).__name__} as a key")
+    # Larger ones can all be made to have one hash.
+    if isinstance(part, int) and abs(part) >= 2**63:
+      raise ValueError("a key beyond 64 bits")
+  return value
+
+
+def _global(module: Any, name: Any) -> Opaque:
+  """What stands for a name of the file."""
+  full = f"{_of(str, module)}.{_of(str, name)}"
+  if full not in _KNOWN:
+    raise Refused(
+      f"asks for {shown(full)}, which is not run: save only tensors, numbers "
+      "and text in it"
+    )
+  return Opaque(full)
+
+
+def _storage(pid: Any) -> Storage:
+  """A block of numbers, not read yet."""
+  kind, what, key, _, numel = _of(tuple, pid)
+  dtype = STORAGES.get(_of(Opaque, what).name.removeprefix("torch."))
+  plain = type(numel) is int and numel >= 0
+  if kind != "storage" or dtype is None or not plain:
+    raise ValueError("an unknown reference")
+  return Storage(dtype, _of(str, key), numel)
+
+
+def _scalar(dtype: Any, raw: Any = b"") -> Any:
+  """A NumPy number as a plain one; another kind stays opaque."""
+  state = dtype.state if isinstance(dtype, Opaque) else None
+  try:
+    (code, *_), (_, order, *_) = state
+    if code in ("f8", "f4", "f2", "i8", "i4", "b1") and order in ("<", "|"):
+      return np.frombuffer(raw, code)[0].item()
+  except (TypeError, ValueError, IndexError):
+    pass
+  return Opaque("numpy.scalar", (dtype, raw))
+
+
+def _check(found: Any) -> None:
+  """Refuses what is endless, or could not be walked through by a caller."""
+  level, count = [found], 0
+  for _ in range(MAX_DEPTH):
+    inner: list[Any] = []
+    for value in level:
+      if isinstance(value, dict):
+        inner.extend(value.values())
+      elif isinstance(value, list | tuple) and not isinstance(value, Storage):
+        inner.extend(value)
+      elif isinstance(value, Opaque):
+        inner.append(value.state)
+      elif isinstance(value, Storage):
+        raise Refused("holds a storage that is no tensor: save tensors only")
+      if len(inner) > MAX_VALUES - count:
+        raise Refused(_TOO_MUCH)
+    count += len(inner)
+    level = inner
+    if not level:
+      return
+  raise Refused(
+    f"nests containers deeper than {MAX_DEPTH}, or in a circle: save only a "
+    "state dict"
+  )
