@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from attmask_jax import Params
+from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
 
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
@@ -260,8 +260,8 @@ class Checkpoints:
 
   def _check_shapes(self, step: int, name: str, tree: Params) -> None:
     saved = self._manager.item_metadata(step)[name]
-    found = {} if saved is None else _shapes(saved)
-    wanted = _shapes(tree)
+    found = {} if saved is None else trees.shapes(saved)
+    wanted = trees.shapes(tree)
     for key in sorted(found.keys() | wanted.keys()):
       if found.get(key) != wanted.get(key):
         raise InputError(
@@ -298,22 +298,3 @@ def combine(
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """{"backbone/norm/scale": (D,), ...} of arrays or Orbax metadata."""
-  leaves = jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=lambda x: hasattr(x, "shape")
-  )
-  return {
-    "/".join(_key(k) for k in path): tuple(leaf.shape)
-    for path, leaf in leaves
-    if hasattr(leaf, "shape")
-  }
-
-
-def _key(entry: Any) -> str:
-  for field in ("key", "name", "idx"):
-    if hasattr(entry, field):
-      return str(getattr(entry, field))
-  return str(entry)

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, optim, positions, weights
+from attmask_jax import Params, positions, trees, weights
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import checkpoints
 
@@ -49,16 +49,16 @@ def start(
   }
   wanted = jax.eval_shape(method.init, jax.random.key(0))
   wanted = dict(zip(("params", "teacher", "aux"), wanted, strict=True))
-  trees, fresh = {}, []
+  chosen, fresh = {}, []
   for name, tree in given.items():
-    values = _flat(tree)
-    shapes = _flat(wanted[name])
+    values = trees.flat(tree)
+    shapes = trees.flat(wanted[name])
     _resample(values, shapes, method, where, allowed=config.init_resample)
     found = {}
     for path, leaf in shapes.items():
       value = values.get(path)
       if value is not None and value.shape == leaf.shape:
-        found[path] = value
+        found[path] = np.asarray(jax.device_get(value))
       elif value is not None and path.startswith("backbone/"):
         raise InputError(
           f"{where}: {path} has shape {tuple(value.shape)}, and this run's "
@@ -67,21 +67,21 @@ def start(
         )
       elif name == "params":
         fresh.append(path)
-    trees[name] = _nested(found)
-  if not trees["params"]:
+    chosen[name] = trees.nested(found)
+  if not chosen["params"]:
     raise InputError(f"{where} holds nothing that this run could start from")
-  epoch = _training_state(config, wanted["aux"], fresh, trees)
+  epoch = _training_state(config, wanted["aux"], fresh, chosen)
   if fresh:
     parts = sorted({"/".join(path.split("/")[:2]) for path in fresh})
     logging.info("not in %s, at start values: %s", where, ", ".join(parts))
-  return Start({k: v for k, v in trees.items() if v}, epoch)
+  return Start({k: v for k, v in chosen.items() if v}, epoch)
 
 
 def _training_state(
   config: ml_collections.ConfigDict,
   aux: Params,
   fresh: list[str],
-  trees: dict[str, Params],
+  chosen: dict[str, Params],
 ) -> int:
   """Takes up loss centres; the completed epochs of a whole checkpoint."""
   if not checkpoints.is_file(config.init_from):
@@ -93,7 +93,7 @@ def _training_state(
     if name in aux and aux[name].shape == value.shape
   }
   if centers:
-    trees["aux"] = centers
+    chosen["aux"] = centers
   if fresh or set(centers) != set(aux) or not config.init_epoch:
     return 0
   if file.epoch >= config.optim.epochs:
@@ -133,20 +133,3 @@ def _resample(
   values[path] = positions.interpolate(
     jnp.asarray(old), side, side, p, lead=method.backbone.lead
   )
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  """{"backbone/norm/scale": leaf}."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {optim.path_name(path): leaf for path, leaf in leaves}
-
-
-def _nested(flat: dict[str, Any]) -> Params:
-  tree: Params = {}
-  for path, leaf in flat.items():
-    *parents, last = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = np.asarray(jax.device_get(leaf))
-  return tree

@@ -35,7 +35,15 @@ STACKED = r"(^|/)blocks/"
 
 def path_name(path: tuple[Any, ...]) -> str:
   """Key path of a leaf as "backbone/blocks/attn/qkv/kernel"."""
-  return "/".join(str(getattr(key, "key", key)) for key in path)
+  return "/".join(map(_key_name, path))
+
+
+def _key_name(entry: Any) -> str:
+  """Key of a dict, name of an attribute, place in a sequence."""
+  for field in ("key", "name", "idx"):
+    if hasattr(entry, field):
+      return str(getattr(entry, field))
+  return str(entry)
 
 
 def map_named(f: Callable[..., Any], tree: Params, *rest: Params) -> Params:

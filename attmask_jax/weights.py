@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import Params, optim
+from attmask_jax import Params, optim, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
@@ -243,8 +243,8 @@ def _restore(
   reader = ocp.StandardCheckpointer()
   try:
     # Of the handler: the checkpointer's own warns of a file we do not have.
-    found = _named(ocp.StandardCheckpointHandler().metadata(folder).tree)
-    wanted = _named(shapes)
+    metadata = ocp.StandardCheckpointHandler().metadata(folder)
+    found, wanted = trees.shapes(metadata.tree), trees.shapes(shapes)
     for name in sorted(found.keys() | wanted.keys()):
       if found.get(name) != wanted.get(name):
         raise InputError(
@@ -306,15 +306,3 @@ def _restore_parts(
       ),
     )
   return found["aux"]
-
-
-def _named(tree: Any) -> dict[str, tuple[int, ...]]:
-  """{"backbone/norm/scale": (D,), ...}."""
-  leaves = jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=lambda x: hasattr(x, "shape")
-  )
-  return {
-    optim.path_name(path): tuple(leaf.shape)
-    for path, leaf in leaves
-    if hasattr(leaf, "shape")
-  }

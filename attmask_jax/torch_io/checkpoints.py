@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, optim
+from attmask_jax import Params, optim, trees
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import layouts, names, networks, pth, tables, tensors
 
@@ -234,11 +234,11 @@ def _check(
 
 def _filled(method: Any, wanted: Any, tree: Params) -> Params:
   """The tree in float32; leaves that it lacks get their start values."""
-  given, start = _flat(tree), {}
-  if set(given) != set(_flat(wanted)):
+  given, start = trees.flat(tree), {}
+  if set(given) != set(trees.flat(wanted)):
     logging.info("what is missing gets start values")
-    made = jax.jit(method.init)(jax.random.key(0))
-    start = _flat(jax.device_get(made[0])) | _flat(jax.device_get(made[2]))
+    made, _, aux = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
+    start = trees.flat(made | aux)
   return optim.map_named(
     lambda name, leaf: np.asarray(
       given[name] if name in given else start[name], np.float32
@@ -247,16 +247,9 @@ def _filled(method: Any, wanted: Any, tree: Params) -> Params:
   )
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-  """{"backbone/norm/scale": leaf}."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {optim.path_name(path): leaf for path, leaf in leaves}
-
-
 def _warn_of_nan(path: pathlib.Path, params: Params) -> None:
-  wrong = [
-    name for name, leaf in _flat(params).items() if not np.isfinite(leaf).all()
-  ]
+  leaves = trees.flat(params)
+  wrong = [name for name, x in leaves.items() if not np.isfinite(x).all()]
   if wrong:
     logging.warning(
       "%s: %d tensors are not finite, such as %s", path, len(wrong), wrong[0]

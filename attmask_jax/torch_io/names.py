@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attmask_jax import Params, optim
+from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import fixed
 
@@ -127,7 +127,7 @@ def to_ours(tensors: Tensors, table: Table, shapes: Any) -> Converted:
     InputError: a tensor of another shape, two names of one tensor that
       disagree, or a position table that is not the fixed one.
   """
-  wanted = {k: tuple(leaf.shape) for k, leaf in _flat(shapes).items()}
+  wanted = {k: tuple(leaf.shape) for k, leaf in trees.flat(shapes).items()}
   used, missing, found = set(), set(wanted), {}
   for path, pieces in _pieces(table, wanted).items():
     missing.remove(path)
@@ -143,8 +143,9 @@ def to_ours(tensors: Tensors, table: Table, shapes: Any) -> Converted:
           fixed.check(name, tensors[name], row.kind)
         used.add(name)
   used &= tensors.keys()
+  unexpected = sorted(set(tensors) - used)
   return Converted(
-    _nested(found), sorted(used), sorted(missing), sorted(set(tensors) - used)
+    trees.nested(found), sorted(used), sorted(missing), unexpected
   )
 
 
@@ -161,7 +162,8 @@ def to_theirs(
   Raises:
     InputError: a leaf without a name, or several linear layers in one leaf.
   """
-  leaves = {k: np.asarray(jax.device_get(x)) for k, x in _flat(tree).items()}
+  leaves = trees.flat(jax.device_get(tree))
+  leaves = {name: np.asarray(x) for name, x in leaves.items()}
   pieces = _pieces(table, {k: x.shape for k, x in leaves.items()})
   for path in sorted(leaves.keys() - pieces.keys()):
     raise InputError(
@@ -294,23 +296,3 @@ def _constant(
   if grid is None:
     raise ValueError(f"{row.theirs} is written, and grid is not given")
   return fixed.table(grid, width, row.kind, lead=lead).astype(like.dtype)
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  """{"backbone/norm/scale": leaf}."""
-  leaves = jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=lambda x: hasattr(x, "shape")
-  )
-  return {optim.path_name(path): leaf for path, leaf in leaves}
-
-
-def _nested(flat: Mapping[str, np.ndarray]) -> Params:
-  """The inverse of `_flat`."""
-  tree: Params = {}
-  for path, leaf in flat.items():
-    *parents, last = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return tree
