@@ -51,7 +51,7 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch):
   running = processes(tmp_path / "two", tmp_path / "cache", changes)
   try:
     for process in running:
-      _, errors = process.communicate(timeout=180)
+      _, errors = process.communicate(timeout=600)
       assert process.returncode == 0, errors[-2000:]
   finally:
     for process in running:  # one that died leaves the other waiting
