@@ -154,6 +154,8 @@ def reconstruct() -> ml_collections.ConfigDict:
     mask="",  # policy, see configs/mae.py; "" = as in the run
     ratio=0.0,  # of hidden patches; 0 = as in the run
     seed=0,  # of masks
+    # Files do not say: normalised is assumed ("visualize" models are raw).
+    target="",  # normalised | raw pixels; "" = as in the run
   )
   config.network = "student"  # it has the decoder
   return config

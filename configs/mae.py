@@ -28,10 +28,9 @@ Expected:  top-1 in percent, of the release; none was repeated by us. Fine-tuned
   official_huge     ViT-H/14       86.93      77.2    -    1600 epochs
 
 The release has small_100e_gap twice (12 files, 11 recipes). The official
-recipes are with a class token in the encoder; theirs is in the decoder, too,
-which this program leaves out. Any mask policy: --config.method.mask=
-random|block|grid|attmask_high|attmask_hint|attmask_low; the last three ask a
-moving average of the encoder.
+recipes are with a class token in the encoder and the decoder. Any mask policy:
+--config.method.mask=random|block|grid|attmask_high|attmask_hint|attmask_low;
+the last three ask a moving average of the encoder.
 """
 
 import ml_collections
@@ -51,6 +50,7 @@ _OFFICIAL = dict(
   position_order="xy",
   target_layout="hwc",
   target_variance="unbiased",
+  decoder_class_token=True,
   **_decoder(512, 8, 16),
 )
 # argument: epochs, warm-up epochs, method
@@ -97,6 +97,7 @@ def mae() -> ml_collections.ConfigDict:
     decoder_width=192,
     decoder_depth=4,
     decoder_heads=0,  # 0 = width / 64
+    decoder_class_token=False,  # the decoder sees the encoder's (official)
     norm_target=True,  # pixels normalised per patch
     target_layout="chw",  # values of a patch: chw | hwc (official)
     target_variance="biased",  # biased | unbiased (official)

@@ -1,5 +1,6 @@
 """Weights from and to other code bases, end to end, and what is refused."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -105,9 +106,20 @@ def test_import_is_a_checkpoint_of_ours(trained, exported, tmp_path, capsys):
     interchange.import_weights(config, str(tmp_path / "new"))
 
 
-@pytest.mark.parametrize("family", ["mae", "extrema"])
-def test_the_other_families(tmp_path, family):
+OFFICIAL = dict(
+  class_token=True, decoder_class_token=True, position_order="xy",
+  target_layout="hwc", target_variance="unbiased", decoder_heads=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mae", "official mae", "extrema"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_other_families(tmp_path, family, suffix):
+  official, family = family.startswith("official"), family.split()[-1]
   config = tiny.get_config(family)
+  if official:
+    config.method.update(OFFICIAL)
+    config.evals.avgpool = 0
   method = METHODS[family].from_config(config, steps_per_epoch=1)
   params, teacher, _ = jax.device_get(method.init(jax.random.key(3)))
   bumped = lambda tree: jax.tree_util.tree_map_with_path(
@@ -122,11 +134,22 @@ def test_the_other_families(tmp_path, family):
 
   student = of(params, "student")
   other = of(teacher, "teacher") if teacher else student
-  path = tmp_path / "a.pth"
+  path = tmp_path / f"a{suffix}"
   exporting.export(str(path), student, other, format=family, epoch=4)
   assert checkpoints.read(str(path)).epoch == 4
   same(load(path, "student").params, params)
   same(load(path, "teacher").params, teacher or params)
+  if family == "mae":
+    found = load(path, "student").method
+    assert found.decoder.heads == (4 if official else 1)
+    assert found.decoder.class_token == official
+    assert found.target_layout == ("hwc" if official else "chw")
+    other = {"chw": "hwc", "hwc": "chw"}[method.target_layout]
+    mixed = dataclasses.replace(method, target_layout=other)
+    with pytest.raises(InputError, match="no code base has both"):
+      exporting.export(
+        str(path), *[student._replace(method=mixed)] * 2, format="mae"
+      )
 
 
 # Evaluations on files -------------------------------------------------------

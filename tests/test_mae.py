@@ -10,8 +10,10 @@ import pytest
 import reference
 
 from attmask_jax import masking, mesh, optim, rates, train_step, vit
+from attmask_jax.errors import InputError
 from attmask_jax.evals import knn
 from attmask_jax.methods import mae
+from configs import tiny
 
 FORWARD, TRAINED = 2e-5, 1e-4  # tests/golden/mae/README.md
 
@@ -240,6 +242,45 @@ def test_variance_of_the_official_release():
   _, std = small(target_variance="unbiased").statistics(jnp.asarray(patches))
   want = np.sqrt(patches.var(axis=-1, ddof=1) + 1e-6)
   close(std[..., 0], want, 1e-6)
+
+
+def test_decoder_of_the_official_release_reads_the_class_token():
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
+  order = jnp.asarray([rng.permutation(9) for _ in range(2)])
+  plain = mae.Decoder(16, 1, 2, 12)
+  official = plain.clone(class_token=True)
+  params = official.init(jax.random.key(0), tokens, order, (3, 3))
+  got = official.apply(params, tokens, order, (3, 3))
+  assert got.shape == (2, 9, 12)
+  moved = official.apply(params, tokens.at[:, 0].add(1), order, (3, 3))
+  assert (np.abs(got - moved).max(axis=2) > 1e-6).all()
+  # Where it cannot be told from the rest, patches are where they were.
+  still = jax.tree.map(jnp.zeros_like, params["params"]["blocks"])
+  params = {"params": params["params"] | {"blocks": still}}
+  got = official.apply(params, tokens, order, (3, 3))
+  want = plain.apply(params, tokens[:, 1:], order, (3, 3))
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+  "changes, match",
+  [
+    (dict(mask_ratio=1.0), "mask_ratio 1.0"),
+    (dict(mask_ratio=0.999), "mask_ratio 0.999"),
+    (dict(mask="attended"), '"attended" is unknown'),
+    (dict(decoder_width=30), "a decoder of width 30"),
+    (dict(decoder_heads=5), "5 heads cannot be"),
+    (dict(decoder_depth=0), "0 blocks"),
+    (dict(decoder_class_token=True), "class_token is off"),
+    (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),
+  ],
+)
+def test_what_is_refused(changes, match):
+  config = tiny.get_config("mae")
+  config.method.update(changes)
+  with pytest.raises(InputError, match=match):
+    mae.Mae.from_config(config, steps_per_epoch=1)
 
 
 def test_golden_schedules(golden):

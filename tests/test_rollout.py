@@ -159,6 +159,10 @@ def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
   fewer = {"evals.count": 3, "evals.mask": "block", "evals.ratio": 0.5}
   other = run("reconstruct", trained, tmp_path / "b", **fewer)
   assert other["counts"]["hidden patches"] == 8
+  raw = {"evals.count": 3, "evals.target": "raw"}
+  assert run("reconstruct", trained, tmp_path / "f", **raw)["values"] != {
+    "mse": mse, "psnr": found["values"]["psnr"]
+  }  # fmt: skip
   name = tmp_path / "photo.png"
   Image.effect_noise((40, 25), 80).convert("RGB").save(name)
   wide = {"evals.images": str(name), "data.image_size": 24}
@@ -182,6 +186,7 @@ def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
     ("reconstruct", {"network": "teacher"}, "has no decoder.*network=student"),
     ("reconstruct", {"evals.ratio": 1.0}, "mask_ratio 1.0"),
     ("reconstruct", {"evals.mask": "x"}, '"x" is unknown'),
+    ("reconstruct", {"evals.target": "x"}, "use normalised or raw"),
     ("reconstruct", {"evals.images": "nowhere.png"}, "does not exist"),
     ("rollout", {"evals.discard": 1.0}, "discard 1.0"),
     ("rollout", {"evals.layer": 2}, "layer 2 is no block: use 0 to 1"),

@@ -3,7 +3,9 @@
 Runs where torch, timm and transformers are installed.
 """
 
+import dataclasses
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import pytest
 from attmask_jax import mesh as meshes
 from attmask_jax import vit
 from attmask_jax.methods.classify import Classify
+from attmask_jax.methods.mae import Decoder, Mae
 from attmask_jax.torch_io import export, networks
 from attmask_jax.weights import Weights, load
 
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 CLOSE = dict(rtol=0, atol=1e-4)
 RNG = np.random.default_rng(0)
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +55,22 @@ def source(method, params, name="attmask"):
 
 
 def network(variant, size=32, **options):
-  """A ViT with random weights everywhere, biases and norms included."""
+  """A ViT with random weights."""
   sizes = vit.VARIANTS[variant]
   backbone = vit.ViT(**sizes, patch_size=16, image_size=size, **options)
   method = networks.Backbone(backbone)
-  shapes = jax.eval_shape(method.init, jax.random.key(0))[0]
+  return method, drawn(jax.eval_shape(method.init, jax.random.key(0))[0])
+
+
+def drawn(shapes):
+  """Random weights everywhere, biases and norms included."""
   draw = lambda path, leaf: (
     RNG.normal(
       size=leaf.shape, scale=0.3 if "scale" in str(path) else 0.05
     ).astype("f4")
     + ("scale" in str(path))
   )
-  return method, jax.tree_util.tree_map_with_path(draw, shapes)
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def images(size=32):
@@ -170,6 +178,117 @@ def test_mae_encoder_in_transformers(torch, tmp_path):
   order = torch.arange(4).repeat(2, 1).float()  # nothing is shuffled
   want = model(torch.from_numpy(theirs), noise=order).last_hidden_state
   np.testing.assert_allclose(tokens(method, params, x), want.numpy(), **CLOSE)
+
+
+def official_mae():
+  """An MAE as the official release has it, with random weights."""
+  backbone = network("tiny", 64, positions="xy")[0].backbone
+  decoder = Decoder(64, 2, 16, 768, positions="xy", class_token=True)
+  options = dict(target_layout="hwc", target_variance="unbiased")
+  method = Mae(backbone, decoder, **options)
+  return method, drawn(jax.eval_shape(method.init, jax.random.key(0))[0])
+
+
+def reconstructed(torch, model):
+  """A picture's loss and pixels by transformers, and the order of patches."""
+  x, theirs = images(64)
+  order = np.stack([RNG.permutation(16) for _ in range(2)])
+  noise = torch.from_numpy(np.argsort(order, axis=1)).float()
+  out = model(torch.from_numpy(theirs), noise=noise)
+  return x, jnp.asarray(order), out.loss.item(), out.logits.numpy()
+
+
+class GivenOrder(Mae):
+  """Takes the order of patches from the batch."""
+
+  def order(self, teacher, images, batch, rng):
+    return batch["order"]
+
+
+def same_reconstruction(method, params, x, order, loss, pixels):
+  pred = method.predict(params, x, order)
+  np.testing.assert_allclose(pred, pixels, **CLOSE)
+  batch = {"images": x[:, None], "order": order}
+  fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+  got, _ = GivenOrder(**fields).loss(params, {}, {}, batch, KEY, {})
+  np.testing.assert_allclose(got, loss, **CLOSE)
+
+
+def test_whole_mae_in_transformers(torch, tmp_path):
+  from transformers import ViTMAEForPreTraining
+
+  method, params = official_mae()
+  ours = source(method, params, "mae")
+  export.export(str(tmp_path / "model.safetensors"), ours, ours, format="hf")
+  model, report = ViTMAEForPreTraining.from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not report["missing_keys"] and not report["unexpected_keys"]
+  assert model.config.norm_pix_loss and model.config.mask_ratio == 0.75
+  same_reconstruction(method, params, *reconstructed(torch, model.eval()))
+
+
+@pytest.mark.parametrize("names", ["saved", "in memory", "official"])
+def test_we_load_a_whole_mae(torch, tmp_path, names):
+  from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+  model = ViTMAEForPreTraining(
+    ViTMAEConfig(
+      hidden_size=192, num_hidden_layers=3, num_attention_heads=3,
+      intermediate_size=768, image_size=64, decoder_hidden_size=64,
+      decoder_num_hidden_layers=2, decoder_num_attention_heads=16,
+      decoder_intermediate_size=256, layer_norm_eps=1e-6, norm_pix_loss=True,
+    )
+  ).eval()  # fmt: skip
+  model.vit.embeddings.initialize_weights()  # positions are left at 0 else
+  model.decoder.initialize_weights(16)
+  for name, value in model.named_parameters():
+    if "pos" not in name:
+      value.add_(0.05 * torch.randn(value.shape))
+  path = tmp_path / "mae.pth"
+  if names == "saved":
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+  elif names == "in memory":
+    torch.save(model.state_dict(), path)
+  else:
+    torch.save({"model": official_names(torch, model)}, path)
+  mesh = meshes.make_mesh(devices=jax.devices()[:1])
+  found = load(str(path), network="student", mesh=mesh)
+  assert isinstance(found.method, Mae)
+  order = reconstructed(torch, model)
+  same_reconstruction(found.method, found.params, *order)
+
+
+def official_names(torch, model):
+  """The state dict of ViTMAEForPreTraining under the official names."""
+  pairs = (
+    ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("vit.embeddings.position_embeddings", "pos_embed"),
+    ("vit.encoder.layer.", "blocks."),
+    ("vit.layers.", "blocks."), ("vit.layernorm.", "norm."),
+    ("vit.embeddings.", ""),
+    ("decoder.decoder_layers.", "decoder_blocks."), ("decoder.", ""),
+    ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+    ("attention.output.dense", "attn.proj"),
+    ("attention.o_proj", "attn.proj"),
+    ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+  )  # fmt: skip
+  found, split = {}, {}
+  for name, value in model.state_dict().items():
+    for old, new in pairs:
+      name = name.replace(old, new)
+    part = re.fullmatch(
+      r"(.*)\.attention\.(?:attention\.)?(query|key|value|[qkv]_proj)\.(\w+)",
+      name,
+    )
+    if part:
+      split.setdefault(f"{part[1]}.attn.qkv.{part[3]}", {})[part[2][0]] = value
+    else:
+      found[name] = value
+  return found | {
+    name: torch.cat([parts[x] for x in "qkv"]) for name, parts in split.items()
+  }
 
 
 @pytest.mark.parametrize("token", ["none", "readout"])

@@ -38,6 +38,8 @@ TREES = {
   "mae cls": lambda: (
     trees("mae", class_token=True)[0], dict(positions="yx")
   ),
+  "facebook_mae": lambda: (official_trees(), dict(positions="xy")),
+  "hf_mae": lambda: (official_trees(), dict(positions="xy")),
   "extrema": lambda: (
     trees("extrema")[0], dict(predictor=True, positions="xy")
   ),
@@ -60,6 +62,8 @@ def test_there_and_back(name, dtype):
       facts.get("prototypes", "shared"), norm="head_norm" in facts
     ),
     "mae": tables.mae,
+    "facebook_mae": tables.facebook_mae,
+    "hf_mae": tables.hf_mae,
     "extrema": tables.extrema,
   }[code_base]()
   tensors = names.to_theirs(tree, table, grid=GRID)
@@ -181,8 +185,12 @@ def test_transformers_names_split_the_projection():
       )
 
 
+def official_trees():
+  return trees("mae", class_token=True, decoder_class_token=True)[0]
+
+
 def official_mae():
-  """Encoder of an official MAE with names of its decoder."""
+  """Encoder of an official MAE under its names."""
   tree = {"backbone": classifier(positions="xy")["backbone"]}
   with pytest.raises(ValueError, match="grid is not given"):
     names.to_theirs(tree, tables.facebook_mae())
@@ -194,17 +202,38 @@ def official_mae():
   return tree, tensors
 
 
-def test_official_mae_has_a_decoder_we_lack():
+def test_official_mae_with_and_without_decoder():
   tree, tensors = official_mae()
   layout = layouts.recognise(tensors, heads=2)
   assert (layout.kind, layout.positions) == ("facebook_mae", "xy")
-  extra = ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.bias")
-  tensors |= {name: np.zeros(1, np.float32) for name in extra}
+  assert layout.decoder_width == 0 and not layout.decoder_class_token
+  whole = filled(official_trees())
+  tensors = names.to_theirs(whole, tables.facebook_mae(), grid=GRID)
+  assert {n for n in tensors if n.startswith(("decoder_", "mask_token"))} == {
+    "mask_token", "decoder_pos_embed",
+    *(
+      f"{name}.{leaf}"
+      for leaf in ("weight", "bias")
+      for name in (
+        "decoder_embed", "decoder_norm", "decoder_pred",
+        *(
+          f"decoder_blocks.{i}.{x}"
+          for i in (0, 1)
+          for x in (
+            "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"
+          )
+        ),
+      )
+    ),
+  }  # fmt: skip
+  # A place for the class token, whose position is zero.
+  assert tensors["decoder_pos_embed"].shape[1] == GRID[0] * GRID[1] + 1
+  assert not tensors["decoder_pos_embed"][:, 0].any()
   layout = layouts.recognise(tensors, heads=2)
-  assert layout.unsupported == tuple(sorted(extra))
-  got = names.to_ours(tensors, layout.table, shapes_of(tree))
-  assert got.missing == [] and got.unexpected == sorted(extra)
-  same(got.tree, tree)
+  assert layout.decoder_class_token and layout.decoder_heads == 16
+  got = names.to_ours(tensors, layout.table, shapes_of(whole))
+  assert got.missing == [] and got.unexpected == []
+  same(got.tree, whole)
   # Its separate key bias is kept; a network that has none ignores it.
   hf = names.to_theirs(tree, tables.hf_mae(), grid=(4, 4))
   assert hf.keys() == hf_names("vit.", 2)

@@ -21,6 +21,7 @@ from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Job, Result, Table
 from attmask_jax.methods import checks
 
+TARGETS = {"normalised": True, "raw": False}
 HEADINGS = (
   "Image",
   "Visible",
@@ -46,13 +47,14 @@ class Painted(NamedTuple):
 def run(job: Job) -> Result:
   """Draws figures/reconstruct.png: image, visible, painted, both together.
 
-  Reads evals.images, count, every, mask, ratio and seed.
+  Reads evals.images, count, every, mask, ratio, seed and target.
 
   Returns:
     mse, psnr: of the hidden patches, pixels in 0-1; psnr in decibels.
 
   Raises:
-    InputError: the weights have no decoder, or a policy or ratio is wrong.
+    InputError: the weights have no decoder, or a policy, ratio or target is
+      wrong.
   """
   source, evals = job.weights, job.config.evals
   if not hasattr(source.method, "reconstruct"):
@@ -64,6 +66,11 @@ def run(job: Job) -> Result:
     raise InputError(
       f"the {source.network} of {source.where} has no decoder: set "
       "--config.network=student"
+    )
+  if evals.target not in ("", *TARGETS):
+    raise InputError(
+      f'evals.target "{evals.target}" is unknown: use normalised or raw, or '
+      "leave it out"
     )
   params = pictures.one_copy(job)
   if jax.process_index():
@@ -77,6 +84,7 @@ def run(job: Job) -> Result:
     backbone=source.method.backbone.clone(image_size=side),
     mask=evals.mask or source.method.mask,
     mask_ratio=evals.ratio or source.method.mask_ratio,
+    norm_target=TARGETS.get(evals.target, source.method.norm_target),
   )
   checks.visible(method)
   # The encoder's average is not in these weights: it guides itself.

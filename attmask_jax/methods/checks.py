@@ -200,6 +200,11 @@ def mae(config: ml_collections.ConfigDict) -> None:
       f"evals.avgpool {config.evals.avgpool} takes the class token, and "
       "method.class_token is off: set --config.evals.avgpool=1"
     )
+  if m.decoder_class_token and not m.class_token:
+    raise InputError(
+      "method.decoder_class_token is on and method.class_token is off: the "
+      "decoder's class token is the encoder's, set both alike"
+    )
   heads = m.decoder_heads or max(m.decoder_width // 64, 1)
   if m.decoder_depth < 1 or m.decoder_width % 4 or m.decoder_width % heads:
     raise InputError(

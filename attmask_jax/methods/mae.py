@@ -10,7 +10,7 @@ reproduced. Differs:
 - the mask is drawn per image unless `shared_mask` says per batch, and does not
   depend on the number of devices;
 - options for what the official release does otherwise: target layout and
-  variance, order of position axes; a class token in the decoder is left out.
+  variance, order of position axes, a class token in the decoder.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ class Decoder(nn.Module):
     heads: of its attention.
     pixels: values per patch, 3 P^2.
     positions: order of the fixed positions, "yx" or "xy".
+    class_token: the encoder's runs through the decoder, too, at position 0.
     dtype: of matrix products.
     scan: see `stack.apply`.
     remat: see `stack.apply`.
@@ -57,6 +58,7 @@ class Decoder(nn.Module):
   heads: int
   pixels: int
   positions: str = "yx"
+  class_token: bool = False
   dtype: Any = jnp.float32
   scan: bool = True
   remat: str = "none"
@@ -69,9 +71,10 @@ class Decoder(nn.Module):
     """Pixels of all patches.
 
     Args:
-      tokens: [B, M, D] float32, encoded visible patches.
+      tokens: [B, M, D] float32, encoded visible patches; [B, 1 + M, D] with the
+        class token first.
       order: [B, N] int32, all patches, the M visible ones first and in the
-        order of `tokens`.
+        order in `tokens`.
       grid: (h, w) with h * w = N.
 
     Returns:
@@ -86,10 +89,13 @@ class Decoder(nn.Module):
     )(tokens)  # fmt: skip
     token = self.param("mask_token", clipped_normal, (1, 1, self.width))
     b, n = order.shape
-    hidden = jnp.broadcast_to(token, (b, n - tokens.shape[1], self.width))
-    x = jnp.concatenate([x.astype(jnp.float32), hidden], axis=1)
+    lead = int(self.class_token)
+    cls, x = jnp.split(x.astype(jnp.float32), [lead], axis=1)
+    hidden = jnp.broadcast_to(token, (b, n - x.shape[1], self.width))
+    x = jnp.concatenate([x, hidden], axis=1)
     x = masking.gather(x, jnp.argsort(order, axis=1))  # back to their places
     x = x + jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
+    x = jnp.concatenate([cls, x], axis=1)
     block = layers.Block(
       self.heads, 4.0, self.dtype, self.attention, "xavier", False, parent=None
     )
@@ -103,7 +109,7 @@ class Decoder(nn.Module):
       kernel_init=layers.linear_init("xavier"),
       name="head",
     )
-    return head(x).astype(jnp.float32)
+    return head(x[:, lead:]).astype(jnp.float32)
 
 
 def clipped_normal(
@@ -165,6 +171,7 @@ class Mae:
       heads=m.decoder_heads or max(m.decoder_width // 64, 1),
       pixels=3 * m.patch_size**2,
       positions=m.position_order,
+      class_token=m.decoder_class_token,
       dtype=backbone.dtype,
       scan=backbone.scan,
       remat=backbone.remat,
@@ -203,7 +210,8 @@ class Mae:
     if "cls_token" in encoder:
       shape = encoder["cls_token"].shape
       encoder["cls_token"] = clipped_normal(rng_class, shape)
-    tokens = jnp.zeros((1, n - self.n_hidden, self.backbone.width))
+    visible = n - self.n_hidden + int(self.decoder.class_token)
+    tokens = jnp.zeros((1, visible, self.backbone.width))
     decoder = self.decoder.init(
       rng_decoder, tokens, jnp.arange(n)[None], self._grid
     )
@@ -321,8 +329,9 @@ class Mae:
       keep_ids=visible[:, None],
       draws=draws,
     )
-    # The class token, where there is one, ends here.
-    tokens = encoded.tokens[:, self.backbone.lead :]
+    tokens = encoded.tokens
+    if not self.decoder.class_token:  # where there is one, it ends here
+      tokens = tokens[:, self.backbone.lead :]
     return self.decoder.apply(
       {"params": params["decoder"]}, tokens, order, self._grid
     )

@@ -37,10 +37,9 @@ class File(NamedTuple):
     found = self.rest.get("epoch", 0)
     return found if isinstance(found, int) and found > 0 else 0
 
-  @property
-  def heads(self) -> int | None:
-    """Of its attention, where the file says it (ours do)."""
-    found = self.rest.get("heads")
+  def heads(self, key: str = "heads") -> int | None:
+    """Heads of its attention, or "decoder_heads"; None if it does not say."""
+    found = self.rest.get(key)
     return found if isinstance(found, int) and found > 0 else None
 
   @property
@@ -157,7 +156,11 @@ def load(
   """
   name = choose(file, network)
   try:
-    layout = layouts.recognise(file.networks[name], heads=heads or file.heads)
+    layout = layouts.recognise(
+      file.networks[name],
+      heads=heads or file.heads(),
+      decoder_heads=file.heads("decoder_heads"),
+    )
     method = networks.build(layout)
     wanted = networks.shapes_of(method, layout, name)
     found = names.to_ours(file.networks[name], layout.table, wanted)

@@ -73,16 +73,19 @@ def export(
   elif format in ("mae", "extrema"):
     found["epoch"] = epoch
   flat, notes = _flatten(found)
-  heads = teacher.method.backbone.heads
+  said = {"heads": teacher.method.backbone.heads}
+  if hasattr(student.method, "decoder"):
+    said["decoder_heads"] = student.method.decoder.heads
   if format == "hf":
-    _write_hf_config(file.parent / "config.json", teacher)
+    whole = "decoder.mask_token" in flat
+    _write_hf_config(file.parent / "config.json", teacher, decoder=whole)
   if file.suffix == ".safetensors":
-    notes |= {"format": "pt", "heads": str(heads)}
+    notes |= {"format": "pt"} | {k: str(v) for k, v in said.items()}
     tensors.write(file, flat, notes)
   else:
     # Flat files hold tensors alone: timm and transformers expect nothing else.
     wrapped = any(isinstance(value, dict) for value in found.values())
-    pth.write(file, found | ({"heads": heads} if wrapped else {}))
+    pth.write(file, found | (said if wrapped else {}))
   return list(flat)
 
 
@@ -144,7 +147,7 @@ def _timm(student: Weights, teacher: Weights, bare: bool) -> Flat:
 
 
 def _hf(student: Weights, teacher: Weights, bare: bool) -> Flat:
-  """transformers' ViTModel, ViTForImageClassification or ViTMAE's encoder."""
+  """transformers' ViTModel, ViTForImageClassification or ViTMAE."""
   del student
   method, params = teacher.method, teacher.params
   backbone = _trunk(teacher)
@@ -159,19 +162,48 @@ def _hf(student: Weights, teacher: Weights, bare: bool) -> Flat:
     return names.to_theirs({"backbone": backbone}, tables.hf_vit())
   table = tables.hf_mae(order=method.backbone.positions)
   grid = (method.backbone.grid,) * 2
-  return names.to_theirs({"backbone": backbone}, table, grid=grid)
+  tree = {"backbone": backbone}
+  if "decoder" in params and not bare:
+    if _official_decoder(teacher):
+      tree["decoder"] = params["decoder"]
+    else:
+      logging.warning(
+        "the decoder has no place in this format, whose decoders see the class "
+        "token and whose targets are in the official order: the encoder alone"
+      )
+  return names.to_theirs(tree, table, grid=grid)
 
 
 def _mae(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
-  """MAE-priv's pretraining checkpoint."""
+  """MAE-priv's pretraining checkpoint, or the official release's."""
   del teacher
   _needs(student, "mae", "decoder" in student.params or bare)
   backbone = student.method.backbone
-  table = tables.mae(backbone.positions)
+  official = _official_decoder(student)
+  table = (tables.facebook_mae if official else tables.mae)(backbone.positions)
   grid = (backbone.grid,) * 2
   parts = ("backbone",) if bare else ("backbone", "decoder")
   tree = {name: student.params[name] for name in parts}
   return {"model": names.to_theirs(tree, table, grid=grid)}
+
+
+def _official_decoder(weights: Weights) -> bool:
+  """Whether the decoder is one of the official MAE, not of MAE-priv.
+
+  Raises:
+    InputError: it is neither.
+  """
+  method = weights.method
+  if not hasattr(method, "decoder"):
+    return False
+  layout = {True: "hwc", False: "chw"}[method.decoder.class_token]
+  if method.target_layout != layout:
+    raise InputError(
+      f'{weights.where} has method.target_layout "{method.target_layout}" and '
+      f"method.decoder_class_token {method.decoder.class_token}, and no code "
+      f'base has both (with it "hwc", without "chw"): add --backbone_only'
+    )
+  return method.decoder.class_token
 
 
 def _extrema(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
@@ -241,7 +273,9 @@ def _needs(weights: Weights, format: str, fits: bool) -> None:
     )
 
 
-def _write_hf_config(path: pathlib.Path, weights: Weights) -> None:
+def _write_hf_config(
+  path: pathlib.Path, weights: Weights, *, decoder: bool
+) -> None:
   """config.json beside the file, as transformers reads it.
 
   Raises:
@@ -253,7 +287,7 @@ def _write_hf_config(path: pathlib.Path, weights: Weights) -> None:
   if method.classifies:
     kind = "ViTForImageClassification"
   elif fixed:
-    kind = "ViTMAEModel"
+    kind = "ViTMAEForPreTraining" if decoder else "ViTMAEModel"
   told = {
     "architectures": [kind],
     "model_type": "vit_mae" if fixed else "vit",
@@ -275,6 +309,15 @@ def _write_hf_config(path: pathlib.Path, weights: Weights) -> None:
     told |= {
       "id2label": labels,
       "label2id": {v: int(k) for k, v in labels.items()},
+    }
+  if decoder:
+    told |= {
+      "decoder_hidden_size": method.decoder.width,
+      "decoder_num_hidden_layers": method.decoder.depth,
+      "decoder_num_attention_heads": method.decoder.heads,
+      "decoder_intermediate_size": 4 * method.decoder.width,
+      "mask_ratio": method.mask_ratio,
+      "norm_pix_loss": method.norm_target,
     }
   text = json.dumps(told, indent=2) + "\n"
   if path.exists() and path.read_text() != text:

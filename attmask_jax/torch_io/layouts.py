@@ -18,6 +18,20 @@ from attmask_jax.torch_io.names import Table, Tensors
 
 # ExtreMA's two encoders, and the networks of ours that they are.
 _ENCODERS = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
+# Masked autoencoders; whether their decoders see the class token.
+DECODERS = {"mae": False, "facebook_mae": True, "hf_mae": True}
+# What transformers 5 calls otherwise in memory; it saves the names of version 4
+# but for the blocks of a decoder.
+_TRANSFORMERS_5 = (
+  (r"^(vit\.|)layers\.", r"\1encoder.layer."),
+  (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+  (r"\.attention\.q_proj\.", ".attention.attention.query."),
+  (r"\.attention\.k_proj\.", ".attention.attention.key."),
+  (r"\.attention\.v_proj\.", ".attention.attention.value."),
+  (r"\.attention\.o_proj\.", ".attention.output.dense."),
+  (r"\.mlp\.fc1\.", ".intermediate.dense."),
+  (r"\.mlp\.fc2\.", ".output.dense."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +65,11 @@ class Layout:
     predictor: ExtreMA's student's.
     decoder_width: D'.
     decoder_depth: its blocks.
-    decoder_heads: by convention.
+    decoder_heads: given, or by convention.
+    decoder_class_token: its decoder sees the class token (official MAE).
     num_classes: of a classifier.
     features: values that it reads.
     probe_norm: `head_norm` of `classify.Classify`.
-    unsupported: tensors that our networks cannot hold.
   """
 
   kind: str
@@ -82,10 +96,10 @@ class Layout:
   decoder_width: int = 0
   decoder_depth: int = 0
   decoder_heads: int = 0
+  decoder_class_token: bool = False
   num_classes: int = 0
   features: int = 0
   probe_norm: str = ""
-  unsupported: tuple[str, ...] = ()
 
   @property
   def variant(self) -> str:
@@ -102,8 +116,9 @@ def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, np.ndarray]]]:
 
   Layouts: {student, teacher, ...}; {state_dict: ...}, {model: ...} with perhaps
   {model_ema: ...}; a bare state dict. "module." and "_orig_mod." in front of
-  names are taken off (in front of an encoder's of ExtreMA too); "backbone.",
-  "encoder." and heads stay, and `recognise` knows them.
+  names are taken off (in front of an encoder's of ExtreMA too), and names of
+  transformers 5 become those of version 4; "backbone.", "encoder." and heads
+  stay, and `recognise` knows them.
 
   Returns:
     "student" and "teacher" (ExtreMA's base encoder with predictor and its
@@ -146,13 +161,19 @@ def wrap_extrema(
   return joined
 
 
-def recognise(tensors: Tensors, *, heads: int | None = None) -> Layout:
+def recognise(
+  tensors: Tensors,
+  *,
+  heads: int | None = None,
+  decoder_heads: int | None = None,
+) -> Layout:
   """Code base and sizes of one network of `unwrap`.
 
   Args:
     tensors: {name: array}.
     heads: of its attention; None = those of the published size of this width,
       or else 64 wide.
+    decoder_heads: the same of a decoder; None = as its release has them.
 
   Raises:
     InputError: an unknown file, a tensor of an impossible shape, or a width
@@ -166,10 +187,9 @@ def recognise(tensors: Tensors, *, heads: int | None = None) -> Layout:
     found |= sizes.prototypes(tensors)
   elif kind == "extrema":
     found |= sizes.projector(tensors)
-  elif kind == "mae":
-    found |= sizes.decoder(tensors)
+  elif kind in DECODERS:
+    found |= sizes.decoder(tensors, table, DECODERS[kind], decoder_heads)
   found |= sizes.classifier(tensors, table)
-  found |= {"unsupported": _unsupported(tensors, table)}
   return Layout(kind=kind, table=table, **found)
 
 
@@ -182,7 +202,15 @@ def _tensors(obj: Any) -> dict[str, np.ndarray]:
     if isinstance(name, str) and isinstance(value, np.ndarray):
       name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
       found[name] = value
+  if any(name.endswith("embeddings.cls_token") for name in found):
+    found = {_transformers_4(name): value for name, value in found.items()}
   return found
+
+
+def _transformers_4(name: str) -> str:
+  for new, old in _TRANSFORMERS_5:
+    name = re.sub(new, old, name)
+  return name
 
 
 def _split(
@@ -270,10 +298,3 @@ def _attmask_table(tensors: Tensors, prefix: str) -> Table:
     norm=found["head_norm"] == "ln",
     prefix=prefix,
   )
-
-
-def _unsupported(tensors: Tensors, table: Table) -> tuple[str, ...]:
-  starts = tuple(
-    row.theirs for row in table if getattr(row, "kind", "") == "unsupported"
-  )
-  return tuple(sorted(n for n in tensors if starts and n.startswith(starts)))

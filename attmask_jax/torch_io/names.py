@@ -78,12 +78,10 @@ class Constant:
   """A tensor of theirs that is no parameter of ours.
 
   Attributes:
-    theirs: its name; {j} stands for any number. What is "unsupported" has
-      names that begin so.
+    theirs: its name; {j} stands for any number.
     kind: "yx" or "xy", a fixed position table, compared when it is read;
       "zero_token", an unused (1, 1, D), and "counter", an integer, written as
-      0; "dropped", accepted and of no use; "unsupported", what our networks
-      cannot hold. The last two are never written.
+      0; "dropped", accepted, of no use and never written.
     like: leaf of ours that must exist for it to be written, and has its width.
     lead: class token with a zero slot in the position table, if it exists.
   """
@@ -137,7 +135,7 @@ def to_ours(tensors: Tensors, table: Table, shapes: Any) -> Converted:
       found[path] = _assemble(path, wanted[path], pieces, tensors)
       used |= {p.name for p in pieces}
   for row in table:
-    if isinstance(row, Constant) and row.kind != "unsupported":
+    if isinstance(row, Constant):
       for name in _matching(row.theirs, tensors):
         if row.kind in ("yx", "xy") and name not in used:
           fixed.check(name, tensors[name], row.kind)

@@ -66,7 +66,7 @@ class Backbone:
 def config_of(layout: Layout) -> ml_collections.ConfigDict:
   """What is known of these weights, as a run's config says it."""
   fields = dataclasses.asdict(dataclasses.replace(layout, table=()))
-  del fields["table"], fields["unsupported"]
+  del fields["table"]
   return ml_collections.ConfigDict(
     dict(
       method=dict(name=NAME, variant=layout.variant, dtype="float32", **fields),
@@ -109,7 +109,7 @@ def build(layout: Layout) -> Any:
     return _classifier(layout, backbone)
   if layout.kind == "attmask":
     return _attmask(layout, backbone)
-  if layout.kind == "mae" and layout.decoder_width:
+  if layout.decoder_width:
     return _mae(layout, backbone)
   if layout.kind == "extrema" and layout.head_hidden:
     head = dict(hidden=layout.head_hidden, out=layout.out_dim)
@@ -143,15 +143,22 @@ def _attmask(layout: Layout, backbone: vit.ViT) -> AttMask:
 
 
 def _mae(layout: Layout, backbone: vit.ViT) -> Mae:
-  order = layout.positions
+  """MAE-priv and the official release order a patch's values differently."""
+  order, official = layout.positions, layout.decoder_class_token
   decoder = Decoder(
     width=layout.decoder_width,
     depth=layout.decoder_depth,
     heads=layout.decoder_heads,
     pixels=3 * layout.patch_size**2,
-    positions="yx" if order == "learned" else order,
+    positions={"learned": "xy" if official else "yx"}.get(order, order),
+    class_token=official,
   )
-  return Mae(backbone, decoder)
+  return Mae(
+    backbone,
+    decoder,
+    target_layout="hwc" if official else "chw",
+    target_variance="unbiased" if official else "biased",
+  )
 
 
 def _classifier(layout: Layout, backbone: vit.ViT) -> Classify:

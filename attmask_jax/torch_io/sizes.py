@@ -84,15 +84,27 @@ def projector(tensors: Tensors) -> dict[str, Any]:
   }
 
 
-def decoder(tensors: Tensors) -> dict[str, Any]:
-  """Sizes of MAE-priv's decoder."""
-  if "encoder_to_decoder.weight" not in tensors:
+def decoder(
+  tensors: Tensors, table: Table, class_token: bool, heads: int | None
+) -> dict[str, Any]:
+  """Sizes of a masked autoencoder's decoder, where there is one."""
+  name = lambda ours: names.name_of(table, f"decoder/{ours}") or ""
+  if name("embed/kernel") not in tensors:
     return {}
-  width = _shape(tensors, "encoder_to_decoder.weight", 2)[0]
+  width = _shape(tensors, name("embed/kernel"), 2)[0]
+  if heads is None:
+    # The official decoders have 16 at any width, those of MAE-priv 64 wide.
+    heads = 16 if class_token else max(width // 64, 1)
+  if width % heads or width % 4:
+    raise InputError(
+      f"the decoder of these weights has width {width}, which does not divide "
+      f"by 4 and over {heads} heads: they are damaged or of an unknown kind"
+    )
   return {
     "decoder_width": width,
-    "decoder_depth": _depth(tensors, "decoder.blocks.{i}.norm1.weight"),
-    "decoder_heads": max(width // 64, 1),
+    "decoder_depth": _depth(tensors, name("blocks/norm1/scale[i]")),
+    "decoder_heads": heads,
+    "decoder_class_token": class_token,
   }
 
 

@@ -123,6 +123,11 @@ def _positions(theirs: str, order: str, *, lead: bool = True) -> Constant:
   )
 
 
+def _decoder_positions(theirs: str, order: str) -> Constant:
+  """The fixed table of a decoder with class token."""
+  return Constant(theirs, order, "decoder/mask_token", "decoder/mask_token")
+
+
 def backbone(prefix: str = "") -> Table:
   """Trunk with learned positions: timm, DeiT, DINO, iBOT, AttMask."""
   return _under(_FUSED_TRUNK + _MASK + _FINAL, "backbone/", prefix)
@@ -183,12 +188,16 @@ def mae(order: str = "yx") -> Table:
 
 
 def facebook_mae(order: str = "xy") -> Table:
-  """Encoder of the official MAE: its decoder has a class token, ours none."""
+  """Encoder and decoder of the official MAE."""
   return (
+    Row("decoder/mask_token", "mask_token"),
+    _decoder_positions("decoder_pos_embed", order),
     *backbone(),
     _positions("pos_embed", order),
-    Constant("decoder_", "unsupported"),
-    Constant("mask_token", "unsupported"),
+    *_linear("decoder/embed", "decoder_embed"),
+    *_stacked(_block(_FUSED), "decoder/blocks", "decoder_blocks"),
+    *_norm("decoder/norm", "decoder_norm"),
+    *_linear("decoder/head", "decoder_pred"),
   )
 
 
@@ -324,11 +333,16 @@ def hf_classifier() -> Table:
 
 
 def hf_mae(prefix: str = "vit.", order: str = "xy") -> Table:
-  """Encoder of ViTMAEForPreTraining, or with prefix "" ViTMAEModel."""
+  """ViTMAEForPreTraining, or with prefix "" the encoder ViTMAEModel."""
   return (
     *_hf_trunk(prefix),
     _positions(f"{prefix}embeddings.position_embeddings", order),
-    Constant("decoder.", "unsupported"),
+    Row("decoder/mask_token", "decoder.mask_token"),
+    _decoder_positions("decoder.decoder_pos_embed", order),
+    *_linear("decoder/embed", "decoder.decoder_embed"),
+    *_stacked(_HF_BLOCK, "decoder/blocks", "decoder.decoder_layers"),
+    *_norm("decoder/norm", "decoder.decoder_norm"),
+    *_linear("decoder/head", "decoder.decoder_pred"),
   )
 
 
