@@ -73,6 +73,11 @@ def run(argv: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", config.run.compilation_cache)
   mesh.init_distributed(config.run.distributed)
   if _MODE.value == "train":
+    if "name" in config.get("evals", {}):
+      raise InputError(
+        "this config describes an evaluation: add --mode=eval and "
+        "--config.weights=RUN"
+      )
     train.train(config, _WORKDIR.value)
   elif _MODE.value == "eval":
     evaluate.evaluate(config, _WORKDIR.value)

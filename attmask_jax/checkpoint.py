@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from attmask_jax import Params, trees
+from attmask_jax import Params, atomic, trees
 from attmask_jax.errors import InputError
 
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
@@ -116,9 +116,8 @@ def write_config(
   if jax.process_index() == 0:
     path, flat = workdir / "config.json", flat_config(config)
     flat[IMAGES] = images
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(flat, indent=2) + "\n")
-    temporary.replace(path)
+    with atomic.replaced(path) as temporary:
+      temporary.write_text(json.dumps(flat, indent=2) + "\n")
 
 
 class Checkpoints:

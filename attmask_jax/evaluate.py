@@ -4,6 +4,7 @@
 on the loop of pretraining.
 """
 
+import dataclasses
 import datetime
 import json
 import math
@@ -15,7 +16,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from attmask_jax import checkpoint, report, supervised, weights
+from attmask_jax import atomic, checkpoint, report, supervised, weights
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import (
@@ -61,10 +62,20 @@ OPEN = {
   "path": "",
   "subset": -1,
   "image_size": 0,
+  "eval_resample": "",
   "seed": -1,
   "shapes_train": 0,
   "shapes_val": 0,
 }
+# And where that is not known, as of weight files.
+UNKNOWN = {
+  "subset": 0,
+  "eval_resample": "bicubic",
+  "seed": 0,
+  "shapes_train": 4000,
+  "shapes_val": 800,
+}
+GENERATED = ("shapes",)  # sources that read no path
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -106,11 +117,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     config = complete(config, source)
   folder = checkpoint.check_workdir(workdir)
   _check_folder(config, folder, source)
-  job = Job(config, mesh, folder, source)
   if name in SUPERVISED:
     config = supervised.complete(config, source)
+    job = Job(config, mesh, folder, source)
     result = supervised.run(config, source, folder)
   else:
+    job = Job(config, mesh, folder, source)
     if name in WITH_CLASSIFIER or config.evals.get("explain") == "class":
       job = _with_classifier(job)
     result = EVALS[name](job)
@@ -134,6 +146,14 @@ def complete(
       mine[key] = 0
     elif key == "source" and "source" in theirs:  # another folder of the same
       mine[key] = theirs["source"]
+  for key, value in UNKNOWN.items():
+    if mine[key] == OPEN[key]:
+      mine[key] = value
+  if mine.path and mine.source in GENERATED:
+    raise InputError(
+      f"data.path {mine.path} is given, and images of data.source="
+      f"{mine.source} are generated: set --config.data.source, such as folder"
+    )
   if not mine.source:
     raise InputError(
       f"{source.where} does not say what images it was trained on: set "
@@ -175,9 +195,11 @@ def _check_folder(
 def _with_classifier(job: Job) -> Job:
   """Adds the classifier: a given probe, a fine-tuned net, or a short probe."""
   config, source, where = job.config, job.weights, job.config.probe
-  if not where and source.method.classifies:
-    where = str(source.run_dir or source.where)
-  if not where:
+  if where:
+    classifier = supervised.load(where, source, mesh=job.mesh)
+  elif source.method.classifies:
+    classifier = supervised.own(source)
+  else:
     folder = job.folder / "probe"
     epochs = config.optim.epochs
     logging.info("no config.probe: training one for %d epochs", epochs)
@@ -185,18 +207,18 @@ def _with_classifier(job: Job) -> Job:
     probe.evals.name = "linear"
     probe.evals.eval_epochs = 1
     supervised.run(probe, source, checkpoint.check_workdir(str(folder)))
-    where = str(folder)
-  classifier = supervised.load(where, source, mesh=job.mesh)
-  return Job(config, job.mesh, job.folder, source, classifier)
+    classifier = supervised.load(str(folder), source, mesh=job.mesh)
+    classifier = classifier._replace(trained_here=epochs)
+  return dataclasses.replace(job, classifier=classifier)
 
 
 def _write(job: Job, result: Result) -> None:
   """results.json, the table on the terminal, and both report pages."""
   record = _record(job, result)
   path = job.folder / "results.json"
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(record, indent=2) + "\n")
-  temporary.replace(path)
+  _remove_figures(path, record["figures"])
+  with atomic.replaced(path) as temporary:
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
   print(_text(result))
   run_dir = None if job.weights is None else job.weights.run_dir
   if run_dir is not None:
@@ -209,17 +231,24 @@ def _write(job: Job, result: Result) -> None:
   logging.info("written: %s, %s", path, page)
 
 
+def _remove_figures(path: pathlib.Path, kept: list[str]) -> None:
+  """Pictures of the evaluation before this one, but for those of one name."""
+  if path.exists():
+    for name in set(json.loads(path.read_text()).get("figures", ())):
+      if name not in kept:
+        (path.parent / name).unlink(missing_ok=True)
+
+
 def _record(job: Job, result: Result) -> dict[str, Any]:
   """What results.json holds; docs/evaluation.md describes it."""
   config, source, classifier = job.config, job.weights, job.classifier
   notes = list(result.notes)
-  if classifier is not None and not config.probe:
-    if str(job.folder) in classifier.where:
-      notes.insert(
-        0,
-        f"No probe was given: one was trained for {config.optim.epochs} "
-        "epochs, which is short.",
-      )
+  if classifier is not None and classifier.trained_here:
+    notes.insert(
+      0,
+      "No probe was given: one was trained for "
+      f"{classifier.trained_here} epochs, which is short.",
+    )
   return {
     "evaluation": config.evals.name,
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

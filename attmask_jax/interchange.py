@@ -96,7 +96,7 @@ def export_weights(
     allow_missing=config.allow_missing,
   )
   main = load(config.network)
-  student = main if config.network != "teacher" else load("student")
+  student = load("student") if main.network == "teacher" else main
   written = export.export(
     output,
     student,

@@ -16,11 +16,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import logging
+from PIL import Image
 
-from attmask_jax import metrics
+from attmask_jax import atomic, metrics
 
 MAX_POINTS = 500  # of a curve; longer ones are averaged in bins
-MAX_PICTURE_BYTES = 4_000_000  # larger pictures are linked
+MAX_PICTURE_BYTES = 1_000_000  # larger pictures are shown as JPEG
+MAX_PICTURE_WIDTH = 2400  # pixels, of those
 # title: the metrics it shows, those a run does not have are left out.
 CURVES = {
   "Loss": ("epoch/loss", "epoch/cls", "epoch/patch", "val/loss", "train/loss"),
@@ -85,9 +87,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     f"</head><body>\n{body}\n{notes}</body></html>\n"
   )
   path = folder / "report.html"
-  temporary = folder / ".report.html.tmp"
-  temporary.write_text(page, encoding="utf-8")
-  temporary.replace(path)
+  with atomic.replaced(path) as temporary:
+    temporary.write_text(page, encoding="utf-8")
   return path
 
 
@@ -313,17 +314,27 @@ def _pictures(folder: pathlib.Path, problems: list[str]) -> str:
 def _figure(path: pathlib.Path, caption: str, problems: list[str]) -> str:
   try:
     content = path.read_bytes()
+    source = _uri(content, "image/png")
+    if len(content) > MAX_PICTURE_BYTES:
+      source = _smaller(content)
   except OSError:
-    problems.append(f"The picture {path} is missing.")
+    problems.append(f"The picture {path} is missing or damaged.")
     return ""
-  if len(content) > MAX_PICTURE_BYTES:
-    return f"<p>{_text(caption)}: {_text(str(path))}</p>"
-  source = _uri(content, "image/png")
   text = _text(caption)
   return (
     f'<figure><img alt="{text}" src="{source}">'
     f"<figcaption>{text}</figcaption></figure>"
   )
+
+
+def _smaller(png: bytes) -> str:
+  """A data URI of a large picture as JPEG."""
+  file = io.BytesIO()
+  with Image.open(io.BytesIO(png)) as picture:
+    picture = picture.convert("RGB")
+    picture.thumbnail((MAX_PICTURE_WIDTH, picture.height))
+    picture.save(file, "jpeg", quality=85)
+  return _uri(file.getvalue(), "image/jpeg")
 
 
 def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
@@ -344,9 +355,13 @@ def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
     home = pathlib.Path(record.get("folder", folder))
     figures = ""
     if home.resolve() != folder.resolve():  # its own are shown above
-      figures = "".join(
-        _figure(home / name, name, []) for name in record.get("figures", ())
-      )
+      # A later evaluation in that directory has drawn over these.
+      if (_read_json(home / "results.json", []) or {}) == record:
+        figures = "".join(
+          _figure(home / name, name, []) for name in record.get("figures", ())
+        )
+      else:
+        notes += '<p class="note">Its pictures are gone.</p>'
     return (
       f"<h2>{_text(record['evaluation'])}</h2>"
       f'<p class="sub">{_text(" · ".join(str(a) for a in about if a))}</p>'

@@ -139,7 +139,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   evaluation = accuracy if method.classifies else online
   needs_val = method.classifies or config.evals.knn
   val_source = data.build(config.data, "val") if needs_val else None
-  evaluation.check(config, train_source, val_source)
+  evaluation.check(config, method, train_source, val_source)
   tx = optimizer.build(
     frozen_at_start=method.frozen_at_start,
     untrained=method.untrained,

@@ -58,6 +58,8 @@ def apply(
     one = lambda key: block.init(key, x[:1])["params"]
     return jax.vmap(one)(jax.random.split(key, depth))
 
+  if not 1 <= last <= depth:
+    raise ValueError(f"last {last} must lie between 1 and depth {depth}")
   weights = module.param("blocks", init)
   keep = None
   if draws is not None and drop_path > 0:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from attmask_jax import (
   Params,
+  atomic,
   checkpoint,
   data,
   metrics,
@@ -26,11 +28,13 @@ from attmask_jax import (
 )
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
+from attmask_jax.evals import accuracy
 from attmask_jax.evals.job import Classifier, Result, Table
 from attmask_jax.methods.classify import Classify
 from attmask_jax.torch_io import checkpoints, networks
 
 CLASSIFIER = "classifier.json"  # in the run directory, when it is complete
+MAX_GROUP = 150  # images that mixup pairs
 
 
 def complete(
@@ -58,15 +62,20 @@ def complete(
   )
   mixes = config.method.mixup or config.method.cutmix
   if mixes and not config.data.mixup_group:
-    config.data.mixup_group = _group(config.data.batch_size)
+    config.data.mixup_group = mixup_group(config.data.batch_size)
   config.digest = source.digest
   return config
 
 
-def _group(batch_size: int) -> int:
-  """Images of a device, or the largest even group that divides the batch."""
-  share = batch_size // jax.device_count()
-  return share if share % 2 == 0 and share else batch_size
+def mixup_group(batch_size: int) -> int:
+  """Images that exchange partners: an even divisor of the batch.
+
+  The largest up to 150, which is what a device of the releases gets: 150 of
+  AttMask's 900, 128 of MAE's 1024. Never what a device of ours gets: a run
+  could not go on with another number of them.
+  """
+  groups = range(2, min(batch_size, MAX_GROUP) + 1, 2)
+  return max((g for g in groups if batch_size % g == 0), default=batch_size)
 
 
 def run(
@@ -157,11 +166,46 @@ def load(
   trained = weights.load(
     f"{folder}/checkpoints/{told['step']}", network="student", mesh=mesh
   )
+  found = _classifier(trained, source, told)
+  if trained.method.frozen and config.digest != source.digest:
+    raise InputError(
+      f"the probe in {where} was trained on other weights ({config.digest}) "
+      f"than {source.where} ({source.digest}): give the weights it belongs to"
+    )
+  return found
+
+
+def own(source: weights.Weights) -> Classifier:
+  """The classifier that fine-tuned weights, ours or imported, are.
+
+  Raises:
+    InputError: they are of a fine-tuning that has not come to its end.
+  """
+  if source.run_dir is None or source.config.method.name == networks.NAME:
+    return _imported(source)
+  path = source.run_dir / CLASSIFIER
+  if not path.exists():
+    raise InputError(
+      f"{source.run_dir} has not finished its training: run it to its end first"
+    )
+  return _classifier(source, source, json.loads(path.read_text()))
+
+
+def _classifier(
+  trained: weights.Weights, source: weights.Weights, told: dict[str, Any]
+) -> Classifier:
+  """A linear layer of `trained` behind the network it was trained with.
+
+  Args:
+    trained: of a probe or of a fine-tuning.
+    source: network of a probe.
+    told: what `_write_classifier` wrote.
+  """
   method: Classify = trained.method
   backbone = trained.params.get("backbone")
   if method.frozen:
     method = dataclasses.replace(method, backbone=source.method.backbone)
-    backbone = _backbone(source, config.method)
+    backbone = _backbone(source, trained.config.method)
   params = checkpoint.combine(
     backbone,
     trained.params["head"],
@@ -169,17 +213,13 @@ def load(
     layer=told["layer"],
   )
   params |= trained.aux
-  if method.frozen and config.digest != source.digest:
-    raise InputError(
-      f"the probe in {where} was trained on other weights ({config.digest}) "
-      f"than {source.where} ({source.digest}): give the weights it belongs to"
-    )
   return Classifier(
     method,
     params,
     tuple(told["class_names"]),
     weights.digest(params),
     trained.where,
+    accuracy.crop_of(trained.config.data),
   )
 
 
@@ -243,11 +283,13 @@ def _write_classifier(
 ) -> None:
   """Marks the run as complete and says which of its layers to use."""
   if jax.process_index():
+    multihost_utils.sync_global_devices(CLASSIFIER)
     return
   told = {"step": step, "layer": layer, "class_names": list(class_names)}
-  temporary = folder / f".{CLASSIFIER}.tmp"
-  temporary.write_text(json.dumps(told) + "\n")
-  temporary.replace(folder / CLASSIFIER)
+  with atomic.replaced(folder / CLASSIFIER) as temporary:
+    temporary.write_text(json.dumps(told) + "\n")
+  if jax.process_count() > 1:  # the others read it next
+    multihost_utils.sync_global_devices(CLASSIFIER)
 
 
 def _result(

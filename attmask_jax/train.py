@@ -122,7 +122,9 @@ class Loop:
     handlers = self._catch_signals()
     try:
       if self._start == 0:
-        self._write(0, self._run.evaluator.before(self._state))
+        logging.info("evaluating before the first step")
+        scores = self._run.evaluator.before(self._state)
+        self._write(0, scores | self._figures(0))
         self._report()
       if self._start < total:
         self._train(total)
@@ -223,12 +225,11 @@ class Loop:
       if done == total or (done // s) % evals.eval_epochs == 0:
         with self._clock.paused():
           scores = self._run.evaluator.scores(self._state)
-        self._write(done, scores)
-    if done == total:  # before the save: a finished run is left as it is
-      self._write(done, self._figures(done))
+          # Before the save: a finished run is left as it is.
+          figures = self._figures(done)
+        self._write(done, scores | figures)
+        self._report()
     self._save(done, scores)
-    if scores or done == total:
-      self._report()
     if self._signal is not None or self._saved.preempted(done):
       self._saved.wait()
       raise StoppedError(
@@ -257,13 +258,13 @@ class Loop:
     self._run.pipeline.restore_broken(broken)
     return like.from_items(items)
 
-  def _figures(self, total: int) -> dict[str, float]:
-    """Draws what the run shows of its last state; the numbers beside it."""
+  def _figures(self, done: int) -> dict[str, float]:
+    """Draws what the run shows of its state; the numbers beside it."""
     folder = self._folder / "figures"
-    scores = self._run.evaluator.after(self._state, folder)
+    scores = self._run.evaluator.figures(self._state, folder)
     for path in sorted(folder.glob("*.png")):
       logging.info("drawn: %s", path)
-      self._writer.write_image(total, path.stem, path)
+      self._writer.write_image(done, path.stem, path)
     return scores
 
   def _report(self) -> None:

@@ -61,7 +61,8 @@ def load(
   Args:
     where: a run directory (its newest checkpoint), a checkpoint of one, such
       as RUN/checkpoints/936, or a .pth or .safetensors file.
-    network: one of NETWORKS.
+    network: one of NETWORKS, or "": the student of a fine-tuned network, else
+      the teacher.
     mesh: devices that get a copy.
     heads: of a file's attention, 0 = by convention.
     allow_missing: see `checkpoints.load`, of files.
@@ -70,7 +71,7 @@ def load(
     InputError: nothing there, no such network, or arrays that do not fit the
       config they lie beside.
   """
-  if network not in NETWORKS:
+  if network and network not in NETWORKS:
     raise InputError(
       f'network "{network}" is unknown: use {", ".join(NETWORKS)}'
     )
@@ -86,6 +87,8 @@ def load(
   run_dir, step = _locate(pathlib.Path(where).expanduser())
   config = read_config(run_dir)
   method = method_of(config)
+  # The moving average of a short fine-tuning is nearly what it started from.
+  network = network or ("student" if method.classifies else "teacher")
   shapes = _shapes(method, network)
   if network == "untrained":
     step, params, aux = 0, _untrained(method, config, mesh), {}
@@ -125,6 +128,7 @@ def _of_file(
   options: dict[str, Any],
 ) -> Weights:
   """Weights of another code base's file."""
+  network = network or "teacher"
   wanted = "student" if network == "student" else "teacher"
   found = checkpoints.load(file, wanted, **options)
   params, aux = found.params, found.aux
@@ -216,10 +220,20 @@ def _shapes(method: Any, network: str) -> Params:
 def _untrained(
   method: Any, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> Params:
-  """The teacher (or, without one, the student) before the first step."""
+  """The teacher (or, without one, the student) before the first step.
+
+  Raises:
+    InputError: its start values were those of other weights.
+  """
+  where = config.get("init_from", "")
+  if where or method.classifies:
+    raise InputError(
+      "network=untrained is a network at its start values, and this run began "
+      f"with those of {where or 'other weights'}: evaluate these"
+    )
 
   def make() -> Params:
-    rng, _ = jax.random.split(jax.random.key(config.method.seed))
+    rng, _ = jax.random.split(jax.random.key(config.method.get("seed", 0)))
     params, teacher, _ = method.init(rng)
     return teacher or params
 

@@ -179,7 +179,8 @@ def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
   """What all evaluations have, see configs/evals.py."""
   config = ml_collections.ConfigDict()
   config.weights = ""  # run directory, checkpoint, .pth or .safetensors
-  config.network = "teacher"  # teacher | student | untrained
+  # teacher | student | untrained; "" = teacher, of a fine-tuning the student
+  config.network = ""
   config.heads = 0  # of attention, where a weight file is of no known size
   config.allow_missing = ()  # tensor names of a weight file, or how they begin
   config.probe = ""  # run directory of a linear probe (masked, backgrounds)
@@ -189,7 +190,7 @@ def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
     path="",
     subset=-1,  # training images per class; -1 = as in the run, 0 = all
     image_size=0,  # pixels; 0 = as in the run
-    eval_resample="bicubic",  # bicubic | bilinear, of evaluation crops
+    eval_resample="",  # bicubic | bilinear; "" = as in the run
     seed=-1,  # of order, augmentation and "shapes"; -1 = as in the run
     shapes_train=0,  # images of source "shapes"; 0 = as in the run
     shapes_val=0,

@@ -211,6 +211,14 @@ def test_another_config_on_a_run(call, tmp_path):
   assert contents(tmp_path) == before
 
 
+def test_an_evaluation_is_not_trained(call, tmp_path):
+  path = TINY.replace("tiny.py", "evals.py")
+  for name in ("knn", "linear"):
+    code, words = call(f"{path}:{name}", f"--workdir={tmp_path}/new")
+    check_sentence(code, words, ["describes an evaluation", "--mode=eval"])
+  assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
   "error, code",
   [

@@ -182,6 +182,22 @@ def test_accuracy_of_several_classifiers_over_padded_batches():
     assert found["loss"][j] == pytest.approx(loss / 36, rel=1e-5)
 
 
+def test_broken_logits_are_never_right():
+  mesh = meshes.make_mesh(devices=jax.devices()[:1])
+  logits = np.zeros((4, 1, 6), np.float32)
+  logits[:2, 0, 3] = np.nan  # the right class, and another
+  logits[2:, 0, 0] = 1
+  batch = {
+    "images": np.zeros((4, 2, 2, 3), np.uint8),
+    "label": np.array([3, 1, 0, 1], np.int32),
+    "index": np.arange(4),
+    "valid": np.ones(4, bool),
+  }
+  count = accuracy.counter(lambda t, b: t[b["index"]], mesh)
+  found = accuracy.run(count, jnp.asarray(logits), [batch], mesh=mesh)
+  assert (found["top1"][0], found["top5"][0]) == (25, 50)
+
+
 def test_accuracy_of_nothing_is_refused():
   mesh = meshes.make_mesh()
   count = accuracy.counter(lambda t, batch: t, mesh)
@@ -193,14 +209,20 @@ def test_accuracy_of_nothing_is_refused():
 
 
 def test_black_patches():
+  # 3 x 3 patches of 2 pixels, and a border.
   images = RNG.integers(1, 256, (2, 7, 7, 3)).astype(np.uint8)
   mask = np.zeros((2, 9), bool)
   mask[0, 5] = mask[1, 0] = mask[1, 8] = True
-  found = np.asarray(masked.blacken(jnp.asarray(images), mask, 3))
+  found = np.asarray(masked.blacken(jnp.asarray(images), mask, 2))
   want = images.copy()
   want[0, 2:4, 4:6] = 0
   want[1, 0:2, 0:2] = 0
   want[1, 4:6, 4:6] = 0
+  assert np.array_equal(found, want)
+  # 2 x 2 patches of 3 pixels: a border that would hold half a patch.
+  found = masked.blacken(jnp.asarray(images[:, :8]), mask[:, :4] | True, 3)
+  want = images.copy()
+  want[:, :6, :6] = 0
   assert np.array_equal(found, want)
 
 

@@ -1,16 +1,19 @@
 """Evaluations end to end: a small run is trained once and evaluated by name."""
 
 import json
+import pathlib
 import shutil
 import types
 
 import numpy as np
 import pytest
 import small
+from PIL import Image
 
-from attmask_jax import evaluate, train, weights
+from attmask_jax import evaluate, supervised, train, weights
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
+from attmask_jax.evals import features
 from configs import evals
 
 
@@ -60,16 +63,48 @@ def test_knn_of_the_teacher_is_that_of_the_run(trained, tmp_path):
   assert other["values"]["k5/top1"] == pytest.approx(first["knn/k5/top1"])
 
 
-def test_features_come_from_the_cache_and_give_the_same(trained, tmp_path):
+def test_features_come_from_the_cache_and_give_the_same(
+  trained, tmp_path, monkeypatch
+):
   options = {"evals.ks": (3,), "evals.cache": str(tmp_path / "cache")}
   first = run("knn", trained, tmp_path / "a", **options)
-  files = list((tmp_path / "cache").glob("*.npz"))
-  assert len(files) == 2  # bank and queries
-  again = run("knn", trained, tmp_path / "b", **options)
+  assert len(list((tmp_path / "cache").glob("*.npz"))) == 2  # bank, queries
+  forbid = lambda *_, **__: pytest.fail("features were extracted again")
+  with monkeypatch.context() as patched:
+    patched.setattr(features, "extract", forbid)
+    again = run("knn", trained, tmp_path / "b", **options)
   assert again["values"] == first["values"]
-  options["evals.avgpool"] = 2
-  run("knn", trained, tmp_path / "c", **options)
-  assert len(list((tmp_path / "cache").glob("*.npz"))) == 4
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"network": "student"},
+    {"data.seed": 9},
+    {"data.shapes_train": 40},
+    {"data.image_size": 20},
+    {"data.eval_resample": "bilinear"},
+    {"evals.avgpool": 2},
+    {"evals.last_blocks": 2},
+    {"evals.raw": True},
+    {"run.matmul_precision": "default"},
+  ],
+)
+def test_features_of_anything_else_are_not_taken(trained, cached, changes):
+  options = {"evals.ks": (3,), "evals.cache": str(cached)} | changes
+  before = set(cached.glob("*.npz"))
+  run("knn", trained, cached / "out", **options)
+  new = set(cached.glob("*.npz")) - before
+  assert len(new) == (1 if "data.shapes_train" in changes else 2)  # the bank
+
+
+@pytest.fixture(scope="module")
+def cached(trained, tmp_path_factory):
+  """Folder of the features of a first evaluation."""
+  folder = tmp_path_factory.mktemp("cache")
+  options = {"evals.ks": (3,), "evals.cache": str(folder)}
+  run("knn", trained, folder / "out", **options)
+  return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +130,9 @@ def test_linear_probe(trained, probe):
   best = max(values["best/lr0.01/top1"], values["best/lr1/top1"])
   assert values["best/top1"] == best
   assert found["counts"]["classes"] == 8
+  # All that was trained on, the network's sizes among it.
+  assert found["config"]["method.variant"] == "16x2x2"
+  assert found["config"]["digest"] == found["weights"]["digest"]
   # Complete: the same command measures again and trains no further.
   lines = (folder / "metrics.jsonl").read_text()
   again = run("linear", trained, folder, **PROBE, **{"method.lrs": (0.01, 1.0)})
@@ -146,6 +184,42 @@ def test_fine_tuning_and_using_the_result(trained, tmp_path):
   assert clean["values"]["clean/top1"] == pytest.approx(
     found["values"]["best/top1"]
   )
+  # What the moving average knows is another question.
+  where = tmp_path / "tuned" / "checkpoints" / "4"
+  teacher = run(
+    "masked", where, tmp_path / "teacher", **{"evals.ratios": ()},
+    network="teacher",
+  )  # fmt: skip
+  assert teacher["weights"]["network"] == "teacher"
+  assert teacher["classifier"]["digest"] != clean["classifier"]["digest"]
+  by_default = run("knn", where, tmp_path / "knn", **{"evals.ks": (3,)})
+  assert by_default["weights"]["network"] == "student"
+  refused(
+    "knn", where, tmp_path / "none", "evaluate these", network="untrained"
+  )
+
+
+def test_a_short_probe_is_owned_up_to(trained, probe, tmp_path, monkeypatch):
+  options = PROBE | {"evals.ratios": (), "optim.epochs": 1}
+  monkeypatch.chdir(tmp_path)
+  found = run("masked", trained, pathlib.Path("masked"), **options)
+  assert found["notes"][0].endswith("trained for 1 epochs, which is short.")
+  given = run(
+    "masked", trained, tmp_path / "given", probe=str(probe[0]),
+    **{"evals.ratios": ()},
+  )  # fmt: skip
+  assert given["notes"] == []
+
+
+def test_pictures_of_before_are_removed(trained, tmp_path):
+  options = {"evals.count": 2, "evals.ratios": (0.3,)}
+  first = run("masks", trained, tmp_path, **options)
+  (tmp_path / "figures" / "mine.png").write_text("kept")
+  options["evals.ratios"] = (0.5,)
+  second = run("masks", trained, tmp_path, **options)
+  assert first["figures"] != second["figures"]
+  found = {f"figures/{p.name}" for p in (tmp_path / "figures").iterdir()}
+  assert found == {*second["figures"], "figures/mine.png"}
 
 
 def test_clusters_fewshot_and_pictures_run(trained, tmp_path):
@@ -216,6 +290,39 @@ def test_results_of_another_evaluation_stay(trained, tmp_path):
   assert (tmp_path / "results.json").read_text() == before
 
 
+def test_settings_are_checked_before_the_work(trained, tmp_path, monkeypatch):
+  forbid = lambda *_, **__: pytest.fail("features were extracted")
+  monkeypatch.setattr(features, "extract", forbid)
+  for changes, match in (
+    ({"evals.ks": (65,)}, "65 neighbours, and the bank has 64"),
+    ({"evals.ks": ()}, "0 neighbours"),
+    ({"evals.temp": 0.0}, "temp 0.0 must be positive"),
+    ({"evals.bank_chunk": 0}, "bank_chunk 0 must be positive"),
+    ({"evals.last_blocks": 3}, "last_blocks 3.*the 2 blocks"),
+    ({"evals.last_blocks": 0}, "last_blocks 0"),
+    ({"evals.avgpool": 3}, "avgpool 3 is unknown"),
+    ({"data.path": "/images"}, "data.path /images is given.*generated"),
+  ):
+    options = {"evals.ks": (3,)} | changes
+    refused("knn", trained, tmp_path / "out", match, **options)
+  options = {"evals.shots": (1,), "evals.ks": (9,), "evals.starts": ((0,),)}
+  refused("fewshot", trained, tmp_path / "out", "9 neighbours", **options)
+
+
+def test_a_class_without_images(trained, tmp_path):
+  image = Image.new("RGB", (16, 16))
+  for name in ("train/a", "train/b", "train/c", "val/a", "val/c"):
+    (tmp_path / name).mkdir(parents=True)
+    for i in range(3):
+      image.save(tmp_path / name / f"{i}.png")
+  options = {"data.source": "folder", "data.path": str(tmp_path)}
+  for name in ("knn", "linear"):
+    match = "no images of class b .1 of 3 classes"
+    small = PROBE | {"data.batch_size": 8}
+    small = {"evals.ks": (1,)} if name == "knn" else small
+    refused(name, trained, tmp_path / "out", match, **options, **small)
+
+
 def test_data_that_do_not_do(trained, tmp_path):
   folder = tmp_path / "images"
   (folder / "train" / "a").mkdir(parents=True)
@@ -262,6 +369,13 @@ def test_data_are_those_of_the_run_unless_named(given, want):
   found = evaluate.complete(settings, source).data
   got = (found.source, found.path, found.subset, found.image_size)
   assert got == want
+
+
+@pytest.mark.parametrize(
+  "batch, group", [(900, 150), (1024, 128), (64, 64), (2, 2), (7, 7)]
+)
+def test_groups_of_mixup_are_those_of_the_releases(batch, group):
+  assert supervised.mixup_group(batch) == group
 
 
 def test_weights_that_do_not_know_their_images():

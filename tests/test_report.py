@@ -1,6 +1,7 @@
 """A run's page and the comparison of runs, from files written by hand."""
 
 import base64
+import io
 import json
 import re
 import types
@@ -73,6 +74,33 @@ def test_page_shows_all_that_the_folder_holds(tmp_path):
   assert 'alt="Loss" src="data:image/svg' in page
 
 
+def test_large_pictures_are_in_the_page_too(tmp_path):
+  folder = write_run(tmp_path / "run")
+  (folder / "figures").mkdir()
+  noise = np.random.default_rng(0).integers(0, 256, (700, 2600, 3))
+  picture = Image.fromarray(noise.astype(np.uint8))
+  picture.save(folder / "figures" / "attention.png")
+  page = report.write(folder).read_text()
+  found = re.search(
+    r'alt="attention" src="data:image/jpeg;base64,([^"]+)"', page
+  )
+  shown = Image.open(io.BytesIO(base64.b64decode(found[1])))
+  assert shown.size == (2400, 646)
+
+
+def test_pictures_of_a_folder_used_again_are_not_shown(tmp_path):
+  folder, home = write_run(tmp_path / "run"), tmp_path / "eval"
+  (home / "figures").mkdir(parents=True)
+  Image.new("RGB", (4, 3)).save(home / "figures" / "a.png")
+  told = record(12.34) | {"figures": ["figures/a.png"], "folder": str(home)}
+  report.append_record(folder, told)
+  (home / "results.json").write_text(json.dumps(told))
+  assert 'alt="figures/a.png"' in report.write(folder).read_text()
+  (home / "results.json").write_text(json.dumps(told | {"date": "later"}))
+  page = report.write(folder).read_text()
+  assert 'alt="figures/a.png"' not in page and "pictures are gone" in page
+
+
 def test_page_of_damaged_files_says_so(tmp_path):
   folder = write_run(tmp_path / "run")
   with (folder / "metrics.jsonl").open("ab") as file:
@@ -135,6 +163,9 @@ def test_comparison_counts_epochs_and_what_differs(tmp_path):
     "one and two differ in method.mask (attmask_high and random).",
   )
   assert "epoch of 20.0 %" in found.table.headings
+  tuned = write_run(tmp_path / "tuned", [{"step": 4, "val/top1": 50.0}])
+  mixed = compare.run(job(tmp_path, (str(one), str(tuned))))
+  assert "Top-1 is accuracy or k-NN top-1, and these do not" in mixed.notes[0]
   picture = np.asarray(Image.open(found.figures[0]))
   assert picture.shape[0] > 500 and len(np.unique(picture)) > 50
 

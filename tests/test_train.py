@@ -215,7 +215,7 @@ def check_records(records):
     assert at(f"epoch/{name}") == [8, 16], name
   assert at("knn/top1") == at("knn/k5/top5") == [0, 8, 16]
   for name in ("attmask_high", "attmask_hint", "attmask_low", "random"):
-    assert at(f"overlap/{name}") == [0, 16], name
+    assert at(f"overlap/{name}") == [0, 8, 16], name
   assert all(0 <= r.get("train/data_wait", 0) <= 1 for r in records)
 
 

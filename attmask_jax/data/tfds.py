@@ -6,6 +6,7 @@ Pillow decodes them. The package is optional and imported only here, on use.
 
 import hashlib
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Tfds:
       raise InputError(_how_to_prepare(spec, data_dir)) from err
     self.name = f"tfds:{spec} {name}"
     self._said = (builder.info.full_name, str(builder.data_path), name)
+    self._folder = str(builder.data_path)
     self.class_names = list(names)
     self._labels = np.full(len(self._records), _UNREAD, np.int32)
 
@@ -92,8 +94,11 @@ class Tfds:
     return files.decode(io.BytesIO(bytes(record["image"])))
 
   def fingerprint(self) -> str:
-    """Changes with the name, version, folder, split or number of records."""
-    said = "\n".join((*self._said, str(len(self))))
+    """Changes with name, version, folder, split, and any of the files there."""
+    with os.scandir(self._folder) as entries:
+      stats = sorted((e.name, e.stat()) for e in entries)
+    shards = (f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
+    said = "\n".join((*self._said, str(len(self)), *shards))
     return hashlib.sha256(said.encode()).hexdigest()
 
 

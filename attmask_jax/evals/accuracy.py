@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from attmask_jax import Params, augment, data, losses, progress
 from attmask_jax import mesh as meshes
@@ -89,6 +90,8 @@ def _count(
   lower = jnp.arange(classes)[None] < label[:, None]
   tied = (logits == own) & lower[:, None]
   rank = jnp.sum((logits > own) | tied, axis=-1)  # [B, J]
+  # A comparison with NaN is false: it would be the best rank.
+  rank = jnp.where(jnp.isnan(logits).any(axis=-1), classes, rank)
   targets = jax.nn.one_hot(label, classes)[:, None]
   sums = {
     "top1": jnp.sum((rank < 1) & valid, axis=0),
@@ -104,6 +107,7 @@ def _count(
 
 def check(
   config: ml_collections.ConfigDict,
+  method: Any,
   train_source: data.Source,
   val_source: data.Source | None,
 ) -> None:
@@ -122,7 +126,22 @@ def check(
       f"data.source={config.data.source} has no labels to train a classifier "
       "on: set --config.data.source=folder and --config.data.path"
     )
+  del method  # any network can be measured
   inputs.same_classes(train_source, val_source)
+  inputs.every_class(val_source)
+
+
+def crop_of(
+  section: ml_collections.ConfigDict,
+) -> Callable[[Image.Image, int], Image.Image] | None:
+  """How validation images of a classifier are cut; None = evaluation crop.
+
+  Args:
+    section: `data` of its training.
+  """
+  # As small images are trained on: whole.
+  whole = section.transform == "supervised" and section.image_size <= 32
+  return augment.eval_whole if whole else None
 
 
 class Evaluator:
@@ -153,7 +172,7 @@ class Evaluator:
     """Nothing: an untrained linear layer has nothing to say."""
     return {}
 
-  def after(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
+  def figures(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
     """Nothing to draw."""
     return {}
 
@@ -171,11 +190,8 @@ class Evaluator:
 
   def measure(self, params: Params, aux: Params) -> dict[str, np.ndarray]:
     """Scores of all linear layers, see `run`."""
-    config, size = self._config, self._config.data.image_size
-    # As small images are trained on: whole.
-    whole = config.data.transform == "supervised" and size <= 32
-    crop = augment.eval_whole if whole else None
-    host, total = inputs.batches(self._val, config, crop=crop)
+    crop = crop_of(self._config.data)
+    host, total = inputs.batches(self._val, self._config, crop=crop)
     weights = self._method.assemble(params, aux)
     with contextlib.closing(host):
       batches = progress.track(host, total, "validation")

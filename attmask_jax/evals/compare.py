@@ -23,12 +23,14 @@ class History(NamedTuple):
 
   Attributes:
     label: its name in the plot.
+    kind: what `accuracy` is, of ACCURACIES.
     accuracy: percent over epochs; empty where none was measured.
     loss: mean of the epoch that ends there.
     config: flat.
   """
 
   label: str
+  kind: str
   accuracy: Curve
   loss: Curve
   config: dict[str, object]
@@ -88,7 +90,9 @@ def read(folder: pathlib.Path, label: str) -> History:
     (line["step"] / per_epoch, line[key]) for line in lines if key in line
   ]
   key = next((k for k in ACCURACIES if curve(k)), "knn/top1")
-  return History(label, curve(key), curve("epoch/loss"), config)
+  return History(
+    label, ACCURACIES[key], curve(key), curve("epoch/loss"), config
+  )
 
 
 def _named(evals: object) -> list[tuple[str, str]]:
@@ -144,6 +148,11 @@ def _summary(
 def _differences(histories: list[History]) -> tuple[str, ...]:
   """A sentence per run whose config differs from the first one's."""
   first, notes = histories[0], []
+  kinds = {h.kind for h in histories if h.accuracy}
+  if len(kinds) > 1:
+    notes.append(
+      f"Top-1 is {' or '.join(sorted(kinds))}, and these do not compare."
+    )
   for other in histories[1:]:
     keys = sorted(
       key
@@ -178,7 +187,8 @@ def _draw(path: pathlib.Path, histories: list[History]) -> None:
       if curve:
         axis.plot(
           *zip(*curve, strict=True), marker="o", markersize=3, linewidth=1.5,
-          label=history.label,
+          label=f"{history.label} ({history.kind})" * (name == "accuracy")
+          or history.label,
         )  # fmt: skip
     axis.set_title(title, fontsize=11)
     axis.set_xlabel("Epoch")

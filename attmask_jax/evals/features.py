@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -28,6 +29,39 @@ class Features(NamedTuple):
   features: np.ndarray
   labels: np.ndarray
   index: np.ndarray
+
+
+def check(
+  settings: ml_collections.ConfigDict, *, depth: int, class_token: str
+) -> None:
+  """Refuses features that a network does not have.
+
+  Args:
+    settings: avgpool and last_blocks are read.
+    depth: blocks of the network.
+    class_token: of the network, see `vit.ViT`.
+
+  Raises:
+    InputError: either is out of range.
+  """
+  avgpool, blocks = settings.avgpool, settings.last_blocks
+  if avgpool not in (0, 1, 2):
+    raise InputError(f"evals.avgpool {avgpool} is unknown: use 0, 1 or 2")
+  if not 1 <= blocks <= depth:
+    raise InputError(
+      f"evals.last_blocks {blocks} must lie between 1 and the {depth} blocks "
+      "of the network"
+    )
+  if class_token == "readout" and blocks > 1:
+    raise InputError(
+      f"evals.last_blocks {blocks} asks for class tokens of several blocks, "
+      "and this network's reads the last one: set --config.evals.last_blocks=1"
+    )
+  if class_token == "none" and avgpool != 1:
+    raise InputError(
+      f"evals.avgpool {avgpool} takes the class token, which this network has "
+      "not: set --config.evals.avgpool=1"
+    )
 
 
 def extract(

@@ -24,6 +24,8 @@ def run(job: Job) -> Result:
   evals = job.config.evals
   plan = _plan(evals)
   train, val = job.pair()
+  for shots, k, _ in plan:
+    knn.check(evals, k, shots * len(train.class_names))
   places = _places(train, max(s + n for n, _, starts in plan for s in starts))
   wanted = np.unique(
     np.concatenate(

@@ -72,3 +72,19 @@ def same_classes(train: data.Source, val: data.Source) -> None:
       f'class "{min(one_sided)}" and {len(one_sided) - 1} more are in only one '
       f"of {train.name} and {val.name}: give both the same class folders"
     )
+
+
+def every_class(source: data.Source) -> None:
+  """Refuses labelled images with a class that none of them shows.
+
+  Raises:
+    InputError: names one.
+  """
+  counts = np.bincount(source.labels, minlength=len(source.class_names))
+  empty = np.flatnonzero(counts == 0)
+  if len(empty):
+    raise InputError(
+      f"{source.name} has no images of class {source.class_names[empty[0]]} "
+      f"({len(empty)} of {len(source.class_names)} classes are empty): an "
+      "accuracy over fewer classes would be another number; add images"
+    )

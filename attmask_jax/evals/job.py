@@ -57,6 +57,9 @@ class Classifier(NamedTuple):
     class_names: [C], of the images it was trained on.
     digest: of the parameters.
     where: its checkpoint.
+    crop: (image, size) -> square, as its validation images were cut; None for
+      the evaluation crop.
+    trained_here: epochs of a probe that was trained for this evaluation alone.
   """
 
   method: Any
@@ -64,6 +67,8 @@ class Classifier(NamedTuple):
   class_names: tuple[str, ...]
   digest: str
   where: str
+  crop: Callable[[Image.Image, int], Image.Image] | None = None
+  trained_here: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Job:
     """Training and validation images with the same classes."""
     train, val = self.source("train"), self.source("val")
     inputs.same_classes(train, val)
+    inputs.every_class(val)
     return train, val
 
   @contextlib.contextmanager
@@ -135,6 +141,8 @@ class Job:
   ) -> features.Features:
     """Features as `evals.last_blocks` and `evals.avgpool` say, maybe cached."""
     evals, weights = self.config.evals, self.weights
+    network = weights.method.backbone
+    features.check(evals, depth=network.depth, class_token=network.class_token)
     key = cache.key(
       weights=weights.digest,
       config=weights.config.method,

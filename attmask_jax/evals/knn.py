@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,6 +32,7 @@ def run(job: Job) -> Result:
   """
   evals = job.config.evals
   train, val = job.pair()
+  check(evals, max(evals.ks, default=0), len(train))
   bank = job.embed(train, desc="bank")
   queries = job.embed(val, desc="queries")
   values = knn(
@@ -56,6 +58,28 @@ def run(job: Job) -> Result:
     "feature width": bank.features.shape[1],
   }
   return Result(values, counts, Table(("k", "top-1 %", "top-5 %"), tuple(rows)))
+
+
+def check(evals: ml_collections.ConfigDict, k: int, bank: int) -> None:
+  """Refuses settings that would fail once all features are there.
+
+  Args:
+    evals: temp, bank_chunk and query_chunk are read.
+    k: the most neighbours asked for.
+    bank: rows of the bank.
+
+  Raises:
+    InputError: names the setting.
+  """
+  if not 1 <= k <= bank:
+    raise InputError(
+      f"evals.ks asks for {k} neighbours, and the bank has {bank} images: "
+      "choose at least 1 and at most that many"
+    )
+  for name in ("temp", "bank_chunk", "query_chunk"):
+    value = getattr(evals, name)
+    if not value > 0:
+      raise InputError(f"evals.{name} {value} must be positive")
 
 
 def knn(

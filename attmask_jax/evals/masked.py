@@ -18,7 +18,7 @@ import numpy as np
 
 from attmask_jax import Params, masking, weights
 from attmask_jax.errors import InputError
-from attmask_jax.evals import accuracy, drawing, visualize
+from attmask_jax.evals import accuracy, drawing, inputs, pictures, visualize
 from attmask_jax.evals.job import Job, Result, Table
 
 POLICIES = ("attmask_high", "attmask_low", "random")
@@ -43,13 +43,15 @@ def run(job: Job) -> Result:
       f"{len(source.class_names)}, or others: evaluate on the classes it was "
       "trained on"
     )
+  inputs.every_class(source)
   guide = job.weights
   if evals.guide:
     guide = weights.load(evals.guide, network="teacher", mesh=job.mesh)
   cells = [(None, 0.0)]
   cells += [(p, r) for p in evals.policies for r in evals.ratios if r > 0]
   backbone = guide.method.backbone
-  grid = job.config.data.image_size // backbone.patch_size
+  p = backbone.patch_size
+  grid = job.config.data.image_size // p
   # Products in double precision, truncated, as in training.
   counts = np.array([int(grid**2 * r) for _, r in cells], np.int32)
 
@@ -62,29 +64,29 @@ def run(job: Job) -> Result:
     found = [
       classifier.method.logits(
         trees["classifier"],
-        images if p is None else blacken(images, hide(p, int(n)), grid),
+        blacken(images, hide(policy, int(n)), p) if policy else images,
       )
-      for (p, _), n in zip(cells, counts, strict=True)
+      for (policy, _), n in zip(cells, counts, strict=True)
     ]
     return jnp.stack(found, axis=1)  # [B, J, C]
 
   trees = {"guide": guide.params, "classifier": classifier.params}
   count = accuracy.counter(logits, job.mesh)
-  with job.batches(source, desc="masked") as batches:
+  with job.batches(source, desc="masked", crop=classifier.crop) as batches:
     scores = accuracy.run(count, trees, batches, mesh=job.mesh)
   return _result(job, cells, counts / grid**2, scores)
 
 
-def blacken(images: jax.Array, mask: jax.Array, grid: int) -> jax.Array:
-  """Black where hidden: [B, H, W, 3] uint8, [B, grid^2] bool -> uint8.
+def blacken(images: jax.Array, mask: jax.Array, p: int) -> jax.Array:
+  """Black where hidden: [B, H, W, 3] uint8, [B, N] bool -> uint8.
 
-  Pixels beyond the last whole patch stay.
+  Patches have p pixels a side; those beyond the last whole patch stay.
   """
   b, height, width, _ = images.shape
-  cells = mask.reshape(b, grid, grid)
-  p = min(height, width) // grid
+  h, w = height // p, width // p
+  cells = mask.reshape(b, h, w)
   pixels = jnp.repeat(jnp.repeat(cells, p, axis=1), p, axis=2)
-  rest = ((0, 0), (0, height - grid * p), (0, width - grid * p))
+  rest = ((0, 0), (0, height - h * p), (0, width - w * p))
   return jnp.where(jnp.pad(pixels, rest)[..., None], 0, images)
 
 
@@ -129,7 +131,7 @@ def _result(
   kinds = [k for k in ("top1", "top5") if k in scores]
   values, by_policy = {}, {}
   for j, (policy, ratio) in enumerate(cells):
-    name = "clean" if policy is None else f"{policy}_{round(100 * ratio)}"
+    name = f"{policy}_{pictures.percent(ratio)}" if policy else "clean"
     values |= {f"{name}/{k}": float(scores[k][j]) for k in kinds}
     if policy is not None:
       point = (100 * shares[j], values[f"{name}/top1"])
@@ -142,9 +144,9 @@ def _result(
   ratios = [r for r in job.config.evals.ratios if r > 0]
   rows = [("none", *[f"{values['clean/top1']:.2f}"] * len(ratios))]
   for policy in by_policy:
-    names = [f"{policy}_{round(100 * r)}" for r in ratios]
+    names = [f"{policy}_{pictures.percent(r)}" for r in ratios]
     rows.append((policy, *(f"{values[f'{n}/top1']:.2f}" for n in names)))
-  headings = ("hidden, top-1 %", *(f"{100 * r:.0f} %" for r in ratios))
+  headings = ("hidden, top-1 %", *(f"{pictures.percent(r)} %" for r in ratios))
   counts = {"images": int(scores["images"])}
   return Result(values, counts, Table(headings, tuple(rows)), figures)
 

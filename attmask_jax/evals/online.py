@@ -35,6 +35,7 @@ def enabled(
 
 def check(
   config: ml_collections.ConfigDict,
+  method: Any,
   train_source: data.Source,
   val_source: data.Source | None,
 ) -> None:
@@ -49,14 +50,8 @@ def check(
     raise InputError(
       f"evals.eval_epochs {evals.eval_epochs} must be at least 1"
     )
-  if evals.avgpool not in (0, 1, 2):
-    raise InputError(f"evals.avgpool {evals.avgpool} is unknown: use 0, 1 or 2")
-  depth = vit.variant_size(config.method.variant)["depth"]
-  if not 1 <= evals.last_blocks <= depth:
-    raise InputError(
-      f"evals.last_blocks {evals.last_blocks} must lie between 1 and the "
-      f"{depth} blocks of method.variant {config.method.variant}"
-    )
+  network = method.backbone
+  features.check(evals, depth=network.depth, class_token=network.class_token)
   if not enabled(config, val_source):
     return
   if len(train_source.class_names) < 2:
@@ -112,18 +107,18 @@ class Evaluator:
       )
 
   def before(self, state: Any) -> dict[str, float]:
-    """Of the untrained network: k-NN, and where its masks fall."""
-    logging.info("evaluating before the first step")
-    return self.scores(state) | self.masks(state.teacher or state.params)
+    """Of the untrained network: k-NN, see `knn`."""
+    return self.scores(state)
 
   def scores(self, state: Any) -> dict[str, float]:
     """After an epoch: k-NN, see `knn`."""
     return self.knn(state.teacher or state.params)
 
-  def after(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
-    """After the last step: draws folder/masks.png and reconstructions.png.
+  def figures(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
+    """Draws folder/masks.png, see `masks`, and reconstructions.png.
 
-    The latter where the method reconstructs; see `masks`.
+    The latter where the method reconstructs. At every evaluation, so that a
+    run shows what it does while it runs.
     """
     if hasattr(self._method, "reconstruct"):
       self._reconstruct(state, folder / "reconstructions.png")
