@@ -175,6 +175,7 @@ def _differences(histories: list[History]) -> tuple[str, ...]:
 def _draw(path: pathlib.Path, histories: list[History]) -> None:
   """Two panels side by side: accuracy and loss over epochs."""
   from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
 
   figure = Figure(figsize=(9.5, 4.0), dpi=drawing.DPI, layout="constrained")
   panels = figure.subplots(1, 2)
@@ -192,6 +193,7 @@ def _draw(path: pathlib.Path, histories: list[History]) -> None:
         )  # fmt: skip
     axis.set_title(title, fontsize=11)
     axis.set_xlabel("Epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if any(getattr(history, name) for history in histories):

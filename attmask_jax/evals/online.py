@@ -234,6 +234,8 @@ class Evaluator:
   ) -> None:
     """Writes the gallery of the first `evals.mask_images` images."""
     n = self._config.evals.mask_images
+    token = self._method.backbone.class_token != "none"
+    whose = "of the class token" if token else "that patches receive"
     visualize.mask_gallery(
       path,
       images[:n],
@@ -241,7 +243,8 @@ class Evaluator:
       {name: mask[:n] for name, mask in hidden.items()},
       patch_size=self._method.backbone.patch_size,
       object_masks=None if objects is None else objects[:n],
-      title="Class-token attention of the teacher, and what each policy hides",
+      title=f"Attention {whose}, and what each policy hides "
+      f"at {self._method.shown_ratio:.0%}",
     )
 
   def _attention(self, weights: Params, images: np.ndarray) -> jax.Array:
