@@ -10,14 +10,19 @@ import pytest
 
 from attmask_jax import (
   checkpoint,
+  evaluate,
   mesh,
   optim,
   rates,
+  supervised,
   train_step,
   vit,
+  weights,
 )
 from attmask_jax.errors import InputError
+from attmask_jax.methods import METHODS
 from attmask_jax.methods.classify import Classify
+from configs import evals, tiny
 
 
 class OfTokens(Classify):
@@ -253,3 +258,31 @@ def test_combine_takes_one_layer_and_refuses_another_width():
   assert single.logits(whole, images).argmax(-1).tolist() == [3, 3]
   with pytest.raises(InputError, match="width 10.*give 20"):
     checkpoint.combine(aux["backbone"], params["head"], width=20)
+
+
+def completed(family, name, **changes):
+  """Config of a supervised evaluation on a network of this family."""
+  theirs = tiny.get_config(family)
+  theirs.data.update(shapes_train=8, shapes_val=8)
+  method = METHODS[theirs.method.name].from_config(theirs, steps_per_epoch=1)
+  source = weights.Weights(
+    method, {}, {}, theirs, "0" * 16, 0, "teacher", "nowhere", None
+  )
+  config = evals.get_config(name)
+  config.update_from_flattened_dict(changes)
+  return supervised.complete(evaluate.complete(config, source), source)
+
+
+@pytest.mark.parametrize(
+  "family, name, offset",
+  [
+    ("attmask", "finetune", 0.1),
+    ("mae", "finetune_mae_50e_gap", 0.0),
+    ("extrema", "finetune_extrema", 0.0),
+  ],
+)
+def test_positions_are_resampled_as_the_family_does(family, name, offset):
+  config = completed(family, name, **{"method.positions": "learned"})
+  method = Classify.from_config(config, steps_per_epoch=1)
+  assert method.backbone.positions == "learned"
+  assert method.backbone.grid_offset == offset

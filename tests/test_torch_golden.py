@@ -13,7 +13,7 @@ from torch_trees import back, filled, same, trees
 
 from attmask_jax import heads, vit
 from attmask_jax.methods import classify, mae
-from attmask_jax.torch_io import layouts, names, pth, tables
+from attmask_jax.torch_io import layouts, names, networks, pth, tables
 
 
 def under(file, prefix):
@@ -115,6 +115,8 @@ def test_golden_names_and_sizes(golden, case):
     if key == "num_classes" and "classifier" not in layout.kind:
       value = 0
     assert getattr(layout, key) == value, key
+  offset = 0.1 if layout.kind == "backbone" else 0.0  # of AttMask's backbone
+  assert networks.build(layout).backbone.grid_offset == offset
   shapes = shapes_from(layout)
   got = names.to_ours(tensors, layout.table, shapes)
   assert got.missing == [] and got.unexpected == []

@@ -94,6 +94,7 @@ class Classify:
         image_size=m.position_size,
         class_token=m.class_token,
         positions=m.positions,
+        grid_offset=m.grid_offset,
         key_bias=m.key_bias,
         readout_layers=m.readout_layers,
       ),

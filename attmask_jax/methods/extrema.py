@@ -5,6 +5,8 @@ of them; a class token reads either at the end, and the student's must predict
 the teacher's. Masks are the augmentation: there is no reconstruction.
 
 Source: the ExtreMA release (MIT). Differs:
+- the fixed positions of images of another size are computed anew; the release
+  resamples its table. So do we where fine-tuning has made them learned ones;
 - subsets are batched image-major, which keeps a sharded batch in place;
 - any grid size, and independent subsets, which the release cannot switch on;
 - InfoNCE works, over the global batch (the release crashes);
@@ -71,6 +73,7 @@ class ExtreMA:
     backbone = vit.from_config(config).clone(
       class_token="readout",
       positions="xy",
+      grid_offset=0.0,
       initial="xavier",
       xavier_embed=True,
       readout_layers=m.readout_layers,
