@@ -1,4 +1,8 @@
-"""Rollout against recorded maps and a plain loop; reconstructions by hand."""
+"""Rollout against recorded maps and a plain loop; reconstructions by hand.
+
+Of mae/rollout.npz `overlay/*` is not compared: it is OpenCV's rainbow over the
+whole image, and our pictures (`drawing.heat`) have a scale of their own.
+"""
 
 import dataclasses
 import json

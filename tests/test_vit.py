@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import layers, positions, vit
+from attmask_jax import layers, positions, stack, vit
 from attmask_jax.errors import InputError
 from configs import common
 
@@ -163,6 +163,19 @@ def test_drop_path_by_hand(monkeypatch):
       {"params": layer}, x, keep
     )
   close(got, np.asarray(x), 1e-5)
+
+
+def test_golden_drop_path(golden):
+  file = golden("mae/finetune_extras.npz")
+  draws = jnp.asarray(file["in/droppath/u"]).reshape(1, 1, -1)
+  # Two blocks: the first never drops, the last has the rate.
+  scales = stack.branch_scales(
+    jnp.tile(draws, (2, 2, 1)), file["cfg/droppath_p"].item()
+  )
+  assert (scales[0] == 1).all()
+  for branch in np.asarray(scales[1]):
+    got = file["in/droppath/x"] * branch[:, None, None]
+    close(got, file["out/droppath"], 1e-6)
 
 
 def test_drop_path_draws_follow_the_row_and_not_its_place():
