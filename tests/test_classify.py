@@ -286,3 +286,44 @@ def test_positions_are_resampled_as_the_family_does(family, name, offset):
   method = Classify.from_config(config, steps_per_epoch=1)
   assert method.backbone.positions == "learned"
   assert method.backbone.grid_offset == offset
+
+
+@pytest.mark.parametrize(
+  "family, name, changes, match",
+  [
+    ("extrema", "linear", {}, "last_blocks 4 .*last_blocks=1.*linear_extrema"),
+    ("extrema", "tokens", {"method.avgpool": 2, "method.last_blocks": 2},
+     "exists once"),
+    ("mae", "linear_mae_lars_gap", {"method.lrs": (0.1, 0.2)},
+     r"lrs \(0.1, 0.2\) with optim.optimizer=lars would share .*=sgd"),
+    ("mae", "linear_mae_sgd_gap",
+     {"method.lrs": (0.1, 0.2), "optim.optimizer": "lars_mae"},
+     "optimizer=lars_mae would share"),
+  ],
+)  # fmt: skip
+def test_what_a_family_cannot_do_is_refused(family, name, changes, match):
+  config = completed(family, name, **changes)
+  with pytest.raises(InputError, match=match):
+    Classify.from_config(config, steps_per_epoch=1)
+
+
+@pytest.mark.parametrize(
+  "family, name, changes",
+  [
+    ("extrema", "linear", {"method.last_blocks": 1}),
+    ("extrema", "linear", {"method.avgpool": 1}),
+    ("extrema", "linear_extrema", {"method.lrs": (0.1, 0.2)}),
+    ("attmask", "linear", {}),
+    ("mae", "linear_mae_lars_gap", {"method.lrs": (0.1,)}),
+  ],
+)
+def test_features_have_the_width_of_the_linear_layer(family, name, changes):
+  config = completed(family, name, **changes)
+  method = Classify.from_config(config, steps_per_epoch=1)
+  params, _, aux = jax.eval_shape(method.init, jax.random.key(0))
+  weights_of = method.assemble(params, aux)
+  side = method.image_size
+  images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+  logits = jax.eval_shape(method.all_logits, weights_of, images)
+  layers = max(len(config.method.lrs), 1)
+  assert logits.shape == (2, layers, method.num_classes)

@@ -135,6 +135,16 @@ def classify(method: Any, config: ml_collections.ConfigDict) -> None:
       f"method.avgpool {method.avgpool} takes the class token, which this "
       "network has not: set --config.method.avgpool=1"
     )
+  if (
+    method.backbone.class_token == "readout"
+    and method.avgpool != 1
+    and method.last_blocks > 1
+  ):
+    raise InputError(
+      f"method.last_blocks {method.last_blocks} takes class tokens of several "
+      "blocks, and that of ExtreMA exists once, after the last: set "
+      "--config.method.last_blocks=1, or use configs/evals.py:linear_extrema"
+    )
   depth = method.backbone.depth
   if not 1 <= method.last_blocks <= depth:
     raise InputError(
@@ -144,6 +154,12 @@ def classify(method: Any, config: ml_collections.ConfigDict) -> None:
   if not all(rate > 0 for rate in method.rates):
     raise InputError(
       f"method.lrs {tuple(m.lrs)} and optim.lr_per_256 must be positive"
+    )
+  if len(m.lrs) > 1 and config.optim.optimizer.startswith("lars"):
+    raise InputError(
+      f"method.lrs {tuple(m.lrs)} with optim.optimizer="
+      f"{config.optim.optimizer} would share one trust ratio among the linear "
+      "layers: give one rate, or use --config.optim.optimizer=sgd"
     )
   for name in ("smoothing", "mix_prob", "switch_prob"):
     value = getattr(method, name)
