@@ -89,7 +89,8 @@ def mae() -> ml_collections.ConfigDict:
     drop_path=0.0,  # stochastic depth of the encoder's last block
     class_token=False,  # True: CLS mode, False: GAP mode
     position_order="yx",  # which axis comes first: yx | xy (official)
-    # random | block | grid | attmask_high | attmask_hint | attmask_low
+    # random | block | attmask_high | attmask_hint | attmask_low, or grid: one
+    # fixed mask for all images, at 0.75 every second patch of every second row
     mask="random",
     mask_ratio=0.75,  # share of patches hidden, the same for all images
     shared_mask=False,  # one mask for all images of a batch (MAE-priv)
