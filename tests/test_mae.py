@@ -306,17 +306,29 @@ def test_decoder_of_the_official_release_reads_the_class_token():
   "changes, match",
   [
     (dict(mask_ratio=1.0), "mask_ratio 1.0"),
-    (dict(mask_ratio=0.999), "mask_ratio 0.999"),
+    (dict(mask_ratio=0.01), "mask_ratio 0.01 hides 0 of 64"),
     (dict(mask="attended"), '"attended" is unknown'),
+    (dict(mask="block", shared_mask=True), '"block" depends on the image'),
+    (dict(mask="attmask_low", shared_mask=True), "shared_mask=False"),
+    (dict(show_max=2.0), "show_max 2.0 must lie between 0 and 1"),
+    (dict(variant="30x2x2"), "variant is 30: choose 28 or 32"),
+    (dict(decoder_width=0), "a decoder of width 0.*must be positive"),
     (dict(decoder_width=30), "a decoder of width 30"),
     (dict(decoder_heads=5), "5 heads cannot be"),
     (dict(decoder_depth=0), "0 blocks"),
     (dict(decoder_class_token=True), "class_token is off"),
     (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),
+    (dict(image_size=30), "image_size 30 is not a multiple.*choose 28 or 32"),
+    (dict(avgpool=0), "evals.avgpool 0 takes the class token.*avgpool=1"),
   ],
 )
 def test_what_is_refused(changes, match):
   config = tiny.get_config("mae")
+  mae.Mae.from_config(config, steps_per_epoch=1)
+  changes = dict(changes)
+  for section, name in (("data", "image_size"), ("evals", "avgpool")):
+    if name in changes:
+      config[section][name] = changes.pop(name)
   config.method.update(changes)
   with pytest.raises(InputError, match=match):
     mae.Mae.from_config(config, steps_per_epoch=1)

@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 
 from attmask_jax import Batch, Params, heads, losses, masking, vit
 from attmask_jax.methods import checks
 from attmask_jax.views import row_ids, unflatten
 
 Scalars = dict[str, jax.Array]
+LITTLE = 0.1  # share of hidden patches below which guiding is warned of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,24 @@ class ExtreMA:
       predictor=heads.Projector(layers=2, **head),
       **checks.own_fields(cls, m),
     )
+    checks.fixed_positions(method)
     checks.subsets(method)
+    method._warn_of_little_hidden()
     return method
+
+  def _warn_of_little_hidden(self) -> None:
+    """A policy chooses what no subset shows, which may be next to nothing."""
+    hidden = self.patches - self.num_masks * self.kept
+    if self.mask != "random" and hidden < LITTLE * self.patches:
+      logging.warning(
+        "%s hides %d of %d patches, for %d subsets show %d each: attention "
+        "decides little; lower method.num_masks or raise method.mask_ratio",
+        self.mask,
+        hidden,
+        self.patches,
+        self.num_masks,
+        self.kept,
+      )
 
   @property
   def batch_coupled(self) -> bool:

@@ -182,6 +182,7 @@ class Mae:
       attention=backbone.attention,
     )
     method = cls(backbone, decoder, **checks.own_fields(cls, m))
+    checks.fixed_positions(method)
     checks.visible(method)
     return method
 
