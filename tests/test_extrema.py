@@ -353,6 +353,23 @@ def test_one_device_and_eight_agree_on_infonce():
   jax.tree.map(close, ends[0][1], ends[1][1])
 
 
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_share_of_patches_that_some_subset_shows(disjoint):
+  method = small(mask_ratio=0.75, num_masks=3, disjoint=disjoint)
+  batch = batch_of(5)
+  key = jax.random.key(7)
+  params, teacher, aux = method.init(key)
+  ids = method.subsets(None, batch, jax.random.split(key)[0])
+  want = np.mean([len(set(np.ravel(row).tolist())) for row in ids]) / 64
+  _, (_, metrics, _) = method.loss(params, teacher, aux, batch, key, {})
+  assert float(metrics["seen"]) == pytest.approx(want, rel=1e-6)
+  if disjoint:
+    assert want == 48 / 64
+  else:  # 1 - 0.75^3 of all on average
+    assert want == pytest.approx(0.578, abs=0.1)
+  assert method.seen(None) == 1
+
+
 def from_config(**changes):
   config = tiny.get_config("extrema")  # 64 patches
   batch_size = changes.pop("batch_size", None)

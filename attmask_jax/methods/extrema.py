@@ -189,11 +189,10 @@ class ExtreMA:
       loss = losses.byol(pred, target)
     else:
       loss = losses.info_nce(pred, target, temp=self.contrast_temp)
-    seen = self.num_masks * self.kept if self.disjoint else self.kept
     metrics = {
       "loss": loss,
       "mask_ratio": jnp.asarray(1 - self.kept / self.patches, jnp.float32),
-      "seen": jnp.asarray(seen / self.patches, jnp.float32),
+      "seen": self.seen(keep_ids),
       "target_std": jnp.mean(jnp.std(losses.unit(target), axis=0)),
     }
     return loss, ({}, metrics, {})
@@ -232,6 +231,18 @@ class ExtreMA:
       draws = jax.vmap(lambda key: jax.random.uniform(key, (m * k,)))(keys)
       seen = jnp.take_along_axis(seen, jnp.argsort(draws, axis=1), axis=1)
     return seen.reshape(-1, m, k)
+
+  def seen(self, keep_ids: jax.Array | None) -> jax.Array:
+    """Share of patches in any subset of their image, a mean: [] float32.
+
+    Args:
+      keep_ids: see `subsets`.
+    """
+    if keep_ids is None:
+      return jnp.ones(())
+    ids = jnp.sort(keep_ids.reshape(len(keep_ids), -1), axis=1)
+    new = (ids[:, 1:] != ids[:, :-1]).astype(jnp.float32)
+    return jnp.mean(1 + jnp.sum(new, axis=1)) / self.patches
 
   def _order(
     self,
