@@ -23,8 +23,9 @@ attention decides next to nothing and the log warns. Two subsets of 80 % hide
 118. What is seen is dealt out at random.
 
 The release gives the command of 80x5_colour; the other rows follow by changing
-masks, augmentation or data. With 22k images the run has no ImageNet-1k labels
-to evaluate on the way: --config.evals.knn=False.
+masks, augmentation or data. The 4 epochs of warm-up of 80x5_colour_22k are our
+choice: its 40 are more than the whole run. With 22k images the run has no
+ImageNet-1k labels to evaluate on the way: --config.evals.knn=False.
 """
 
 import ml_collections
