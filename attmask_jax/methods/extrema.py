@@ -5,8 +5,9 @@ of them; a class token reads either at the end, and the student's must predict
 the teacher's. Masks are the augmentation: there is no reconstruction.
 
 Source: the ExtreMA release (MIT). Differs:
-- the fixed positions of images of another size are computed anew; the release
-  resamples its table. So do we where fine-tuning has made them learned ones;
+- the fixed positions of images of another size are computed anew, where the
+  release knows one size; fine-tuning makes them learned ones and resamples
+  them plainly, as there;
 - subsets are batched image-major, which keeps a sharded batch in place;
 - any grid size, and independent subsets, which the release cannot switch on;
 - InfoNCE works, over the global batch (the release crashes);
