@@ -286,6 +286,9 @@ def test_positions_are_resampled_as_the_family_does(family, name, offset):
   method = Classify.from_config(config, steps_per_epoch=1)
   assert method.backbone.positions == "learned"
   assert method.backbone.grid_offset == offset
+  del config.method.grid_offset  # a run from before there was a choice
+  method = Classify.from_config(config, steps_per_epoch=1)
+  assert method.backbone.grid_offset == 0.1
 
 
 @pytest.mark.parametrize(
