@@ -37,12 +37,7 @@ class TwoColours:
   def __post_init__(self) -> None:
     """Refuses what cannot work, before the first image is read."""
     augment_supervised.resampling(self.resample)
-    low, high = self.scale
-    if not 0 < low <= high <= 1:
-      raise InputError(
-        f"data.scale {(low, high)} must be two shares of the image's area, the "
-        "smaller first, above 0 and at most 1"
-      )
+    augment_supervised.check_scale(self.scale)
     for name in ("jitter", "grey"):
       value = getattr(self, name)
       if not 0 <= value <= 1:

@@ -80,6 +80,20 @@ def resampling(name: str) -> Image.Resampling:
   return augment.RESAMPLE[name]
 
 
+def check_scale(scale: tuple[float, float]) -> None:
+  """Refuses shares of an image's area that no crop can have.
+
+  Raises:
+    InputError: not ascending, or outside of (0, 1].
+  """
+  low, high = scale
+  if not 0 < low <= high <= 1:
+    raise InputError(
+      f"data.scale {(low, high)} must be two shares of the image's area, the "
+      "smaller first, above 0 and at most 1"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class CropFlip:
   """A random resized crop, mirrored half of the time, for linear probes.
@@ -95,8 +109,9 @@ class CropFlip:
   resample: str = "bilinear"
 
   def __post_init__(self) -> None:
-    """Refuses an unknown filter."""
+    """Refuses what cannot work, before the first image is read."""
     resampling(self.resample)
+    check_scale(self.scale)
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
@@ -143,6 +158,7 @@ class Supervised:
   def __post_init__(self) -> None:
     """Refuses what cannot work, before the first image is read."""
     resampling(self.resample)
+    check_scale(self.scale)
     randaugment.parse(self.rand_augment)
     if not 0 <= self.erase_prob <= 1:
       raise InputError(

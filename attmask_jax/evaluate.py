@@ -112,7 +112,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
       raise InputError(
         f"{source.where} is a linear probe without a network: give the weights "
         "it was trained on with --config.weights, and the probe itself with "
-        "--config.probe (masked, backgrounds)"
+        "--config.probe (masked, backgrounds, tokens, rollout of a class)"
       )
     config = complete(config, source)
   folder = checkpoint.check_workdir(workdir)

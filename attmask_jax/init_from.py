@@ -129,7 +129,12 @@ def _resample(
       "set data.image_size and method.variant to those of the weights, or "
       "resample the positions with --config.init_resample=True"
     )
-  side, p = method.backbone.image_size, method.backbone.patch_size
+  backbone = method.backbone
   values[path] = positions.interpolate(
-    jnp.asarray(old), side, side, p, lead=method.backbone.lead
+    jnp.asarray(old),
+    backbone.image_size,
+    backbone.image_size,
+    backbone.patch_size,
+    lead=backbone.lead,
+    offset=backbone.grid_offset,
   )

@@ -236,7 +236,8 @@ def visible_first(
 
   Every policy hides exactly n_hidden patches: block-wise masks are topped up
   or trimmed at random, and a revealed hint makes room for the next most
-  attended patch.
+  attended patch. "grid" draws nothing: all rows get the same order, whatever
+  their keys.
 
   Args:
     policy: one of VISIBLE_POLICIES.
@@ -245,7 +246,8 @@ def visible_first(
     n_hidden: patches to hide, 0 to N.
     scores: [R, N] attention, for ATTENTION_POLICIES.
     masks: [R, N] bool, for "block".
-    show_max: hints come from this share of most attended patches.
+    show_max: hints come from this share of most attended patches, and are as
+      many of the hidden ones; never more than may be visible.
   """
   n = grid[0] * grid[1]
   draws = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
@@ -254,13 +256,14 @@ def visible_first(
   elif policy == "block":
     priority = masks + draws
   elif policy == "grid":
-    priority = jnp.asarray(_bayer(grid))[None] + draws
+    priority = jnp.broadcast_to(jnp.asarray(_bayer(grid)), (len(keys), n))
   elif policy == "attmask_low":
     priority = -scores
   else:
     priority = scores
   if policy == "attmask_hint":
-    n_show = int(show_max * n_hidden)
+    # More would tie, and the first places of the image win every tie.
+    n_show = min(int(show_max * n_hidden), n - n_hidden)
     hints = reveal(
       rank(scores), draws, n_show=n_show, n_eligible=int(n * show_max)
     )

@@ -4,17 +4,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+DINO_OFFSET = 0.1  # of interpolate_pos_encoding in DINO, iBOT and AttMask
 
-def bicubic_weights(size: int, grid: int) -> np.ndarray:
+
+def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
   """Bicubic resampling of one axis: [grid, size] float64.
 
-  quirk: the sampling grid follows the scale factor (grid + 0.1) / size and not
-  the ratio of the sizes; Keys kernel with a = -0.75, taps clamped at the
-  border, no antialiasing.
+  Keys kernel with a = -0.75, half-pixel centres, taps clamped at the border,
+  no antialiasing.
 
-  Source: interpolate_pos_encoding of DINO and AttMask.
+  quirk: with DINO_OFFSET the sampling grid follows the scale factor
+  (grid + 0.1) / size and not the ratio of the sizes.
+
+  Args:
+    size: of the axis.
+    grid: its new size.
+    offset: 0 for plain bicubic (MAE, ExtreMA), or DINO_OFFSET.
+
+  Source: interpolate_pos_encoding of DINO and AttMask; load_state_dict of
+  MAE-priv and ExtreMA's fine-tuning.
   """
-  scale, a = (grid + 0.1) / size, -0.75
+  scale, a = (grid + offset) / size, -0.75
   weights = np.zeros((grid, size))
   for i in range(grid):
     x = (i + 0.5) / scale - 0.5
@@ -50,7 +60,13 @@ def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
 
 
 def interpolate(
-  table: jax.Array, height: int, width: int, patch_size: int, *, lead: int = 1
+  table: jax.Array,
+  height: int,
+  width: int,
+  patch_size: int,
+  *,
+  lead: int = 1,
+  offset: float = DINO_OFFSET,
 ) -> jax.Array:
   """Position table for an image of height x width pixels.
 
@@ -60,6 +76,7 @@ def interpolate(
     width: image width in pixels.
     patch_size: patch side in pixels.
     lead: slots in front of the patches'.
+    offset: see `bicubic_weights`.
 
   Returns:
     [1, lead + N, D]. A square image with as many patches as the table gets the
@@ -72,7 +89,7 @@ def interpolate(
     return table
   side = round((tokens - lead) ** 0.5)
   rows, columns = (
-    jnp.asarray(bicubic_weights(side, g), jnp.float32) for g in grid
+    jnp.asarray(bicubic_weights(side, g, offset), jnp.float32) for g in grid
   )
   patches = jnp.einsum(
     "ys,xt,std->yxd",

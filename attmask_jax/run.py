@@ -34,6 +34,9 @@ INFINITE = float("inf")
 RANGES = {
   "method.patch_size": (1, INFINITE),
   "method.drop_path": (0, 0.99),
+  "method.out_dim": (1, INFINITE),
+  "method.head_hidden": (1, INFINITE),
+  "method.head_bottleneck": (1, INFINITE),
   "method.student_temp": (1e-6, INFINITE),
   "method.teacher_temp": (1e-6, INFINITE),
   "method.teacher_patch_temp": (1e-6, INFINITE),

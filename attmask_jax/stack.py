@@ -17,6 +17,21 @@ REMAT = {
 }
 
 
+def branch_scales(draws: jax.Array, drop_path: float) -> jax.Array:
+  """What stochastic depth multiplies residual branches by, 0 or 1 / kept.
+
+  Args:
+    draws: [depth, 2, R] uniform in [0, 1).
+    drop_path: rate of the last block, see `apply`.
+
+  Returns:
+    [depth, 2, R] float32; the mean over draws is 1.
+  """
+  rates = np.linspace(0, drop_path, len(draws), dtype=np.float32)
+  rates = jnp.asarray(rates)[:, None, None]
+  return jnp.where(draws >= rates, 1 / (1 - rates), 0.0)
+
+
 def apply(
   module: nn.Module,
   block: layers.Block,
@@ -63,9 +78,7 @@ def apply(
   weights = module.param("blocks", init)
   keep = None
   if draws is not None and drop_path > 0:
-    rates = np.linspace(0, drop_path, depth, dtype=np.float32)
-    rates = jnp.asarray(rates)[:, None, None]
-    keep = jnp.where(draws >= rates, 1 / (1 - rates), 0.0)
+    keep = branch_scales(draws, drop_path)
 
   def body(x: jax.Array, layer: tuple[Params, *tuple[jax.Array | None, ...]]):
     return block.apply({"params": layer[0]}, x, *layer[1:])[0], None

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from attmask_jax import Params, layers, masking, positions, stack
 from attmask_jax.errors import InputError
+from attmask_jax.positions import DINO_OFFSET
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -108,7 +109,9 @@ class ViT(nn.Module):
       "readout" (enters after them and reads the patches by class-attention) or
       "none".
     positions: "learned", or fixed "yx" or "xy" (see `positions.sin_cos`),
-      which leave a class token at 0.
+      which leave a class token at 0 and are computed anew for any size.
+    grid_offset: how learned positions are resampled for another size, see
+      `positions.bicubic_weights`.
     key_bias: keys have a bias.
     initial: start values of linear layers, "normal" or "xavier".
     xavier_embed: the patch embedding starts from "xavier", too.
@@ -129,6 +132,7 @@ class ViT(nn.Module):
   attention: str = "auto"
   class_token: str = "input"
   positions: str = "learned"
+  grid_offset: float = DINO_OFFSET
   key_bias: bool = True
   initial: str = "normal"
   xavier_embed: bool = False
@@ -240,7 +244,12 @@ class ViT(nn.Module):
     shape = (1, self.lead + self.grid**2, self.width)
     table = self.param("pos_embed", layers.trunc_normal(), shape)
     return positions.interpolate(
-      table, height, width, self.patch_size, lead=self.lead
+      table,
+      height,
+      width,
+      self.patch_size,
+      lead=self.lead,
+      offset=self.grid_offset,
     )
 
   def _read(self, patches: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,8 +24,8 @@ Expected:  not measured yet. The log's knn/top1 (k = 20) should leave the value
            before the first step, which is that of random weights, well behind.
 
 The recipe is that of configs/small_images.py with patches of 4 px, so an image
-has 8 x 8 patches again, and a local crop of 16 px 4 x 4. As there, a run
-shorter than the 10 epochs of method.temp_warmup_epochs is refused.
+has 8 x 8 patches again, and a local crop of 16 px 4 x 4 (mae and extrema have
+none). As there, a run shorter than its warm-ups is refused.
 """
 
 import ml_collections

@@ -109,12 +109,14 @@ def optim() -> ml_collections.ConfigDict:
   """Optimiser and schedules."""
   return ml_collections.ConfigDict(
     dict(
-      optimizer="adamw",  # adamw | sgd | lars
+      # adamw | sgd | lars | lars_mae (MAE-priv's, see configs/supervised.py)
+      optimizer="adamw",
       epochs=100,
       lr_per_256=5e-4,  # peak, for a batch of 256; scaled linearly
       min_lr=1e-6,  # at the end, not scaled
       warmup_epochs=10,
-      # cosine (per step) | epoch_cosine | late_epoch_cosine, see rates.py
+      # cosine, smooth_cosine (per step) | epoch_cosine, late_epoch_cosine: see
+      # rates.py
       schedule="cosine",
       warmup_lr=0.0,  # start of late_epoch_cosine, not scaled
       weight_decay=(0.04, 0.4),  # cosine from, to
@@ -125,8 +127,8 @@ def optim() -> ml_collections.ConfigDict:
       freeze_epochs=1,  # the prototype layer holds
       betas=(0.9, 0.999),  # adamw
       eps=1e-8,  # adamw
-      sgd_momentum=0.9,  # sgd, lars
-      nesterov=False,  # sgd, lars
+      sgd_momentum=0.9,  # sgd, lars, lars_mae
+      nesterov=False,  # sgd, lars, lars_mae
     )
   )
 
@@ -179,11 +181,14 @@ def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
   """What all evaluations have, see configs/evals.py."""
   config = ml_collections.ConfigDict()
   config.weights = ""  # run directory, checkpoint, .pth or .safetensors
-  # teacher | student | untrained; "" = teacher, of a fine-tuning the student
+  # teacher | student | untrained; "" = teacher, of a fine-tuning the student.
+  # reconstruct and finetune_extrema take the student.
   config.network = ""
   config.heads = 0  # of attention, where a weight file is of no known size
   config.allow_missing = ()  # tensor names of a weight file, or how they begin
-  config.probe = ""  # run directory of a linear probe (masked, backgrounds)
+  # Run directory of a linear probe: masked, backgrounds, tokens, and rollout
+  # with evals.explain=class.
+  config.probe = ""
   config.evals = dict(name=name, batch_size=256, **settings)
   config.data = dict(
     source="",  # "" = those of the weights' own run

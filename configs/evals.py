@@ -9,7 +9,8 @@ Data:      those of the weights' own run; --config.data.source and
 Writes:    DIR/results.json, DIR/report.html, pictures in DIR/figures/, and a
            line in the weights' run, whose report.html then shows the result.
 
-Names:     knn             weighted k-NN (knn_mae: as MAE-priv does it)
+Names:     knn             weighted k-NN (knn_mae, knn_mae_cls: as MAE-priv does
+                           it, of the mean patch or the class token)
            fewshot         k-NN on 1, 5, 10, 20 images per class, five runs
            linear, finetune and their published variants: configs/supervised.py
            masked          a probe's accuracy with patches blacked out
@@ -56,10 +57,14 @@ def knn() -> ml_collections.ConfigDict:
   return common.evaluation("knn", **_features(ks=(10, 20, 100, 200)))
 
 
-def knn_mae() -> ml_collections.ConfigDict:
-  """As MAE-priv evaluates: mean patch without final norm, bilinear crops."""
+def knn_mae(*, cls: bool = False) -> ml_collections.ConfigDict:
+  """As MAE-priv evaluates: no final norm, bilinear crops.
+
+  Args:
+    cls: compare class tokens (CLS mode), not mean patches (GAP mode).
+  """
   config = knn()
-  config.evals.update(avgpool=1, raw=True)
+  config.evals.update(avgpool=0 if cls else 1, raw=True)
   config.data.eval_resample = "bilinear"
   return config
 
@@ -213,6 +218,7 @@ def compare() -> ml_collections.ConfigDict:
 NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
   "knn": knn,
   "knn_mae": knn_mae,
+  "knn_mae_cls": functools.partial(knn_mae, cls=True),
   "fewshot": fewshot,
   **supervised.NAMES,
   "masked": masked,

@@ -28,7 +28,17 @@ Expected:  top-1 in percent, of the release; none was repeated by us. Fine-tuned
   official_huge     ViT-H/14       86.93      77.2    -    1600 epochs
 
 The release has small_100e_gap twice (12 files, 11 recipes). The official
-recipes are with a class token in the encoder and the decoder. Any mask policy:
+recipes are with a class token in the encoder and the decoder. What still
+differs from that release:
+- start values: the patch convolution and the layer between encoder and decoder
+  keep PyTorch's default (official: Xavier, and the latter's bias 0); class and
+  mask token are normal values cut at one standard deviation (official: whole);
+- the mask token has no weight decay (official: it has);
+- visible patches are N - int(N * ratio) (official: int(N * (1 - ratio)), the
+  same at 0.75);
+- fine-tuning and linear probes are MAE-priv's: configs/supervised.py.
+
+Any mask policy:
 --config.method.mask=random|block|grid|attmask_high|attmask_hint|attmask_low;
 the last three ask a moving average of the encoder.
 """
@@ -89,7 +99,8 @@ def mae() -> ml_collections.ConfigDict:
     drop_path=0.0,  # stochastic depth of the encoder's last block
     class_token=False,  # True: CLS mode, False: GAP mode
     position_order="yx",  # which axis comes first: yx | xy (official)
-    # random | block | grid | attmask_high | attmask_hint | attmask_low
+    # random | block | attmask_high | attmask_hint | attmask_low, or grid: one
+    # fixed mask for all images, at 0.75 every second patch of every second row
     mask="random",
     mask_ratio=0.75,  # share of patches hidden, the same for all images
     shared_mask=False,  # one mask for all images of a batch (MAE-priv)

@@ -196,6 +196,8 @@ def finetune_mae(
     min_lr=1e-6,
     warmup_epochs=10,
     schedule="cosine",
+    teacher_momentum=0.9999,  # of the average, with method.ema=True
+    teacher_momentum_end=0.9999,
   )
   config.evals.eval_epochs = 1
   return config

@@ -160,6 +160,25 @@ def test_stopped_by_a_signal_and_continued_is_the_same_run(
   assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.parametrize(
+  "family, changes",
+  [
+    ("mae", {"method.mask": "attmask_hint", "method.show_max": 0.3}),
+    ("extrema", {"method.drop_path": 0.1}),
+  ],
+)
+def test_the_other_families_continue_as_if_never_stopped(
+  tmp_path, family, changes
+):
+  quick = {"optim.epochs": 1, "evals.mask_images": 0, "evals.overlap_images": 0}
+  config = lambda: small.config(changes | quick, arg=family)
+  train.train(config(), str(tmp_path / "whole"))
+  stop(config(), tmp_path / "stopped", 5)
+  train.train(config(), str(tmp_path / "stopped"))
+  end = small.STEPS_PER_EPOCH
+  assert_same_end(tmp_path / "stopped", tmp_path / "whole", end)
+
+
 def test_stopped_again_and_again_is_the_same_run(tmp_path, whole):
   for step in (2, 11, 16):
     stop(small.config(), tmp_path, step)

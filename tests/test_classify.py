@@ -10,14 +10,19 @@ import pytest
 
 from attmask_jax import (
   checkpoint,
+  evaluate,
   mesh,
   optim,
   rates,
+  supervised,
   train_step,
   vit,
+  weights,
 )
 from attmask_jax.errors import InputError
+from attmask_jax.methods import METHODS
 from attmask_jax.methods.classify import Classify
+from configs import evals, tiny
 
 
 class OfTokens(Classify):
@@ -253,3 +258,75 @@ def test_combine_takes_one_layer_and_refuses_another_width():
   assert single.logits(whole, images).argmax(-1).tolist() == [3, 3]
   with pytest.raises(InputError, match="width 10.*give 20"):
     checkpoint.combine(aux["backbone"], params["head"], width=20)
+
+
+def completed(family, name, **changes):
+  """Config of a supervised evaluation on a network of this family."""
+  theirs = tiny.get_config(family)
+  theirs.data.update(shapes_train=8, shapes_val=8)
+  method = METHODS[theirs.method.name].from_config(theirs, steps_per_epoch=1)
+  source = weights.Weights(
+    method, {}, {}, theirs, "0" * 16, 0, "teacher", "nowhere", None
+  )
+  config = evals.get_config(name)
+  config.update_from_flattened_dict(changes)
+  return supervised.complete(evaluate.complete(config, source), source)
+
+
+@pytest.mark.parametrize(
+  "family, name, offset",
+  [
+    ("attmask", "finetune", 0.1),
+    ("mae", "finetune_mae_50e_gap", 0.0),
+    ("extrema", "finetune_extrema", 0.0),
+  ],
+)
+def test_positions_are_resampled_as_the_family_does(family, name, offset):
+  config = completed(family, name, **{"method.positions": "learned"})
+  method = Classify.from_config(config, steps_per_epoch=1)
+  assert method.backbone.positions == "learned"
+  assert method.backbone.grid_offset == offset
+  del config.method.grid_offset  # a run from before there was a choice
+  method = Classify.from_config(config, steps_per_epoch=1)
+  assert method.backbone.grid_offset == 0.1
+
+
+@pytest.mark.parametrize(
+  "family, name, changes, match",
+  [
+    ("extrema", "linear", {}, "last_blocks 4 .*last_blocks=1.*linear_extrema"),
+    ("extrema", "tokens", {"method.avgpool": 2, "method.last_blocks": 2},
+     "exists once"),
+    ("mae", "linear_mae_lars_gap", {"method.lrs": (0.1, 0.2)},
+     r"lrs \(0.1, 0.2\) with optim.optimizer=lars would share .*=sgd"),
+    ("mae", "linear_mae_sgd_gap",
+     {"method.lrs": (0.1, 0.2), "optim.optimizer": "lars_mae"},
+     "optimizer=lars_mae would share"),
+  ],
+)  # fmt: skip
+def test_what_a_family_cannot_do_is_refused(family, name, changes, match):
+  config = completed(family, name, **changes)
+  with pytest.raises(InputError, match=match):
+    Classify.from_config(config, steps_per_epoch=1)
+
+
+@pytest.mark.parametrize(
+  "family, name, changes",
+  [
+    ("extrema", "linear", {"method.last_blocks": 1}),
+    ("extrema", "linear", {"method.avgpool": 1}),
+    ("extrema", "linear_extrema", {"method.lrs": (0.1, 0.2)}),
+    ("attmask", "linear", {}),
+    ("mae", "linear_mae_lars_gap", {"method.lrs": (0.1,)}),
+  ],
+)
+def test_features_have_the_width_of_the_linear_layer(family, name, changes):
+  config = completed(family, name, **changes)
+  method = Classify.from_config(config, steps_per_epoch=1)
+  params, _, aux = jax.eval_shape(method.init, jax.random.key(0))
+  weights_of = method.assemble(params, aux)
+  side = method.image_size
+  images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+  logits = jax.eval_shape(method.all_logits, weights_of, images)
+  layers = max(len(config.method.lrs), 1)
+  assert logits.shape == (2, layers, method.num_classes)

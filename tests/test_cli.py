@@ -111,6 +111,8 @@ BAD_VALUES = {
     {"method.shared_head": False, "method.patch_out_dim": 32},
     ["32", "16", "shared_head_teacher=False"],
   ),
+  "empty head": ({"method.head_hidden": 0}, ["head_hidden 0", "at least 1"]),
+  "no prototype": ({"method.out_dim": 0}, ["out_dim 0", "at least 1"]),
   "k beyond the set": ({"evals.knn_ks": 65}, ["65", "64 images", "lower k"]),
   "k beyond the bank": ({"evals.knn_bank": 4}, ["(3, 5, 10)", "4 images"]),
   "unknown method": ({"method.name": "attmsk"}, ["attmsk", "use one of"]),

@@ -198,6 +198,24 @@ def test_broken_logits_are_never_right():
   assert (found["top1"][0], found["top5"][0]) == (25, 50)
 
 
+def test_golden_accuracy(golden):
+  file = golden("mae/finetune_extras.npz")
+  mesh = meshes.make_mesh(devices=jax.devices()[:1])
+  logits, labels = jnp.asarray(file["in/ce/logits"]), file["in/mix/target"]
+  rows = len(labels)
+  batch = {
+    "images": np.zeros((rows, 2, 2, 3), np.uint8),
+    "label": labels.astype(np.int32),
+    "index": np.arange(rows),
+    "valid": np.ones(rows, bool),
+  }
+  count = accuracy.counter(lambda t, b: t[b["index"]][:, None], mesh)
+  found = accuracy.run(count, logits, [batch], mesh=mesh)
+  got = [found[name][0] for name in ("top1", "top5")]
+  np.testing.assert_allclose(got, file["out/ce/acc15"])
+  np.testing.assert_allclose(found["loss"][0], file["out/ce/plain"], rtol=1e-6)
+
+
 def test_accuracy_of_nothing_is_refused():
   mesh = meshes.make_mesh()
   count = accuracy.counter(lambda t, batch: t, mesh)

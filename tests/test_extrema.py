@@ -18,7 +18,9 @@ from attmask_jax import (
   train_step,
   vit,
 )
+from attmask_jax.errors import InputError
 from attmask_jax.methods import extrema
+from configs import tiny
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # tests/golden/extrema/README.md
 
@@ -349,3 +351,72 @@ def test_one_device_and_eight_agree_on_infonce():
   assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
   jax.tree.map(close, ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_share_of_patches_that_some_subset_shows(disjoint):
+  method = small(mask_ratio=0.75, num_masks=3, disjoint=disjoint)
+  batch = batch_of(5)
+  key = jax.random.key(7)
+  params, teacher, aux = method.init(key)
+  ids = method.subsets(None, batch, jax.random.split(key)[0])
+  want = np.mean([len(set(np.ravel(row).tolist())) for row in ids]) / 64
+  _, (_, metrics, _) = method.loss(params, teacher, aux, batch, key, {})
+  assert float(metrics["seen"]) == pytest.approx(want, rel=1e-6)
+  if disjoint:
+    assert want == 48 / 64
+  else:  # 1 - 0.75^3 of all on average
+    assert want == pytest.approx(0.578, abs=0.1)
+  assert method.seen(None) == 1
+
+
+def from_config(**changes):
+  config = tiny.get_config("extrema")  # 64 patches
+  batch_size = changes.pop("batch_size", None)
+  if batch_size:
+    config.data.batch_size = batch_size
+  if "image_size" in changes:
+    config.data.image_size = changes.pop("image_size")
+  config.method.update(changes)
+  return extrema.ExtreMA.from_config(config, steps_per_epoch=1)
+
+
+@pytest.mark.parametrize(
+  "changes, match",
+  [
+    (dict(num_masks=5), "5 times 16 .* more than the 64 .* at most 4"),
+    (dict(mask_ratio=1.0), "mask_ratio 1.0 leaves no patch of 64"),
+    (dict(mask_ratio=0.99), "mask_ratio 0.99 leaves no patch"),
+    (dict(mask_ratio=-0.1), "mask_ratio -0.1"),
+    (dict(mask_ratio=0.0), "mask_ratio 0 shows everything.*num_masks to 1"),
+    (dict(mask_ratio=0.0, num_masks=1, mask="attmask_high"),
+     "mask_ratio 0 leaves nothing for .*attmask_high"),
+    (dict(mask="block"), '"block" is unknown: use random'),
+    (dict(mask="attmask_low", disjoint=False), "disjoint=True"),
+    (dict(contrast="infonce", batch_size=1), "data.batch_size is 1"),
+    (dict(contrast="simclr"), '"simclr" is unknown: use byol or infonce'),
+    (dict(contrast_temp=0.0), "contrast_temp 0.0 must be positive"),
+    (dict(readout_layers=0), "readout_layers 0 must be positive"),
+    (dict(num_masks=0), "num_masks 0 must be positive"),
+    (dict(head_hidden=0), "head_hidden 0 must be positive"),
+    (dict(out_dim=0), "out_dim 0 must be positive"),
+    (dict(show_max=2.0), "show_max 2.0 must lie between 0 and 1"),
+    (dict(variant="30x2x2"), "variant is 30: choose 28 or 32"),
+    (dict(image_size=30), "image_size 30 is not a multiple"),
+    (dict(dtype="float16"), '"float16" is unknown'),
+  ],
+)  # fmt: skip
+def test_what_is_refused(changes, match):
+  from_config()
+  with pytest.raises(InputError, match=match):
+    from_config(**changes)
+
+
+def test_attention_with_next_to_nothing_to_decide_is_warned_of(caplog):
+  with caplog.at_level("WARNING"):
+    from_config(mask="attmask_high", num_masks=3)  # hides 16 of 64
+    from_config(mask="random", num_masks=4)
+    assert not caplog.messages
+    from_config(mask="attmask_high", num_masks=4)
+  (said,) = caplog.messages
+  assert "attmask_high hides 0 of 64 patches" in said and "num_masks" in said

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -398,6 +399,17 @@ def test_rand_augment_and_erasing_follow_the_crop() -> None:
 def test_wrong_settings_stop_at_once(changes: dict, message: str) -> None:
   with pytest.raises(InputError, match=message):
     augment_supervised.Supervised(**changes)
+
+
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.6, 0.2), (0.5, 1.2)])
+@pytest.mark.parametrize(
+  "recipe", [augment_supervised.CropFlip, augment_supervised.Supervised]
+)
+def test_crops_that_cannot_be_stop_at_once(recipe, scale) -> None:
+  shown = re.escape(f"data.scale {scale} must be two shares")
+  with pytest.raises(InputError, match=shown):
+    recipe(scale=scale)
+  recipe(scale=(0.3, 0.3))
 
 
 # --- evaluation -------------------------------------------------------------

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import masking, mesh, optim, rates, train_step, vit
+from attmask_jax import (
+  losses,
+  masking,
+  mesh,
+  optim,
+  rates,
+  train_step,
+  vit,
+)
 from attmask_jax.errors import InputError
 from attmask_jax.evals import knn
 from attmask_jax.methods import mae
@@ -90,9 +98,40 @@ def test_golden_targets(golden):
     method = dataclasses.replace(method_of(forward), norm_target=norm)
     target = method.target(images)
     close(target, file[f"out/target_{name}"])
-    hidden = file["in/mask"]
-    error = np.mean((file["in/pred"] - np.asarray(target)) ** 2, axis=-1)
-    close(error[hidden].mean(), file[f"out/loss_{name}"])
+    pred = jnp.asarray(file["in/pred"])
+    close(losses.pixel_loss(pred, target), file[f"out/loss_all_{name}"])
+    # Every image hides as many patches as the others.
+    hidden = jnp.asarray([np.flatnonzero(mask) for mask in file["in/mask"]])
+    got = losses.pixel_loss(
+      masking.gather(pred, hidden), masking.gather(target, hidden)
+    )
+    close(got, file[f"out/loss_{name}"])
+
+
+def test_golden_pictures_of_the_release(golden):
+  """Its visualisation, errors and all; ours is `Mae.reconstruct`.
+
+  It takes a patch's values for (pixel, channel), scales by the root of the
+  standard deviation of each channel, and hides nothing in the masked picture.
+  """
+  file = golden("mae/target_loss.npz")
+  forward = golden("mae/pretrain_forward.npz")
+  method = method_of(forward)
+  images = reference.nhwc(file["in/vis/image"])
+  order = jnp.asarray(np.argsort(file["in/vis/noise"], axis=1), jnp.int32)
+  pred = method.predict(params_of(forward, "sd/gap/"), images, order)
+  close(pred, file["out/vis/pred"])
+  picture = vit.denormalize_images(images)
+  p, grid = method.backbone.patch_size, method._grid
+  pixels = mae.patchify(picture, p, "hwc").reshape(*pred.shape[:2], p * p, 3)
+  scale = jnp.sqrt(jnp.std(pixels, axis=2, keepdims=True, ddof=1)) + 1e-6
+  values = pred.reshape(pixels.shape) * scale
+  values = values + jnp.mean(pixels, axis=2, keepdims=True)
+  painted = mae.unpatchify(values.reshape(pred.shape), p, grid, "hwc")
+  for got, name in (
+    (picture, "ori_img"), (picture, "mask_img"), (painted, "re_img"),
+  ):  # fmt: skip
+    close(np.moveaxis(got[0], -1, 0), file[f"out/vis/{name}"], 1e-4)
 
 
 @pytest.mark.parametrize("variant", ["gap", "cls"])
@@ -267,17 +306,29 @@ def test_decoder_of_the_official_release_reads_the_class_token():
   "changes, match",
   [
     (dict(mask_ratio=1.0), "mask_ratio 1.0"),
-    (dict(mask_ratio=0.999), "mask_ratio 0.999"),
+    (dict(mask_ratio=0.01), "mask_ratio 0.01 hides 0 of 64"),
     (dict(mask="attended"), '"attended" is unknown'),
+    (dict(mask="block", shared_mask=True), '"block" depends on the image'),
+    (dict(mask="attmask_low", shared_mask=True), "shared_mask=False"),
+    (dict(show_max=2.0), "show_max 2.0 must lie between 0 and 1"),
+    (dict(variant="30x2x2"), "variant is 30: choose 28 or 32"),
+    (dict(decoder_width=0), "a decoder of width 0.*must be positive"),
     (dict(decoder_width=30), "a decoder of width 30"),
     (dict(decoder_heads=5), "5 heads cannot be"),
     (dict(decoder_depth=0), "0 blocks"),
     (dict(decoder_class_token=True), "class_token is off"),
     (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),
+    (dict(image_size=30), "image_size 30 is not a multiple.*choose 28 or 32"),
+    (dict(avgpool=0), "evals.avgpool 0 takes the class token.*avgpool=1"),
   ],
 )
 def test_what_is_refused(changes, match):
   config = tiny.get_config("mae")
+  mae.Mae.from_config(config, steps_per_epoch=1)
+  changes = dict(changes)
+  for section, name in (("data", "image_size"), ("evals", "avgpool")):
+    if name in changes:
+      config[section][name] = changes.pop(name)
   config.method.update(changes)
   with pytest.raises(InputError, match=match):
     mae.Mae.from_config(config, steps_per_epoch=1)

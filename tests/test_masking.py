@@ -170,3 +170,47 @@ def test_block_masks_never_exceed_their_target(ratio):
   assert (counts <= ratio * 196).all()
   if ratio:
     assert counts.mean() > 0.8 * ratio * 196
+
+
+def hidden_by(order, n_hidden):
+  hidden = np.zeros(order.shape, bool)
+  ids = np.asarray(order)[:, order.shape[1] - n_hidden :]
+  np.put_along_axis(hidden, ids, True, axis=1)
+  return hidden
+
+
+@pytest.mark.parametrize("n_hidden, visible", [(14, 2), (8, 4)])
+def test_hints_fill_no_more_places_than_are_visible(n_hidden, visible):
+  """Of 16 patches, half may be hints: 7 (4) of the 8 most attended ones."""
+  rows = 4000
+  scores = jnp.tile(jnp.arange(16.0)[None], (rows, 1))
+  order = masking.visible_first(
+    "attmask_hint",
+    keys=masking.row_keys(jax.random.key(0), jnp.arange(rows)),
+    grid=(4, 4),
+    n_hidden=n_hidden,
+    scores=scores,
+    show_max=0.5,
+  )
+  shown = ~hidden_by(order, n_hidden)
+  assert (shown.sum(1) == 16 - n_hidden).all()
+  assert (shown[:, 8:].sum(1) == visible).all()
+  # Each of the 8 as often: 5 standard deviations of the binomial.
+  p = visible / 8
+  spread = 5 * (rows * p * (1 - p)) ** 0.5
+  assert np.abs(shown[:, 8:].sum(0) - rows * p).max() < spread
+
+
+def test_the_grid_draws_nothing():
+  orders = [
+    masking.visible_first(
+      "grid",
+      keys=masking.row_keys(jax.random.key(seed), jnp.arange(3)),
+      grid=(5, 5),
+      n_hidden=18,
+    )
+    for seed in (0, 1)
+  ]
+  assert orders[0].shape == (3, 25) and orders[0].dtype == np.int32
+  np.testing.assert_array_equal(orders[0], orders[1])
+  assert (orders[0] == orders[0][:1]).all()

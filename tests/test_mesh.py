@@ -57,6 +57,22 @@ def test_eight_devices_give_the_numbers_of_one(monkeypatch, one_device, fsdp):
   small.assert_close(state.aux, want_state.aux, PARAMETERS)
 
 
+@pytest.mark.parametrize("family", small.FAMILIES)
+def test_guided_masks_of_eight_devices_are_those_of_one(monkeypatch, family):
+  """Attention chooses, hints are drawn, ExtreMA's subsets are dealt out."""
+  ends = []
+  for count in (1, 8):
+    small.use_devices(monkeypatch, count)
+    ends.append(small.run_steps(small.config(DRAWS, arg=family), 4))
+  (want, want_history), (got, history) = ends
+  assert want.teacher
+  for a, b in zip(history, want_history, strict=True):
+    for name in set(b) - {"grad_norm"}:
+      np.testing.assert_allclose(a[name], b[name], rtol=0, atol=LOSSES)
+  small.assert_close(got.params, want.params, PARAMETERS)
+  small.assert_close(got.teacher, want.teacher, PARAMETERS)
+
+
 def collectives(config):
   """{kind: count} in the program compiled for a config's step."""
   run, state, step = small.parts(config)

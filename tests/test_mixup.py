@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attmask_jax import mesh, mixup
+from attmask_jax import losses, mesh, mixup
 
 NO_BOX = np.zeros(4, np.int32)
 COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
@@ -40,6 +40,21 @@ def test_golden_images_and_targets(golden, kind: str) -> None:
   )
   got = mixup.mix_targets(targets, jnp.float32(lam), group=None)
   np.testing.assert_allclose(got, file[f"out/{kind}/target"], rtol=0, atol=1e-6)
+
+
+def test_golden_losses_of_mixed_smoothed_and_plain_targets(golden) -> None:
+  file = golden("mae/finetune_extras.npz")
+  logits = jnp.asarray(file["in/ce/logits"])
+  labels = jnp.asarray(file["in/mix/target"], jnp.int32)
+  classes = int(file["cfg/ncls"])
+  targets = {
+    "soft": jnp.asarray(file["out/mixup/target"]),
+    "smooth": mixup.soft_targets(labels, classes, smoothing=0.1),
+    "plain": mixup.soft_targets(labels, classes, smoothing=0.0),
+  }
+  for name, rows in targets.items():
+    got = jnp.mean(losses.soft_cross_entropy(logits, rows))
+    np.testing.assert_allclose(got, file[f"out/ce/{name}"], rtol=1e-6)
 
 
 # --- draws ------------------------------------------------------------------

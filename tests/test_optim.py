@@ -236,3 +236,13 @@ def test_golden_lars_of_mae(golden, case):
     for name, value in params.items():
       want = file[f"out/{case}/step{t}/{name}"]
       np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
+
+
+def test_golden_moving_average(golden):
+  file = golden("mae/finetune_extras.npz")
+  average = {"w": jnp.asarray(file["in/ema/w0"])}
+  for i in (1, 2, 3):
+    student = {"w": jnp.asarray(file[f"in/ema/w{i}"])}
+    average = optim.ema(average, student, jnp.float32(0.9))  # the README's rate
+    want = file[f"out/ema/w{i}"]
+    np.testing.assert_allclose(average["w"], want, rtol=0, atol=1e-6)

@@ -1,7 +1,8 @@
 """Recipes build, hold the published settings, and train.
 
-Expected settings are those of the commands in the AttMask release, expected
-steps those of its loader for 1281167 and 260000 images.
+Expected settings are those of the commands in the AttMask release and of the
+config files and commands of MAE-priv, the official MAE and ExtreMA; expected
+steps those of their loaders for 1281167 and 260000 images.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from attmask_jax import optim, rates, train
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 
-SMALL = ("attmask", "hint", "ibot", "dino")
+SMALL = ("attmask", "hint", "ibot", "dino", "mae", "extrema")
 ARGUMENTS = {  # the first is the default
   "attmask_vits16": (
     *("high_100", "hint_100", "high_300", "hint_20pct", "high_20pct"),
@@ -28,8 +29,29 @@ ARGUMENTS = {  # the first is the default
   "dino_vits16": ("100ep", "20pct"),
   "small_images": SMALL,
   "cifar10": SMALL,
-  "tiny": ("attmask", "hint", "low", "random", "ibot", "dino"),
+  "tiny": (
+    *("attmask", "hint", "low", "random", "ibot", "dino"),
+    *("mae", "extrema"),
+  ),
+  "mae": (
+    *("small_100e_gap", "small_100e_cls", "small_200e_gap", "small_400e_gap"),
+    *("small_800e_gap", "small_1600e_gap", "base_400e_gap", "large_100e_gap"),
+    *("large_100e_raw", "huge_100e_gap", "giant_100e_gap"),
+    *("official_base", "official_large", "official_huge"),
+  ),
+  "extrema": ("80x5_colour", "80x5", "90x8_colour", "80x5_colour_22k"),
 }
+EVALS = (
+  *("knn", "knn_mae", "knn_mae_cls", "fewshot", "linear", "linear_vits16"),
+  *("linear_mae_sgd_gap", "linear_mae_sgd_cls", "linear_mae_lars_gap"),
+  *("linear_mae_lars_cls", "linear_extrema", "finetune", "cifar10"),
+  *("cifar100", "flowers", "finetune_mae_50e_gap", "finetune_mae_50e_cls"),
+  *("finetune_mae_50e_gap_erasing", "finetune_mae_100e_gap"),
+  *("finetune_extrema", "masked", "masked_30", "masked_70", "backgrounds"),
+  *("clusters", "attention", "masks", "overlap", "pca", "reconstruct"),
+  *("rollout", "tokens", "token_clusters", "compare"),
+)
+CHOICES = ARGUMENTS | {"evals": EVALS}
 RECIPES = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 STEPS = 7  # steps per epoch, where no data set says
 
@@ -62,11 +84,13 @@ def rows(config, method):
   """Shapes of a batch of two images."""
   data = config.data
   views = lambda n, side: jax.ShapeDtypeStruct((2, n, side, side, 3), np.uint8)
+  pair = 2 if data.get("transform") == "two_colours" else 1
   batch = {
-    "images": views(data.global_crops, data.image_size),
-    "local_images": views(data.local_crops, data.local_size),
+    "images": views(data.get("global_crops", pair), data.image_size),
     "position": jax.ShapeDtypeStruct((2,), np.int32),
   }
+  if "local_crops" in data:
+    batch["local_images"] = views(data.local_crops, data.local_size)
   extras = method.item_extras(0, 0)
   return batch | {k: np.stack([v, v]) for k, v in extras.items()}
 
@@ -76,51 +100,75 @@ def test_builds(name, arg):
   config = recipe(name).get_config(arg).lock()
   method, schedules = build(config)
   optim.Optimizer.from_config(config).build(
-    frozen_at_start=method.frozen_at_start, untrained=method.untrained
+    frozen_at_start=method.frozen_at_start,
+    untrained=method.untrained,
+    undecayed=method.undecayed,
+    lr_scale=method.lr_scale,
   )
   for step in (0, schedules.total_steps - 1):
     scalars = schedules.at(step) | method.at(step)
     assert all(np.isfinite(value) for value in scalars.values())
-  for size in (config.data.image_size, config.data.local_size):
-    assert size % config.method.patch_size == 0
+  for name in ("image_size", "local_size"):
+    assert config.data.get(name, 0) % config.method.patch_size == 0
   assert config.data.batch_size % 8 == 0  # a node of 8 devices
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_loss_of_the_full_size_has_shapes(name):
-  """Traced, not run; 21.7 million weights in ViT-S/16, 5.4 in ViT-Ti."""
+  """Traced, not run; millions of weights in the encoder as published."""
   config = recipe(name).get_config()
   method, schedules = build(config)
   key = jax.random.key(0)
   params, teacher, aux = jax.eval_shape(method.init, key)
-  count = sum(x.size for x in jax.tree.leaves(teacher["backbone"]))
+  count = sum(x.size for x in jax.tree.leaves(params["backbone"]))
+  vit_s, vit_ti = 21.7e6, 5.4e6
   if name != "tiny":
-    want = 21.7e6 if name.endswith("_vits16") else 5.4e6
-    assert count == pytest.approx(want, rel=0.02)
+    want = {"small_images": vit_ti, "cifar10": vit_ti, "extrema": 99.8e6}
+    assert count == pytest.approx(want.get(name, vit_s), rel=0.02)
 
   scalars = schedules.at(0) | method.at(0)
   loss, (stats, _, per_image) = jax.eval_shape(
     method.loss, params, teacher, aux, rows(config, method), key, scalars
   )
   assert (loss.shape, loss.dtype) == ((), np.float32)
-  assert per_image["assignment"].shape == (2,)
+  prototypes = config.method.name == "attmask"
+  assert set(per_image) == ({"assignment"} if prototypes else set())
+  for value in per_image.values():
+    assert value.shape == (2,)
   assert jax.eval_shape(method.update_aux, aux, stats) == aux
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", CHOICES)
 def test_first_argument_is_the_default(name):
   get_config = recipe(name).get_config
-  first = ARGUMENTS[name][0]
+  first = CHOICES[name][0]
   assert get_config().to_dict() == get_config(first).to_dict()
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", EVALS)
+def test_evaluations_have_a_name_and_every_key_of_one(name):
+  config = recipe("evals").get_config(name).lock()
+  assert {"weights", "network", "probe", "evals", "data"} <= set(config)
+  trains = name.startswith(("linear", "finetune", "cifar", "flowers"))
+  if name in ("cifar10", "cifar100", "flowers"):  # AttMask's fine-tuning
+    assert config.evals.name == "finetune"
+  else:
+    assert name.startswith(config.evals.name)
+  if trains:
+    schedules = rates.Schedules.from_config(config, steps_per_epoch=STEPS)
+    assert np.isfinite(schedules.at(schedules.total_steps - 1)["lr"])
+    optim.Optimizer.from_config(config)
+  student = name in ("reconstruct", "finetune_extrema")
+  assert config.network == ("student" if student else "teacher")
+
+
+@pytest.mark.parametrize("name", CHOICES)
 def test_unknown_argument_is_one_sentence_with_the_known_ones(name):
   with pytest.raises(ValueError) as caught:
     recipe(name).get_config("hihg_100")
   message = str(caught.value)
   assert '"hihg_100"' in message and "\n" not in message
-  for arg in ARGUMENTS[name]:
+  for arg in CHOICES[name]:
     assert re.search(rf"\b{arg}\b", message)
 
 
@@ -201,6 +249,203 @@ def test_published_settings_common_to_all(arg):
   assert config.evals.knn_ks == (10, 20, 100, 200)
   shares = {"5pct": 65, "10pct": 130, "20pct": 260}  # of 1300 at most
   assert config.data.subset == shares.get(arg.split("_")[1], 0)
+
+
+# MAE: variant, patch, decoder, class token, normalised, epochs, warm-up.
+MAE = {
+  "small_100e_gap": ("small", 16, (192, 4, 3), False, True, 100, 10),
+  "small_100e_cls": ("small", 16, (192, 4, 3), True, True, 100, 10),
+  "small_200e_gap": ("small", 16, (192, 4, 3), False, True, 200, 20),
+  "small_400e_gap": ("small", 16, (192, 4, 3), False, True, 400, 40),
+  "small_800e_gap": ("small", 16, (192, 4, 3), False, True, 800, 40),
+  "small_1600e_gap": ("small", 16, (192, 4, 3), False, True, 1600, 40),
+  "base_400e_gap": ("base", 16, (384, 4, 6), False, True, 400, 40),
+  "large_100e_gap": ("large", 16, (512, 8, 8), False, True, 100, 10),
+  "large_100e_raw": ("large", 16, (512, 8, 8), False, False, 100, 10),
+  "huge_100e_gap": ("huge", 14, (512, 8, 8), False, True, 100, 10),
+  "giant_100e_gap": ("giant", 14, (512, 8, 8), False, True, 100, 10),
+  "official_base": ("base", 16, (512, 8, 16), True, True, 1600, 40),
+  "official_large": ("large", 16, (512, 8, 16), True, True, 1600, 40),
+  "official_huge": ("huge", 14, (512, 8, 16), True, True, 1600, 40),
+}
+# Width, depth and heads; weights of the encoder without class token, and of all
+# with the decoder of its recipe. Keys have no bias there.
+MAE_SIZES = {
+  "small": (384, 12, 6, 21_585_024, 23_586_432),
+  "base": (768, 12, 12, 85_637_376, 93_325_824),
+  "large": (1024, 24, 16, 303_074_304, 329_209_600),
+  "huge": (1280, 32, 16, 630_393_600, 656_567_628),
+  "giant": (1664, 48, 16, 1_596_825_984, 1_623_196_620),
+}
+
+
+def size_of(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("arg", MAE)
+def test_published_settings_of_mae(arg):
+  variant, patch, decoder, cls, norm, epochs, warmup = MAE[arg]
+  config = recipe("mae").get_config(arg)
+  assert config.data.batch_size == 8 * 512 and IMAGENET // 4096 == 312
+  method, schedules = build(config, 312)
+  peak = schedules.values(warmup * 312)
+  assert peak["lr"] == pytest.approx(2.4e-3, rel=1e-9)
+  assert schedules.values(0)["lr"] == 0
+  assert (schedules.epochs, schedules.warmup_epochs) == (epochs, warmup)
+  assert schedules.min_lr == 0 and peak["wd"] == pytest.approx(0.05)
+  adam = optim.Optimizer.from_config(config)
+  assert (adam.name, adam.betas, adam.eps) == ("adamw", (0.9, 0.95), 1e-8)
+  assert adam.clip == 0
+
+  encoder = method.backbone
+  assert encoder.class_token == ("input" if cls else "none")
+  assert (encoder.patch_size, encoder.drop_path) == (patch, 0)
+  d = method.decoder
+  assert (d.width, d.depth, d.heads) == decoder
+  assert (method.norm_target, method.mask) == (norm, "random")
+  official = arg.startswith("official")
+  assert method.n_hidden == {16: 147, 14: 192}[patch]
+  assert (method.target_layout, method.target_variance) == (
+    ("hwc", "unbiased") if official else ("chw", "biased")
+  )
+  assert d.class_token == official
+  assert encoder.positions == d.positions == ("xy" if official else "yx")
+  data = config.data
+  assert (data.transform, tuple(data.scale), data.resample) == (
+    ("crop_flip", (0.2, 1.0), "bicubic")
+    if official
+    else ("crop_flip", (0.08, 1.0), "bilinear")
+  )
+
+  width, depth, heads, own, whole = MAE_SIZES[variant]
+  assert (encoder.width, encoder.depth, encoder.heads) == (width, depth, heads)
+  params, _, _ = jax.eval_shape(method.init, jax.random.key(0))
+  key_biases = width * depth
+  got = size_of(params["backbone"]) - key_biases - cls * width
+  assert got == own
+  if not official:
+    got = size_of(params) - key_biases - d.width * d.depth - cls * width
+    assert got == whole
+
+
+# ExtreMA: epochs, warm-up (of 22k: ours), masks, K, colour.
+EXTREMA = {
+  "80x5": (300, 40, 5, 39, False),
+  "80x5_colour": (300, 40, 5, 39, True),
+  "90x8_colour": (300, 40, 8, 19, True),
+  "80x5_colour_22k": (30, 4, 5, 39, True),
+}
+
+
+@pytest.mark.parametrize("arg", EXTREMA)
+def test_published_settings_of_extrema(arg):
+  epochs, warmup, masks, kept, colour = EXTREMA[arg]
+  config = recipe("extrema").get_config(arg)
+  data = config.data
+  assert data.batch_size == 2048 and IMAGENET // 2048 == 625
+  method, schedules = build(config, 625)
+  start, peak = (schedules.values(i) for i in (0, warmup * 625))
+  assert (start["lr"], start["momentum"]) == (0, pytest.approx(0.996))
+  assert peak["lr"] == pytest.approx(1.2e-3, rel=1e-9)
+  assert peak["wd"] == pytest.approx(0.1)
+  assert schedules.values(epochs * 625 - 1)["momentum"] == pytest.approx(1)
+  assert (schedules.epochs, schedules.schedule) == (epochs, "smooth_cosine")
+  adam = optim.Optimizer.from_config(config)
+  assert (adam.name, adam.betas) == ("adamw", (0.9, 0.95))
+  assert (method.num_masks, method.kept, method.mask) == (masks, kept, "random")
+  assert method.disjoint and method.contrast == "byol"
+  assert (method.backbone.drop_path, method.backbone.layer_scale) == (0.1, 0.1)
+  assert data.transform == ("two_colours" if colour else "crop_flip")
+  assert (tuple(data.scale), data.jitter, data.grey) == ((0.2, 1.0), 0.8, 0.2)
+  params, teacher, _ = jax.eval_shape(method.init, jax.random.key(0))
+  # The release counts its fixed positions: 196 x 768 values.
+  assert size_of(params["backbone"]) + 196 * 768 == 99_976_704
+  assert size_of(params["head"]) == 20_996_352
+  assert size_of(params["predictor"]) == 2_109_696
+  assert size_of(params) == 122_932_224  # trainable
+  assert size_of(teacher) == size_of(params) - 2_109_696
+
+
+# batch, steps per epoch, epochs, warm-up, peak lr, mean patch, head norm
+PROBES = {
+  "linear_mae_sgd_gap": (4096, 312, 90, 10, 1.6, 1, "sgd"),
+  "linear_mae_sgd_cls": (4096, 312, 90, 10, 1.6, 0, "sgd"),
+  "linear_mae_lars_gap": (16384, 78, 90, 10, 6.4, 1, "lars"),
+  "linear_mae_lars_cls": (16384, 78, 90, 10, 6.4, 0, "lars"),
+  "linear_extrema": (4096, 312, 90, 10, 1.6, 0, "sgd"),
+}
+
+
+def supervised_schedule(name, batch, steps, epochs, warmup, lr):
+  """The config, once its schedule is as published."""
+  config = recipe("evals").get_config(name)
+  assert config.data.batch_size == batch and IMAGENET // batch == steps
+  schedules = rates.Schedules.from_config(config, steps_per_epoch=steps)
+  assert (schedules.epochs, schedules.warmup_epochs) == (epochs, warmup)
+  peak = schedules.values(warmup * steps)["lr"]
+  assert peak == pytest.approx(lr, rel=1e-9)
+  assert schedules.values(0)["lr"] == 0
+  return config
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_published_linear_probes(name):
+  *schedule, avgpool, optimizer = PROBES[name]
+  config = supervised_schedule(name, *schedule)
+  method, o = config.method, config.optim
+  want = dict(
+    frozen=True, raw=True, head_norm="batch", avgpool=avgpool, last_blocks=1,
+    init_std=0.01, smoothing=0.0, mixup=0.0, cutmix=0.0,
+  )  # fmt: skip
+  assert {k: method[k] for k in want} == want
+  assert (o.optimizer, o.sgd_momentum) == (optimizer, 0.9)
+  assert tuple(o.weight_decay) == (0, 0)
+  mae = "mae" in name
+  assert o.nesterov == (mae and optimizer == "sgd")
+  assert o.min_lr == (1e-6 if mae else 0)
+  assert config.data.resample == ("bicubic" if mae else "bilinear")
+  assert config.data.eval_resample == ("bicubic" if mae else "bilinear")
+
+
+# epochs, warm-up, peak lr, mean patch, erasing, layer decay, drop path
+FINE_TUNED = {
+  "finetune_mae_50e_gap": (50, 10, 4e-3, 1, 0.0, 0.75, 0.1),
+  "finetune_mae_50e_gap_erasing": (50, 10, 4e-3, 1, 0.25, 0.75, 0.1),
+  "finetune_mae_50e_cls": (50, 10, 4e-3, 0, 0.0, 0.75, 0.1),
+  "finetune_mae_100e_gap": (100, 10, 4e-3, 1, 0.0, 0.75, 0.1),
+  "finetune_extrema": (100, 5, 2e-3, 1, 0.25, 0.65, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_published_fine_tuning(name):
+  *schedule, avgpool, erase, layer_decay, drop_path = FINE_TUNED[name]
+  config = supervised_schedule(name, 8 * 128, 1251, *schedule)
+  o, data = config.optim, config.data
+  want = dict(
+    frozen=False, raw=True, head_norm="layer", avgpool=avgpool,
+    layer_decay=layer_decay, drop_path=drop_path, smoothing=0.1, mixup=0.8,
+    cutmix=1.0, mix_prob=1.0, switch_prob=0.5, ema=False, decay_tokens=False,
+    init_std=2e-5,
+  )  # fmt: skip
+  assert {k: config.method[k] for k in want} == want
+  assert (o.optimizer, tuple(o.betas)) == ("adamw", (0.9, 0.999))
+  assert (o.min_lr, tuple(o.weight_decay)) == (1e-6, (0.05, 0.05))
+  assert o.teacher_momentum == o.teacher_momentum_end == 0.9999  # if averaged
+  assert (data.erase_prob, data.repeats, data.resample) == (erase, 1, "bicubic")
+  assert data.rand_augment == "rand-m9-mstd0.5-inc1"
+  learned = ("none", "learned") if name == "finetune_extrema" else ("", "")
+  assert (config.method.class_token, config.method.positions) == learned
+
+
+@pytest.mark.parametrize("name, avgpool", [("knn_mae", 1), ("knn_mae_cls", 0)])
+def test_published_k_nearest_neighbours_of_mae(name, avgpool):
+  config = recipe("evals").get_config(name)
+  evals = config.evals
+  assert (evals.avgpool, evals.raw, evals.temp) == (avgpool, True, 0.07)
+  assert tuple(evals.ks) == (10, 20, 100, 200)
+  assert config.data.eval_resample == "bilinear"
 
 
 def test_hint_counts_of_the_published_jitter():

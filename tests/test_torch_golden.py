@@ -1,5 +1,6 @@
 """Recorded state dicts: their names, their sizes and what they compute."""
 
+import functools
 import os
 import pathlib
 
@@ -12,8 +13,9 @@ from conftest import GOLDEN
 from torch_trees import back, filled, same, trees
 
 from attmask_jax import heads, vit
+from attmask_jax.evals import knn
 from attmask_jax.methods import classify, mae
-from attmask_jax.torch_io import layouts, names, pth, tables
+from attmask_jax.torch_io import layouts, names, networks, pth, tables
 
 
 def under(file, prefix):
@@ -115,6 +117,8 @@ def test_golden_names_and_sizes(golden, case):
     if key == "num_classes" and "classifier" not in layout.kind:
       value = 0
     assert getattr(layout, key) == value, key
+  offset = 0.1 if layout.kind == "backbone" else 0.0  # of AttMask's backbone
+  assert networks.build(layout).backbone.grid_offset == offset
   shapes = shapes_from(layout)
   got = names.to_ours(tensors, layout.table, shapes)
   assert got.missing == [] and got.unexpected == []
@@ -295,6 +299,22 @@ def test_golden_mae_checkpoint(golden):
   assert again.keys() == want.keys()
   for name in want:
     np.testing.assert_allclose(again[name], want[name], rtol=0, atol=2e-6)
+
+
+def test_golden_features_of_the_mae_checkpoint(golden):
+  """What k-NN of MAE-priv compares: the class token that no norm has seen."""
+  _, found = checkpoint("mae/checkpoint.pth")
+  file = golden("mae/knn.npz")
+  heads_of = golden("mae/train_steps.npz")["cfg/heads"].item()
+  layout, tree = converted(found["model"], heads_of)
+  features = functools.partial(vit.features, network(layout), tree["backbone"])
+  images = reference.nhwc(file["in/images"])
+  raw = vit.embed(features, images, avgpool=0, raw=True)
+  want = file["out/checkpoint_features_raw"]
+  np.testing.assert_allclose(raw, want, rtol=1e-4, atol=2e-5)
+  unit = knn._unit(np.asarray(raw), 0, len(raw))
+  want = file["out/checkpoint_features"]
+  np.testing.assert_allclose(unit, want, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

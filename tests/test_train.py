@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import metrics, optim, progress, train, train_step
+from attmask_jax import masking, metrics, optim, progress, train, train_step
 from attmask_jax import run as runs
 from attmask_jax.errors import InputError
-from attmask_jax.methods import attmask
+from attmask_jax.methods import METHODS, attmask
 
 # Sums are taken in another order: a few units in the last place of float32,
 # grown over 4 steps. See test_mesh.py.
@@ -57,6 +57,30 @@ def test_fifty_steps_of_varying_ratios_compile_once(traces):
   assert len(counts) > 5
   assert step._cache_size() == 1
   assert traces["loss"] == 1
+
+
+@pytest.mark.parametrize(
+  "family, policy",
+  [("mae", policy) for policy in masking.VISIBLE_POLICIES]
+  + [("extrema", policy) for policy in ("random", "attmask_hint")],
+)
+def test_every_mask_policy_compiles_once(monkeypatch, family, policy):
+  changes = {"method.variant": "8x1x2", "method.mask": policy}
+  config = small.config(changes, arg=family)
+  cls = METHODS[family]
+  loss, count = cls.loss, collections.Counter()
+
+  def counted(self, *args):
+    count["loss"] += 1
+    return loss(self, *args)
+
+  monkeypatch.setattr(cls, "loss", counted)
+  run, state, step = small.parts(config)
+  for batch, scalars in small.arguments(run, 4):
+    state, values, _ = step(state, batch, scalars)
+  assert int(state.step) == 4 and np.isfinite(float(values["loss"]))
+  assert step._cache_size() == 1
+  assert count["loss"] == 1
 
 
 def test_the_state_is_donated():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import layers, positions, vit
+from attmask_jax import layers, positions, stack, vit
 from attmask_jax.errors import InputError
 from configs import common
 
@@ -85,6 +85,32 @@ def test_golden_positions(recorded, name):
   close(got, file[f"out/pos_embed/{name}"], POSITIONS)
 
 
+def test_golden_plainly_resampled_positions(golden):
+  file = golden("mae/finetune_extras.npz")
+  size = int(file["cfg/posinterp_new_size"])
+  table, want = jnp.asarray(file["in/posinterp"]), file["out/posinterp"]
+  close(positions.interpolate(table, size, size, 1, offset=0.0), want, 1e-6)
+  # The rule of DINO and AttMask is another one.
+  other = np.asarray(positions.interpolate(table, size, size, 1))
+  assert np.abs(other - want).max() > 0.01
+
+
+def test_learned_positions_are_resampled_by_the_rule_of_the_network():
+  images = jax.random.normal(jax.random.key(0), (1, 12, 12, 3))
+  table = jax.random.normal(jax.random.key(1), (1, 1 + 4, 8))
+  outputs = []
+  for offset in (0.0, 0.1):
+    model = vit.ViT(8, 1, 2, 4, 8, grid_offset=offset)
+    params = model.init(jax.random.key(2), images[:, :8, :8])["params"]
+    run = lambda m, x, params=params: (
+      m.apply({"params": params | {"pos_embed": x}}, images).tokens
+    )
+    whole = positions.interpolate(table, 12, 12, 4, offset=offset)
+    outputs.append(run(model, table))
+    close(outputs[-1], run(model.clone(image_size=12), whole), 1e-6)
+  assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
 def test_positions_of_a_non_square_image_with_equal_count_are_resampled():
   table = jax.random.normal(jax.random.key(0), (1, 1 + 16, 8))
   same = positions.interpolate(table, 32, 32, 8)
@@ -137,6 +163,19 @@ def test_drop_path_by_hand(monkeypatch):
       {"params": layer}, x, keep
     )
   close(got, np.asarray(x), 1e-5)
+
+
+def test_golden_drop_path(golden):
+  file = golden("mae/finetune_extras.npz")
+  draws = jnp.asarray(file["in/droppath/u"]).reshape(1, 1, -1)
+  # Two blocks: the first never drops, the last has the rate.
+  scales = stack.branch_scales(
+    jnp.tile(draws, (2, 2, 1)), file["cfg/droppath_p"].item()
+  )
+  assert (scales[0] == 1).all()
+  for branch in np.asarray(scales[1]):
+    got = file["in/droppath/x"] * branch[:, None, None]
+    close(got, file["out/droppath"], 1e-6)
 
 
 def test_drop_path_draws_follow_the_row_and_not_its_place():

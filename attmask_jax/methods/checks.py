@@ -135,6 +135,16 @@ def classify(method: Any, config: ml_collections.ConfigDict) -> None:
       f"method.avgpool {method.avgpool} takes the class token, which this "
       "network has not: set --config.method.avgpool=1"
     )
+  if (
+    method.backbone.class_token == "readout"
+    and method.avgpool != 1
+    and method.last_blocks > 1
+  ):
+    raise InputError(
+      f"method.last_blocks {method.last_blocks} takes class tokens of several "
+      "blocks, and that of ExtreMA exists once, after the last: set "
+      "--config.method.last_blocks=1, or use configs/evals.py:linear_extrema"
+    )
   depth = method.backbone.depth
   if not 1 <= method.last_blocks <= depth:
     raise InputError(
@@ -144,6 +154,12 @@ def classify(method: Any, config: ml_collections.ConfigDict) -> None:
   if not all(rate > 0 for rate in method.rates):
     raise InputError(
       f"method.lrs {tuple(m.lrs)} and optim.lr_per_256 must be positive"
+    )
+  if len(m.lrs) > 1 and config.optim.optimizer.startswith("lars"):
+    raise InputError(
+      f"method.lrs {tuple(m.lrs)} with optim.optimizer="
+      f"{config.optim.optimizer} would share one trust ratio among the linear "
+      "layers: give one rate, or use --config.optim.optimizer=sgd"
     )
   for name in ("smoothing", "mix_prob", "switch_prob"):
     value = getattr(method, name)
@@ -161,6 +177,17 @@ def classify(method: Any, config: ml_collections.ConfigDict) -> None:
     )
 
 
+def fixed_positions(method: Any) -> None:
+  """Refuses a width that sines and cosines of two axes do not fill."""
+  width = method.backbone.width
+  if width % 4:
+    raise InputError(
+      f"fixed positions need a width that divides by 4, and that of "
+      f"method.variant is {width}: choose {max(width // 4, 1) * 4} or "
+      f"{(width // 4 + 1) * 4}"
+    )
+
+
 def visible(method: Any) -> None:
   """Refuses masks that leave nothing to see or nothing to predict."""
   if method.mask not in masking.VISIBLE_POLICIES:
@@ -174,6 +201,10 @@ def visible(method: Any) -> None:
       f"{method.patches} patches: at least one must be hidden, and one stay "
       "visible"
     )
+  _show_max(method)
+
+
+def _show_max(method: Any) -> None:
   if not 0 <= method.show_max <= 1:
     raise InputError(
       f"method.show_max {method.show_max} must lie between 0 and 1"
@@ -200,17 +231,24 @@ def mae(config: ml_collections.ConfigDict) -> None:
       f"evals.avgpool {config.evals.avgpool} takes the class token, and "
       "method.class_token is off: set --config.evals.avgpool=1"
     )
+  if m.shared_mask and m.mask not in ("random", "grid"):
+    raise InputError(
+      f'method.shared_mask shares the draw of random masks, and "{m.mask}" '
+      "depends on the image: set --config.method.shared_mask=False or "
+      "--config.method.mask=random"
+    )
   if m.decoder_class_token and not m.class_token:
     raise InputError(
       "method.decoder_class_token is on and method.class_token is off: the "
       "decoder's class token is the encoder's, set both alike"
     )
   heads = m.decoder_heads or max(m.decoder_width // 64, 1)
-  if m.decoder_depth < 1 or m.decoder_width % 4 or m.decoder_width % heads:
+  fits = m.decoder_width % 4 == 0 and m.decoder_width % heads == 0
+  if m.decoder_depth < 1 or m.decoder_width < 1 or not fits:
     raise InputError(
       f"a decoder of width {m.decoder_width}, {m.decoder_depth} blocks and "
-      f"{heads} heads cannot be: the width must divide by 4 and by the heads, "
-      "and there must be a block"
+      f"{heads} heads cannot be: the width must be positive and divide by 4 "
+      "and by the heads, and there must be a block"
     )
 
 
@@ -237,11 +275,11 @@ def extrema(config: ml_collections.ConfigDict) -> None:
       f"InfoNCE tells the images of a batch apart, and data.batch_size is "
       f"{config.data.batch_size}: use at least 2, or method.contrast=byol"
     )
-  if m.contrast_temp <= 0 or m.readout_layers < 1 or m.num_masks < 1:
-    raise InputError(
-      f"method.contrast_temp {m.contrast_temp}, readout_layers "
-      f"{m.readout_layers} and num_masks {m.num_masks} must be positive"
-    )
+  for name in (
+    "contrast_temp", "readout_layers", "num_masks", "head_hidden", "out_dim",
+  ):  # fmt: skip
+    if m[name] <= 0:
+      raise InputError(f"method.{name} {m[name]} must be positive")
 
 
 def subsets(method: Any) -> None:
@@ -255,6 +293,12 @@ def subsets(method: Any) -> None:
     raise InputError(
       f"method.mask_ratio {method.mask_ratio} leaves no patch of "
       f"{method.patches} to see: lower it"
+    )
+  _show_max(method)
+  if method.mask_ratio == 0 and method.mask != "random":
+    raise InputError(
+      f'method.mask_ratio 0 leaves nothing for method.mask "{method.mask}" to '
+      "hide: raise the ratio, or set --config.method.mask=random"
     )
   if method.mask_ratio == 0 and method.num_masks > 1:
     raise InputError(

@@ -24,6 +24,7 @@ import numpy as np
 from attmask_jax import Batch, Params, losses, mixup, vit
 from attmask_jax.layers import layer_norm, trunc_normal
 from attmask_jax.methods import checks
+from attmask_jax.positions import DINO_OFFSET
 
 MIX_TAG = 5  # last word of the key of the host's mixup draws
 EMBEDDING = "patch_embed|cls_token|pos_embed"  # before the first block
@@ -94,6 +95,8 @@ class Classify:
         image_size=m.position_size,
         class_token=m.class_token,
         positions=m.positions,
+        # Runs from before this key were trained with DINO's.
+        grid_offset=m.get("grid_offset", DINO_OFFSET),
         key_bias=m.key_bias,
         readout_layers=m.readout_layers,
       ),

@@ -5,6 +5,9 @@ of them; a class token reads either at the end, and the student's must predict
 the teacher's. Masks are the augmentation: there is no reconstruction.
 
 Source: the ExtreMA release (MIT). Differs:
+- the fixed positions of images of another size are computed anew, where the
+  release knows one size; fine-tuning makes them learned ones and resamples
+  them plainly, as there;
 - subsets are batched image-major, which keeps a sharded batch in place;
 - any grid size, and independent subsets, which the release cannot switch on;
 - InfoNCE works, over the global batch (the release crashes);
@@ -18,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 
 from attmask_jax import Batch, Params, heads, losses, masking, vit
 from attmask_jax.methods import checks
 from attmask_jax.views import row_ids, unflatten
 
 Scalars = dict[str, jax.Array]
+LITTLE = 0.1  # share of hidden patches below which guiding is warned of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,7 @@ class ExtreMA:
     backbone = vit.from_config(config).clone(
       class_token="readout",
       positions="xy",
+      grid_offset=0.0,
       initial="xavier",
       xavier_embed=True,
       readout_layers=m.readout_layers,
@@ -83,8 +89,24 @@ class ExtreMA:
       predictor=heads.Projector(layers=2, **head),
       **checks.own_fields(cls, m),
     )
+    checks.fixed_positions(method)
     checks.subsets(method)
+    method._warn_of_little_hidden()
     return method
+
+  def _warn_of_little_hidden(self) -> None:
+    """A policy chooses what no subset shows, which may be next to nothing."""
+    hidden = self.patches - self.num_masks * self.kept
+    if self.mask != "random" and hidden < LITTLE * self.patches:
+      logging.warning(
+        "%s hides %d of %d patches, for %d subsets show %d each: attention "
+        "decides little; lower method.num_masks or raise method.mask_ratio",
+        self.mask,
+        hidden,
+        self.patches,
+        self.num_masks,
+        self.kept,
+      )
 
   @property
   def batch_coupled(self) -> bool:
@@ -168,11 +190,10 @@ class ExtreMA:
       loss = losses.byol(pred, target)
     else:
       loss = losses.info_nce(pred, target, temp=self.contrast_temp)
-    seen = self.num_masks * self.kept if self.disjoint else self.kept
     metrics = {
       "loss": loss,
       "mask_ratio": jnp.asarray(1 - self.kept / self.patches, jnp.float32),
-      "seen": jnp.asarray(seen / self.patches, jnp.float32),
+      "seen": self.seen(keep_ids),
       "target_std": jnp.mean(jnp.std(losses.unit(target), axis=0)),
     }
     return loss, ({}, metrics, {})
@@ -211,6 +232,18 @@ class ExtreMA:
       draws = jax.vmap(lambda key: jax.random.uniform(key, (m * k,)))(keys)
       seen = jnp.take_along_axis(seen, jnp.argsort(draws, axis=1), axis=1)
     return seen.reshape(-1, m, k)
+
+  def seen(self, keep_ids: jax.Array | None) -> jax.Array:
+    """Share of patches in any subset of their image, a mean: [] float32.
+
+    Args:
+      keep_ids: see `subsets`.
+    """
+    if keep_ids is None:
+      return jnp.ones(())
+    ids = jnp.sort(keep_ids.reshape(len(keep_ids), -1), axis=1)
+    new = (ids[:, 1:] != ids[:, :-1]).astype(jnp.float32)
+    return jnp.mean(1 + jnp.sum(new, axis=1)) / self.patches
 
   def _order(
     self,

@@ -9,6 +9,9 @@ Source: MAE-priv (an unofficial MAE), whose behaviour and numbers are
 reproduced. Differs:
 - the mask is drawn per image unless `shared_mask` says per batch, and does not
   depend on the number of devices;
+- the fixed positions of images of another size are computed anew; the release
+  resamples its table, plainly bicubic. So do we where fine-tuning has made them
+  learned ones (ViT.grid_offset);
 - options for what the official release does otherwise: target layout and
   variance, order of position axes, a class token in the decoder.
 """
@@ -162,6 +165,7 @@ class Mae:
     backbone = vit.from_config(config).clone(
       class_token="input" if m.class_token else "none",
       positions=m.position_order,
+      grid_offset=0.0,
       key_bias=False,
       initial="xavier",
     )
@@ -178,6 +182,7 @@ class Mae:
       attention=backbone.attention,
     )
     method = cls(backbone, decoder, **checks.own_fields(cls, m))
+    checks.fixed_positions(method)
     checks.visible(method)
     return method
 

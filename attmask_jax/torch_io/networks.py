@@ -14,6 +14,7 @@ from attmask_jax.methods.attmask import AttMask
 from attmask_jax.methods.classify import Classify
 from attmask_jax.methods.extrema import ExtreMA
 from attmask_jax.methods.mae import Decoder, Mae
+from attmask_jax.positions import DINO_OFFSET
 from attmask_jax.torch_io.layouts import Layout
 
 NAME = "imported"  # of the method, in the config of such weights
@@ -25,6 +26,11 @@ _READS = {
   "extrema_classifier": dict(avgpool=1, raw=True),
   "extrema_probe": dict(avgpool=0, raw=True),
 }
+# Code bases that resample positions plainly; the others add DINO's offset.
+_PLAIN = (
+  *("mae", "mae_classifier", "facebook_mae", "hf_mae", "classifier_fc_norm"),
+  *("extrema", "extrema_probe", "extrema_classifier"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,7 @@ def build(layout: Layout) -> Any:
     mlp_ratio=layout.mlp_ratio,
     class_token=layout.class_token,
     positions=layout.positions,
+    grid_offset=0.0 if layout.kind in _PLAIN else DINO_OFFSET,
     key_bias=layout.key_bias,
     readout_layers=layout.readout_layers or 2,
   )
