@@ -30,7 +30,7 @@ def attmask() -> ml_collections.ConfigDict:
   config.init_epoch = True  # go on after their epoch, if they hold a whole run
   config.init_resample = False  # give their positions the size of our images
   config.heads = 0  # of attention, where a weight file is of no known size
-  config.allow_missing = ()  # tensor names of a weight file, or how they begin
+  config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin
   config.method = method()
   config.data = data()
   config.optim = optim()
@@ -181,7 +181,7 @@ def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
   config.weights = ""  # run directory, checkpoint, .pth or .safetensors
   config.network = "teacher"  # teacher | student | untrained
   config.heads = 0  # of attention, where a weight file is of no known size
-  config.allow_missing = ()  # tensor names of a weight file, or how they begin
+  config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin
   config.probe = ""  # run directory of a linear probe (masked, backgrounds)
   config.evals = dict(name=name, batch_size=256, **settings)
   config.data = dict(

@@ -305,6 +305,7 @@ def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
   with pytest.raises(InputError, match="no place for: new.thing"):
     load(changed(exported, file, extra))
   load(str(file), allow_missing=("new.",))
+  load(str(file), allow_missing="head.x,new.")  # as the command line has it
   short = lambda t: t["teacher"].update({name: np.zeros(3, "f4")})
   with pytest.raises(InputError, match=r"fc1.bias has shape \(3,\)"):
     load(changed(exported, file, short))

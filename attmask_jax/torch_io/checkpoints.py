@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, optim, trees
+from attmask_jax import Params, optim, trees, words
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import layouts, names, networks, pth, tables, tensors
 
@@ -140,7 +140,7 @@ def load(
   network: str,
   *,
   heads: int = 0,
-  allow_missing: Sequence[str] = (),
+  allow_missing: str | Sequence[str] = "",
 ) -> Network:
   """One network of a file.
 
@@ -148,8 +148,9 @@ def load(
     file: of `read`.
     network: "teacher" or "student"; a file with one network gives that.
     heads: of its attention; 0 = by convention.
-    allow_missing: beginnings of tensor names that may be missing in the file
-      or without a place in our network. Missing ones get start values.
+    allow_missing: beginnings of tensor names, as "A,B" or a list, that may be
+      missing in the file or without a place in our network. Missing ones get
+      start values.
 
   Raises:
     InputError: an unknown code base, or anything but a full match.
@@ -166,7 +167,7 @@ def load(
     found = names.to_ours(file.networks[name], layout.table, wanted)
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from error
-  _check(file.path, found, layout, tuple(allow_missing))
+  _check(file.path, found, layout, words.split(allow_missing))
   params = _filled(method, wanted, found.tree)
   if layout.kind != "attmask":  # nothing else masks the input
     params["backbone"].pop("mask_token", None)
