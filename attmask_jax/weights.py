@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import Params, optim, trees
+from attmask_jax import Params, checkpoint, optim, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
@@ -54,7 +54,7 @@ def load(
   network: str,
   mesh: jax.sharding.Mesh,
   heads: int = 0,
-  allow_missing: Sequence[str] = (),
+  allow_missing: str | Sequence[str] = "",
 ) -> Weights:
   """Reads the weights that `config.weights` names.
 
@@ -194,17 +194,13 @@ def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
       return folder.parent.parent, int(folder.name)
   folder = path if path.name == "checkpoints" else path / "checkpoints"
-  steps = [
-    int(entry.name)
-    for entry in (folder.iterdir() if folder.is_dir() else ())
-    if entry.name.isdigit()
-  ]
+  steps = checkpoint.steps(folder.parent)
   if not steps:
     raise InputError(
       f"{path} holds no checkpoint: give a run directory that has trained for "
       "at least one epoch, or a folder such as RUN/checkpoints/936"
     )
-  return folder.parent, max(steps)
+  return folder.parent, steps[-1]
 
 
 def _shapes(method: Any, network: str) -> Params:

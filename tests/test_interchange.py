@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -210,7 +211,8 @@ def test_evaluations_take_files(trained, exported, tmp_path):
 
 
 def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
-  config = small.config({"optim.epochs": 3, "init_from": str(exported)})
+  copy = shutil.copy(exported, tmp_path / "copy.pth")
+  config = small.config({"optim.epochs": 3, "init_from": str(copy)})
   with caplog.at_level(logging.INFO):
     method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
     start = starts.start(config, method, meshes.make_mesh())
@@ -220,10 +222,13 @@ def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
     same(start.trees[tree], jax.device_get(load(trained, network).params))
   centers = jax.device_get(weights.load_centers(load(trained)))
   same(start.trees["aux"], centers)
-  train.train(config, str(tmp_path))
-  lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  folder = tmp_path / "run"
+  train.train(config, str(folder))
+  lines = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
   steps = [x["step"] for x in lines if "epoch/loss" in x]
   assert steps == [24]  # the third epoch alone
+  copy.unlink()
+  train.train(config, str(folder))  # a run that continues does not read it
   done = small.config({"optim.epochs": 2, "init_from": str(exported)})
   with pytest.raises(InputError, match="has completed 2 epochs"):
     starts.start(done, method, meshes.make_mesh())
