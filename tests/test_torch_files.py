@@ -215,6 +215,8 @@ def test_archives_that_torch_never_writes(tmp_path):
   assert pth.read(archive(path, good)) == {}
   for name in ("/etc/x", "../x", "archive/../../x", "C:\\x", "a\\..\\..\\x"):
     refused(archive(path, good, {name: b"x"}), "a member outside it")
+  stamped = archive(path, good, root="ckpt_2024-01-01_12:30:00")
+  assert pth.read(stamped) == {}
   refused(archive(path, good, {"b/data.pkl": good}), "but no .pth file")
   bomb = archive(path, good, {"archive/data/0": bytes(10**7)}, compress=True)
   refused(bomb, "compressed")

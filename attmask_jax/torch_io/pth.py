@@ -9,6 +9,7 @@ Source: the layout that torch.save has written since 1.6, read off its files.
 import math
 import os
 import pathlib
+import re
 import struct
 import zipfile
 from typing import Any
@@ -94,7 +95,8 @@ class _Archive:
     for member in members:
       name = member.filename
       parts = name.replace("\\", "/").split("/")
-      if name.startswith("/") or ".." in parts or ":" in parts[0]:
+      drive = re.match("[A-Za-z]:", name)
+      if name.startswith("/") or ".." in parts or drive:
         raise Refused(
           f'holds a member outside it, "{shown(name)}": take no '
           "weights from where this came from"
