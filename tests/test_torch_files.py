@@ -1,5 +1,7 @@
 """PyTorch's files without PyTorch: round trips, and files that mean harm."""
 
+import argparse
+import collections
 import io
 import json
 import os
@@ -261,6 +263,12 @@ CALLED_OFTEN = b"q\x01" + 2000 * b"h\x00h\x01R" + b"t."
   [
     (nested(200_000) + b".", "deeper than"),
     (b"}" + nested(200_000) + b"Ns.", "damaged"),  # its hash is recursive
+    (b"}" + nested(9) + b"Ns.", "damaged"),
+    (
+      b"}(K\x01tq\x00" + b"0(h\x00h\x00tq\x00" * 30 + b"Ns.", "damaged",
+    ),  # 2^30 parts
+    (b"}(" + b"K\x01" * 2000 + b"tNs.", "damaged"),
+    (b"ctorch\nfloat8_e4m3fn.system\n.", "is not run"),
     (b"]q\x00h\x00a.", "in a circle"),
     (
       b"]q\x00"
@@ -350,6 +358,49 @@ def test_plain_values_of_checkpoints(tmp_path):
   assert (dtype.name, dtype.state) == ("torch.float32", None)
 
 
+PLAIN = {
+  "range": range(3),
+  "frozen": frozenset({1, "x"}),
+  "factory": collections.defaultdict(list, {"a": [1]}),
+  "no factory": collections.defaultdict(None, {2: 3}),
+  "empty bytes": b"",
+  "bytes": b"ab\xff",
+  "path": pathlib.PurePosixPath("a/b"),
+  "windows": pathlib.PureWindowsPath("a"),
+  "namespace": argparse.Namespace(lr=0.1),
+  "keys": {(0, (1, ("a", 2.0))): 1, ((), ()): 2},
+  "array": np.arange(3),
+  "number": np.float32(0.5),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_values_of_arguments_are_plain_or_inert(tmp_path, protocol):
+  program = pickle.dumps(PLAIN, protocol=protocol)
+  found = pth.read(archive(tmp_path / "a.pth", program))
+  for name in ("frozen", "empty bytes", "bytes", "keys", "number"):
+    assert found[name] == PLAIN[name] and (
+      type(found[name]) is type(PLAIN[name]) or name == "number"
+    )
+  assert found["factory"] == {"a": [1]} and found["no factory"] == {2: 3}
+  assert type(found["factory"]) is dict
+  for name in ("range", "path", "windows", "namespace", "array"):
+    assert type(found[name]) is pth.Opaque
+  assert found["range"].state == (0, 3, 1)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["pathlib._local PosixPath", "pathlib PurePosixPath", "torch float8_e4m3fn",
+   "torch uint16", "torch quint4x2", "torch complex64", "torch bool",
+   "torch.serialization _get_layout"],
+)  # fmt: skip
+def test_names_that_are_inert(tmp_path, name):
+  program = b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\n)R."
+  found = pth.read(archive(tmp_path / "a.pth", program))
+  assert type(found) is pth.Opaque and found.state == ()
+
+
 def test_expanded_tensors_are_read(tmp_path):
   program = tensor_program(4, (3, 2), (0, 1), offset=1)
   numbers = {"archive/data/0": np.arange(4, dtype="f4").tobytes()}
@@ -368,24 +419,33 @@ def test_an_array_that_occurs_twice_is_written_once(tmp_path):
 
 def test_single_changes_and_truncations(tmp_path):
   """Only our own error, or a file that reads; never a crash."""
-  path, mark = tmp_path / "a.pth", tmp_path / "ran"
+  path = tmp_path / "a.pth"
   pth.write(path, {"w": np.arange(12, dtype="f4").reshape(3, 4), "n": [1, "x"]})
   good = path.read_bytes()
-  read = errors = 0
-  cases = [good[:n] for n in range(0, len(good), 7)]
+  read, errors = outcomes(pth.read, path, damaged(good))
+  assert errors > 500 and read > 0
+
+
+def damaged(good):
+  """A file cut at many places, and with every single byte changed."""
+  yield from (good[:n] for n in range(0, len(good), 7))
   rng = np.random.default_rng(1)
   for place in range(len(good)):
     for value in rng.integers(0, 256, 2).tolist():
-      cases.append(good[:place] + bytes([value]) + good[place + 1 :])
+      yield good[:place] + bytes([value]) + good[place + 1 :]
+
+
+def outcomes(read, path, cases):
+  """How many of the contents are read, and how many refused by us."""
+  count = {True: 0, False: 0}
   for case in cases:
     path.write_bytes(case)
     try:
-      pth.read(path)
-      read += 1
+      read(path)
+      count[True] += 1
     except InputError:
-      errors += 1
-  assert errors > 500 and read > 0
-  assert not mark.exists()
+      count[False] += 1
+  return count[True], count[False]
 
 
 def test_changed_programs_with_right_checksums(tmp_path, golden_root):
@@ -396,17 +456,35 @@ def test_changed_programs_with_right_checksums(tmp_path, golden_root):
   root = name.removesuffix("/data.pkl")
   program = members.pop(name)
   path = archive(tmp_path / "a.pth", program, members, root=root)
-  same(pth.read(path)["teacher"], pth.read(path)["teacher"])
+  recorded = pth.read(golden_root / "attmask" / "checkpoint.pth")
+  same(pth.read(path)["teacher"], recorded["teacher"])
+  assert changes_refused(path, program, members, root=root) > 100
+
+
+def changes_refused(path, program, members=None, **options):
+  """How many of 300 programs with up to three other bytes are refused."""
   rng, errors = np.random.default_rng(2), 0
   for _ in range(300):
     changed = bytearray(program)
     for place in rng.integers(0, len(program), rng.integers(1, 4)):
       changed[place] = rng.choice([rng.integers(256), *b"(tRbQuesa0hqX.N}]"])
     try:
-      pth.read(archive(path, bytes(changed), members, root=root))
+      pth.read(archive(path, bytes(changed), members, **options))
     except InputError:
       errors += 1
-  assert errors > 100
+  return errors
+
+
+def test_changed_calls_are_not_run_either(tmp_path):
+  """A file that asks for a shell, and what is one step away from it."""
+  mark = tmp_path / "ran"
+  call = Call(os.system, f"touch {mark}")
+  for protocol in (2, 4):
+    program = pickle.dumps([call, argparse.Namespace(), {1}], protocol)
+    assert changes_refused(tmp_path / "a.pth", program) > 250
+    assert not mark.exists()
+  pickle.loads(program)  # what a reader that runs it would do
+  assert mark.exists()
 
 
 def test_changed_numbers_are_noticed(tmp_path):
@@ -431,6 +509,15 @@ def test_damaged_safetensors(tmp_path):
   path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
   with pytest.raises(InputError, match="damaged"):
     tensors.read(path)
+
+
+def test_single_changes_of_safetensors(tmp_path):
+  path = tmp_path / "a.safetensors"
+  tensors.write(
+    path, {"w": np.ones((3, 4), "f4"), "n": np.arange(2)}, {"a": "b"}
+  )
+  read, errors = outcomes(tensors.read, path, damaged(path.read_bytes()))
+  assert errors > 100 and read > 50
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E8M0", "F4", "X"])
@@ -489,9 +576,6 @@ def test_torch_reads_what_we_write(tmp_path):
 
 def test_we_read_what_torch_writes(tmp_path):
   torch = pytest.importorskip("torch")
-  import argparse
-  import collections
-
   base = torch.arange(24.0).reshape(4, 6)
   model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
   saved = {
