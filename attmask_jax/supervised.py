@@ -53,6 +53,7 @@ def complete(
     dtype=config.method.dtype or theirs.method.dtype,
     class_token=config.method.class_token or backbone.class_token,
     positions=config.method.positions or backbone.positions,
+    mlp_ratio=backbone.mlp_ratio,
     key_bias=backbone.key_bias,
     readout_layers=backbone.readout_layers,
   )

@@ -271,9 +271,19 @@ def _restore_aux(
 
 
 def load_centers(source: Weights) -> Params:
-  """The loss centres beside weights of AttMask: center, center_patch."""
+  """The loss centres beside weights of AttMask: center, center_patch.
+
+  Those that are there: files need not hold them, nor then what they are
+  imported to.
+  """
   method, mesh = source.method, meshes.make_mesh()
-  names = tuple(jax.eval_shape(method.init, jax.random.key(0))[2])
+  folder = source.run_dir / "checkpoints" / str(source.step) / "train"
+  if not folder.is_dir():
+    return {}
+  metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
+  found = trees.shapes(metadata.tree)
+  names = jax.eval_shape(method.init, jax.random.key(0))[2]
+  names = tuple(name for name in names if f"aux/{name}" in found)
   return _restore_parts(source.run_dir, source.step, method, mesh, names)
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import evaluate, interchange, train, weights
+from attmask_jax import evaluate, interchange, supervised, train, weights
+from attmask_jax import export as exporting
 from attmask_jax import init_from as starts
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.methods import METHODS
+from attmask_jax.methods import METHODS, classify
 from attmask_jax.torch_io import checkpoints, pth, tensors
 from configs import evals, tiny
 
@@ -36,9 +37,10 @@ def exported(trained, tmp_path_factory):
   return path
 
 
-def export(where, path, *, format, network="teacher", **options):
+def export(where, path, *, format, network="teacher", probe="", **options):
   config = evals.get_config("knn")
   config.weights, config.network = str(where), network
+  config.probe = probe
   settings = dict(dtype="float32", backbone_only=False) | options
   interchange.export_weights(config, str(path), format=format, **settings)
   return path
@@ -91,6 +93,37 @@ def test_a_backbone_alone(trained, tmp_path):
   assert set(pth.read(tmp_path / "a.pth")) == {"state_dict", "heads"}
 
 
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_formats_of_two_networks_hold_both(trained, tmp_path, network):
+  """Whichever network is named."""
+  path = tmp_path / "a.pth"
+  export(trained, path, format="attmask", network=network)
+  for name in ("student", "teacher"):
+    same(load(path, name).params, load(trained, name).params)
+  bare = export(trained, tmp_path / "b.pth", format="timm", network=network)
+  want = load(trained, network).params["backbone"]
+  same(load(bare, heads=2).params["backbone"]["norm"], want["norm"])
+
+
+def test_a_file_without_centers_goes_through(exported, tmp_path, caplog):
+  no_centers = lambda tree: tree.pop("ibot_loss")
+  where = changed(exported, tmp_path / "a.pth", no_centers)
+  config = evals.get_config("knn")
+  config.weights = where
+  interchange.import_weights(config, str(tmp_path / "new"))
+  again = export(tmp_path / "new", tmp_path / "b.pth", format="attmask")
+  assert "ibot_loss" not in pth.read(again)
+  assert "holds no loss centres" in caplog.text
+  # DINO's one is there under another name.
+  center = pth.read(exported)["ibot_loss"]["center"]
+  dino = lambda t: t.update(dino_loss={"center": t.pop("ibot_loss")["center"]})
+  config.weights = changed(exported, tmp_path / "c.pth", dino)
+  assert set(checkpoints.read(config.weights).centers) == {"center"}
+  interchange.import_weights(config, str(tmp_path / "dino"))
+  again = export(tmp_path / "dino", tmp_path / "d.pth", format="attmask")
+  same(pth.read(again)["ibot_loss"], {"center": center})
+
+
 def test_import_is_a_checkpoint_of_ours(trained, exported, tmp_path, capsys):
   config = evals.get_config("knn")
   config.weights = str(exported)
@@ -105,6 +138,8 @@ def test_import_is_a_checkpoint_of_ours(trained, exported, tmp_path, capsys):
   same(a["ibot_loss"], b["ibot_loss"])
   with pytest.raises(InputError, match="is not empty"):
     interchange.import_weights(config, str(tmp_path / "new"))
+  with pytest.raises(InputError, match="is a file: give a new directory"):
+    interchange.import_weights(config, str(exported))
 
 
 OFFICIAL = dict(
@@ -131,18 +166,19 @@ def test_the_other_families(tmp_path, family, suffix):
   of = lambda tree, name: weights.Weights(
     method=method, params=tree, network=name, run_dir=None, **known
   )
-  from attmask_jax.torch_io import export as exporting
-
   student = of(params, "student")
   other = of(teacher, "teacher") if teacher else student
   path = tmp_path / f"a{suffix}"
   exporting.export(str(path), student, other, format=family, epoch=4)
-  assert checkpoints.read(str(path)).epoch == 4
+  file = checkpoints.read(str(path))
+  assert file.epoch == 4
+  # MAE's code bases say which epoch was the last, counted from 0.
+  assert file.rest["epoch"] == (3 if family == "mae" else 4)
   same(load(path, "student").params, params)
   same(load(path, "teacher").params, teacher or params)
   if family == "mae":
     found = load(path, "student").method
-    assert found.decoder.heads == (4 if official else 1)
+    assert found.decoder.heads == (4 if official else 2)
     assert found.decoder.class_token == official
     assert found.target_layout == ("hwc" if official else "chw")
     other = {"chw": "hwc", "hwc": "chw"}[method.target_layout]
@@ -205,6 +241,53 @@ def test_evaluations_take_files(trained, exported, tmp_path):
   assert again == pytest.approx(clean)
   with pytest.raises(InputError, match="linear layer without a network"):
     evaluated("knn", file, tmp_path / "g")
+
+
+def test_a_trained_probe_is_exported(trained, tmp_path):
+  short = {"method.last_blocks": 1, "optim.epochs": 1, "data.batch_size": 16,
+           "method.lrs": (0.1, 0.3)}  # fmt: skip
+  probe = tmp_path / "probe"
+  evaluated("linear", trained, probe, **short)
+  with pytest.raises(InputError, match="the probe with --config.probe"):
+    export(probe, tmp_path / "a.pth", format="timm")
+  mesh, source = meshes.make_mesh(), load(trained)
+  classifier = supervised.load(str(probe), source, mesh=mesh)
+  images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype("f4")
+  want = classifier.method.logits(classifier.params, images)
+  for form in ("timm", "hf"):
+    path = tmp_path / form / "model.safetensors"
+    export(trained, path, format=form, probe=str(probe))
+    found = load(path)
+    got = found.method.logits(found.params, images)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+  with pytest.raises(InputError, match="holds no linear probe"):
+    export(trained, tmp_path / "a.pth", format="attmask", probe=str(probe))
+  four = tmp_path / "four"
+  evaluated("linear", trained, four, **short | {"method.last_blocks": 2})
+  with pytest.raises(InputError, match='"timm" cannot hold'):
+    export(trained, tmp_path / "a.pth", format="timm", probe=str(four))
+
+
+def test_a_probe_and_fine_tuning_on_a_narrow_mlp(trained, tmp_path):
+  """The width of the MLP is that of the file, not four times the tokens'."""
+  path = export(trained, tmp_path / "a.pth", format="timm")
+  tree = pth.read(path)
+  for i in (0, 1):
+    for name, cut in (
+      ("fc1.weight", np.s_[:48]), ("fc1.bias", np.s_[:48]),
+      ("fc2.weight", np.s_[:, :48]),
+    ):  # fmt: skip
+      name = f"blocks.{i}.mlp.{name}"
+      tree[name] = np.ascontiguousarray(tree[name][cut])
+  pth.write(tmp_path / "b.pth", tree)
+  short = {"optim.epochs": 1, "data.batch_size": 16, "heads": 2}
+  where = tmp_path / "b.pth"
+  linear = short | {"method.last_blocks": 1}
+  evaluated("linear", where, tmp_path / "c", **linear)
+  tune = short | {"optim.warmup_epochs": 0, "data.repeats": 1}
+  evaluated("finetune", where, tmp_path / "d", **tune)
+  fc1 = load(tmp_path / "d").params["backbone"]["blocks"]["mlp"]["fc1"]
+  assert fc1["kernel"].shape == (2, 16, 48)
 
 
 # Starting from them ---------------------------------------------------------
@@ -354,6 +437,39 @@ def test_exports_that_cannot_be(trained, exported, tmp_path):
   with pytest.raises(InputError, match="config.json exists"):
     export(trained, trained / "a.safetensors", format="hf")
   assert (trained / "config.json").read_text() == config
+  (tmp_path / "file").write_text("")
+  for form in ("timm", "hf"):
+    with pytest.raises(InputError, match="cannot be written"):
+      export(trained, tmp_path / "file" / "a.pth", format=form)
+  for form, helps in (("attmask", True), ("extrema", False)):
+    probe = supervised_only(load(trained), raw=False)
+    with pytest.raises(InputError, match="cannot hold") as error:
+      exporting.export(str(path), probe, probe, format=form)
+    assert ("--backbone_only" in str(error.value)) == helps
+
+
+def supervised_only(source, **fields):
+  """The same network with an untrained linear layer."""
+  method = classify.Classify(
+    source.method.backbone, 5, epochs=1, steps_per_epoch=1, image_size=16,
+    batch_size=8, frozen=False, **fields,
+  )  # fmt: skip
+  params = jax.device_get(method.init(jax.random.key(1))[0])
+  params["backbone"] = source.params["backbone"]
+  return source._replace(method=method, params=params)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [dict(raw=True), dict(avgpool=1), dict(avgpool=2), dict(head_norm="layer"),
+   dict(last_blocks=2)],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["timm", "hf"])
+def test_classifiers_that_read_something_else(trained, tmp_path, fields, form):
+  """No model there leaves the norm out, or reads several class tokens."""
+  ours = supervised_only(load(trained), **fields)
+  with pytest.raises(InputError, match=f'"{form}" cannot hold.*backbone_only'):
+    exporting.export(str(tmp_path / "a.pth"), ours, ours, format=form)
 
 
 def test_exported_files_have_the_usual_rights(trained, tmp_path):

@@ -368,6 +368,20 @@ def test_unknown_or_damaged_files_are_refused():
     layouts.recognise(names.to_theirs(narrow, tables.classifier()))
 
 
+@pytest.mark.parametrize(
+  ("width", "hidden"), [(1664, 8192), (1664, 6848), (1408, 6144), (100, 113)]
+)
+def test_widths_of_the_mlp_come_back(width, hidden):
+  thin = {
+    "patch_embed.proj.weight": np.empty((width, 3, 16, 16), np.float16),
+    "pos_embed": np.ones((1, 5, width), np.float16),
+    "blocks.0.norm1.weight": np.ones(width),
+    "blocks.0.mlp.fc1.weight": np.empty((hidden, 1)),
+  }
+  layout = layouts.recognise(thin, heads=2)
+  assert int(layout.mlp_ratio * width) == hidden  # as `layers.Mlp` has it
+
+
 def test_damage_is_our_own_error():
   """Any tensor gone, or of odd shape and values: an InputError or a report."""
   rng = np.random.default_rng(1)

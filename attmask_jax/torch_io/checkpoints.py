@@ -1,6 +1,7 @@
 """Weight files of other code bases as networks with our parameters."""
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,13 @@ from attmask_jax.torch_io import layouts, names, networks, pth, tables, tensors
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 SHOWN = 5  # names in a message
+# Kinds that save the number of the last epoch, where others save how many are
+# completed.
+ZERO_BASED = ("mae", "facebook_mae", "mae_classifier", "extrema_classifier")
+
+
+# A safetensors note that can be an epoch or a number of heads.
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 class File(NamedTuple):
@@ -34,8 +42,11 @@ class File(NamedTuple):
   @property
   def epoch(self) -> int:
     """Completed epochs, 0 where the file does not say."""
-    found = self.rest.get("epoch", 0)
-    return found if isinstance(found, int) and found > 0 else 0
+    found = self.rest.get("epoch")
+    if type(found) is not int:
+      return 0
+    # Others say how many are completed, these the last one, counted from 0.
+    return max(found + (kind_of(self) in ZERO_BASED), 0)
 
   def heads(self, key: str = "heads") -> int | None:
     """Heads of its attention, or "decoder_heads"; None if it does not say."""
@@ -44,8 +55,8 @@ class File(NamedTuple):
 
   @property
   def centers(self) -> Params:
-    """The loss centres of AttMask and iBOT, {} without."""
-    found = self.rest.get("ibot_loss")
+    """The loss centres of AttMask and iBOT, or DINO's one, {} without."""
+    found = self.rest.get("ibot_loss", self.rest.get("dino_loss"))
     if not isinstance(found, dict):
       return {}
     return {
@@ -91,7 +102,7 @@ def read(where: str) -> File:
   if path.suffix.lower() == ".safetensors":
     flat, notes = tensors.read(path)
     found: dict[str, Any] = _unflatten(flat)
-    said = {k: int(v) for k, v in notes.items() if v.isdigit()}
+    said = {k: int(v) for k, v in notes.items() if _NUMBER.fullmatch(v)}
   else:
     found, said = pth.read(path), {}
   if not isinstance(found, dict):
@@ -178,10 +189,7 @@ def load(
 
 def kind_of(file: File) -> str:
   """Code base of a file's first network, see `layouts.Layout`."""
-  flat = next(iter(file.networks.values()))
-  if "linear.weight" in flat and len(flat) == 2:
-    return "linear"
-  return layouts.recognise(flat, heads=1).kind
+  return layouts.kind_of(next(iter(file.networks.values())))
 
 
 def load_probe(file: File) -> Params:

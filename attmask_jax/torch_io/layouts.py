@@ -41,8 +41,10 @@ class Layout:
   Attributes:
     kind: "backbone", "attmask" (with its head), "mae", "facebook_mae",
       "mae_classifier", "extrema", "extrema_probe", "extrema_classifier",
-      "classifier" and "classifier_fc_norm" (timm), "linear" (a probe alone),
-      "combined" (trunk and probe), "hf_vit", "hf_classifier" or "hf_mae".
+      "classifier" and "classifier_fc_norm" (timm), "official_probe" (of MAE),
+      "linear" (a probe alone),
+      "combined" (trunk and probe), "hf_vit", "hf_classifier", "hf_mae" or
+      "hf_patches".
     table: its names.
     width: D.
     depth: blocks.
@@ -193,6 +195,15 @@ def recognise(
   return Layout(kind=kind, table=table, **found)
 
 
+def kind_of(tensors: Tensors) -> str:
+  """`Layout.kind` of a network.
+
+  Raises:
+    InputError: an unknown one.
+  """
+  return _kind(tensors)[0]
+
+
 def _tensors(obj: Any) -> dict[str, np.ndarray]:
   """The arrays of a state dict without prefixes of wrapped modules."""
   if not isinstance(obj, Mapping):
@@ -232,9 +243,11 @@ def _split(
 
 def _kind(tensors: Tensors) -> tuple[str, Table]:
   """Kind and table of a state dict."""
-  for prefix in ("vit.", ""):
+  for prefix in ("vit.", "vision_model.", ""):
     if f"{prefix}embeddings.cls_token" in tensors:
       return _hf_kind(tensors, prefix)
+    if f"{prefix}embeddings.position_embedding.weight" in tensors:
+      return "hf_patches", tables.hf_patches(prefix)
   if "encoder.patch_embed.proj.weight" in tensors:
     order = sizes.order(tensors, "encoder.pos_embed")
     return "mae", tables.mae("xy" if order == "xy" else "yx")
@@ -278,6 +291,8 @@ def _bare_kind(tensors: Tensors) -> tuple[str, Table]:
     return "mae_classifier", tables.mae_classifier(known)
   if "linear.weight" in tensors:
     return "combined", tables.combined()
+  if "head.0.running_mean" in tensors and "norm.weight" in tensors:
+    return "official_probe", tables.official_probe()
   if "head.weight" in tensors:
     if "fc_norm.weight" not in tensors:
       return "classifier", tables.classifier()

@@ -44,6 +44,11 @@ KINDS: dict[str, tuple[Change, Change]] = {
   "center2": (lambda x: x[0, 0], lambda x: x[None, None]),
   # s <-> (1, *s): a mask token, the bias of the first of several probes
   "row": (lambda x: x[None], lambda x: x[0]),
+  # A variance that 1e-6 is added to, and one that 1e-5 is added to.
+  "small_eps": (
+    lambda x: x - x.dtype.type(9e-6),
+    lambda x: x + x.dtype.type(9e-6),
+  ),
   # (C, F) <-> (1, F, C), the weights of the first of several probes
   "probe": (lambda x: x.T[None], lambda x: x[0].T),
 }

@@ -1,5 +1,6 @@
 """Sizes of a network from the names and shapes of its tensors."""
 
+import math
 import re
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from attmask_jax import vit
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import fixed, names
-from attmask_jax.torch_io.names import Table, Tensors
+from attmask_jax.torch_io.names import Constant, Table, Tensors
 
 _HEADS = {v["width"]: v["heads"] for v in vit.VARIANTS.values()}
 
@@ -24,15 +25,18 @@ def trunk(tensors: Tensors, table: Table, heads: int | None) -> dict[str, Any]:
   side, lead = sides(tensors, table_name)
   readouts = _count(tensors, "blocks_token.{i}.gamma_1")
   token = "readout" if readouts else "input" if lead else "none"
+  # Where no fixed table is expected, as in a fine-tuned network, one that was
+  # never moved is a learned one.
+  known = any(isinstance(r, Constant) and r.theirs == table_name for r in table)
   return {
     "width": width,
     "depth": depth,
     "heads": _heads(width, heads),
     "patch_size": patch,
     "image_size": side * patch,
-    "mlp_ratio": _shape(tensors, fc1, 2)[0] / width,
+    "mlp_ratio": _ratio(_shape(tensors, fc1, 2)[0], width),
     "class_token": token,
-    "positions": order(tensors, table_name),
+    "positions": order(tensors, table_name) if known else "learned",
     "key_bias": not any("attn.q_bias" in n for n in tensors),
     "mask_token": name("mask_token") in tensors,
     "readout_layers": readouts,
@@ -124,6 +128,12 @@ def classifier(tensors: Tensors, table: Table) -> dict[str, Any]:
   return {"num_classes": classes, "features": features, "probe_norm": norm}
 
 
+def _ratio(hidden: int, width: int) -> float:
+  """hidden / width, such that the product with width is no less than hidden."""
+  ratio = hidden / width
+  return math.nextafter(ratio, np.inf) if ratio * width < hidden else ratio
+
+
 def _heads(width: int, heads: int | None) -> int:
   """Given or by convention; must divide the width."""
   if heads is None:
@@ -174,7 +184,8 @@ def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
 
 def sides(tensors: Tensors, name: str) -> tuple[int, int]:
   """(patches along a side, class tokens) of a position table."""
-  tokens = _shape(tensors, name, 3)[1]
+  flat = _is(tensors, name, 2)  # an Embedding's
+  tokens = _shape(tensors, name, 2 if flat else 3)[-2]
   sizes = fixed.square(tokens)
   if sizes is None:
     raise InputError(
