@@ -27,7 +27,7 @@ def attmask() -> ml_collections.ConfigDict:
   """AttMask-High on ViT-S/16 as published for 100 epochs, but for the data."""
   config = ml_collections.ConfigDict()
   config.init_from = ""  # weights to start from, see docs/pytorch.md
-  config.init_epoch = True  # go on after their epoch, if they hold a whole run
+  config.init_epoch = True  # go on after their epoch: whole AttMask runs alone
   config.init_resample = False  # give their positions the size of our images
   config.heads = 0  # of attention, where a weight file is of no known size
   config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin

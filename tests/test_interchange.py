@@ -317,6 +317,93 @@ def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
     starts.start(done, method, meshes.make_mesh())
 
 
+def begun(config, caplog):
+  """Where a run of this config starts, and what is said of it."""
+  method = METHODS[config.method.name].from_config(config, steps_per_epoch=8)
+  caplog.clear()
+  with caplog.at_level(logging.INFO):
+    start = starts.start(config, method, meshes.make_mesh())
+  return start, caplog.text
+
+
+def test_whole_files_that_do_not_go_on(trained, exported, tmp_path, caplog):
+  again = {"optim.epochs": 3, "init_epoch": False}
+  for target, change, options in (
+    ("a.pth", lambda tree: None, again),
+    ("b.pth", lambda tree: tree.pop("ibot_loss"), {"optim.epochs": 3}),
+    ("c.pth", lambda tree: tree.pop("teacher"), {"optim.epochs": 3}),
+  ):
+    where = changed(exported, tmp_path / target, change)
+    start, said = begun(small.config(options | {"init_from": where}), caplog)
+    assert start.epoch == 0 and "going on" not in said
+    assert ("no loss centres" in said) == (target == "b.pth")
+  assert start.trees["aux"].keys() == {"center", "center_patch"}
+  # DINO's own loss has one centre.
+  dino = lambda tree: tree.update(
+    dino_loss={"center": tree.pop("ibot_loss")["center"]}
+  )
+  where = changed(exported, tmp_path / "d.pth", dino)
+  config = small.config(
+    {"optim.epochs": 3, "init_from": where, "method.patch_weight": 0.0}
+  )
+  start, said = begun(config, caplog)
+  assert start.epoch == 2 and start.trees["aux"].keys() == {"center"}
+  # A run of ours gives its weights.
+  config = small.config({"optim.epochs": 3, "init_from": str(trained)})
+  assert begun(config, caplog)[0].epoch == 0
+
+
+@pytest.mark.parametrize("family", ["mae", "extrema"])
+def test_whole_files_of_other_families_start_at_zero(tmp_path, family, caplog):
+  config = tiny.get_config(family)
+  method = METHODS[family].from_config(config, steps_per_epoch=1)
+  params, teacher, _ = jax.device_get(method.init(jax.random.key(3)))
+  source = weights.Weights(
+    method, params, {}, config, "", 0, "student", "x", None
+  )
+  path = tmp_path / "a.pth"
+  teacher = source._replace(params=teacher or params)
+  exporting.export(str(path), source, teacher, format=family, epoch=1)
+  assert checkpoints.read(str(path)).epoch == 1
+  config.init_from = str(path)
+  start, said = begun(config, caplog)
+  assert start.epoch == 0 and "start values" not in said
+  same(start.trees["params"], params)
+
+
+def test_positions_of_another_kind(trained, tmp_path, caplog):
+  """Fixed ones are written out; a class token's place comes or goes."""
+  from attmask_jax import positions
+
+  config = tiny.get_config("mae")
+  config.data.image_size = 16
+  config.method.update(variant="16x2x2", patch_size=4)
+  method = METHODS["mae"].from_config(config, steps_per_epoch=1)
+  params = jax.device_get(method.init(jax.random.key(3))[0])
+  source = weights.Weights(
+    method, params, {}, config, "", 0, "student", "x", None
+  )
+  path = str(tmp_path / "a.pth")
+  exporting.export(path, source, source, format="mae")
+  sizes = {"init_from": path, "heads": 2}
+  start, said = begun(small.config(sizes), caplog)
+  table = positions.sin_cos((4, 4), 16, "yx")
+  got = start.trees["params"]["backbone"]["pos_embed"]
+  np.testing.assert_array_equal(got[:, 1:], table)
+  assert not got[:, 0].any()  # this run has a class token, and the file none
+  assert "at start values: backbone/cls_token" in said
+  assert "of no use to this run: decoder/" in said
+  large = {"data.image_size": 24, "data.local_size": 12}
+  with pytest.raises(InputError, match="--config.init_resample=True"):
+    begun(small.config(sizes | large), caplog)
+  large["init_resample"] = True
+  start, _ = begun(small.config(sizes | large), caplog)
+  want = positions.interpolate(got, 24, 24, 4, lead=1)
+  np.testing.assert_allclose(
+    start.trees["params"]["backbone"]["pos_embed"], want, atol=1e-6
+  )
+
+
 def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
   path = export(trained, tmp_path / "a.pth", format="timm")
   mesh = meshes.make_mesh()
