@@ -131,7 +131,7 @@ def _of_file(
   if network == "untrained":
     rng = jax.random.key(0)
     params, _, aux = jax.device_get(jax.jit(found.method.init)(rng))
-  params, aux = meshes.put(mesh, (params, aux))
+  params, aux = _moved(mesh, params), _moved(mesh, aux)
   logging.info("weights: %s of %s", network, file.path)
   return Weights(
     found.method,
@@ -146,6 +146,18 @@ def _of_file(
   )
 
 
+def _moved(mesh: jax.sharding.Mesh, tree: Params) -> Params:
+  """Puts a tree on the devices, and empties it: no two copies of the whole."""
+  placed = {}
+  for name in list(tree):
+    value = tree.pop(name)
+    if isinstance(value, dict):
+      placed[name] = _moved(mesh, value)
+    else:
+      placed[name] = jax.block_until_ready(meshes.put(mesh, value))
+  return placed
+
+
 def digest(tree: Params) -> str:
   """16 hex digits that change with any name, shape, type or value."""
   total = hashlib.sha256()
@@ -154,7 +166,7 @@ def digest(tree: Params) -> str:
     total.update(
       f"{optim.path_name(path)} {array.shape} {array.dtype}".encode()
     )
-    total.update(array.tobytes())
+    total.update(array.reshape(-1).view(np.uint8))  # no copy of the bytes
   return total.hexdigest()[:16]
 
 

@@ -5,19 +5,27 @@ import json
 import logging
 import os
 import shutil
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 import small
 
-from attmask_jax import evaluate, interchange, supervised, train, weights
+from attmask_jax import evaluate, interchange, supervised, train, vit, weights
 from attmask_jax import export as exporting
 from attmask_jax import init_from as starts
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, classify
-from attmask_jax.torch_io import checkpoints, pth, tensors
+from attmask_jax.torch_io import (
+  checkpoints,
+  names,
+  networks,
+  pth,
+  tables,
+  tensors,
+)
 from configs import evals, tiny
 
 
@@ -479,6 +487,9 @@ def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
   extra = lambda t: t["teacher"].update({"new.thing": np.zeros(2, "f4")})
   with pytest.raises(InputError, match="no place for: new.thing"):
     load(changed(exported, file, extra))
+  escape = lambda t: t["teacher"].update({"\x1b[31m": np.zeros(2, "f4")})
+  with pytest.raises(InputError, match=r"no place for: \\x1b\[31m:"):
+    load(changed(exported, tmp_path / "b.pth", escape))
   load(str(file), allow_missing=("new.",))
   load(str(file), allow_missing="head.x,new.")  # as the command line has it
   short = lambda t: t["teacher"].update({name: np.zeros(3, "f4")})
@@ -490,6 +501,36 @@ def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     load(changed(exported, file, nan))
   assert "1 tensors are not finite" in caplog.text
+
+
+def test_a_file_is_in_memory_once(tmp_path):
+  """Of a checkpoint with an optimiser: the network's float32 values alone."""
+  method = networks.Backbone(vit.ViT(**vit.VARIANTS["tiny"], image_size=32))
+  shapes = jax.eval_shape(method.init, jax.random.key(0))[0]
+  tree = jax.tree.map(lambda x: np.ones(x.shape, np.float16), shapes)
+  flat = names.to_theirs(tree, tables.backbone())
+  moments = {i: x.astype("f4") for i, x in enumerate(flat.values())}
+  path = tmp_path / "a.pth"
+  pth.write(path, {"state_dict": flat, "optimizer": {"state": moments}})
+  size = sum(4 * x.size for x in jax.tree.leaves(tree))
+  del tree, flat, moments
+  load_file = lambda: checkpoints.load(checkpoints.read(str(path)), "teacher")
+  load_file()  # what is made once
+  tracemalloc.start()
+  found = load_file()
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert found.params["backbone"]["norm"]["bias"].dtype == np.float32
+  assert size < peak < 1.2 * size
+
+
+def test_odd_notes_of_a_file(trained, tmp_path):
+  path = export(trained, tmp_path / "a.safetensors", format="attmask")
+  flat, notes = tensors.read(path)
+  for epoch in ("²", "5" * 5000, "-1", "x"):
+    tensors.write(path, flat, notes | {"epoch": epoch})
+    assert checkpoints.read(str(path)).epoch == 0
+    load(path)
 
 
 def test_files_without_a_network(tmp_path):

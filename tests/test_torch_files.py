@@ -10,6 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import pickling, pth, tensors
+from attmask_jax.torch_io import lazy, pickling, pth, tensors
 
 RNG = np.random.default_rng(0)
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64,
@@ -84,6 +85,46 @@ def test_safetensors_round_trip_is_bit_equal(tmp_path):
   assert notes == {"made": "here"} and set(got) == set(flat)
   for name in flat:
     same(got[name], flat[name])
+
+
+def test_tensors_are_read_when_they_are_asked_for(tmp_path):
+  tree = some_tree()
+  pth.write(tmp_path / "a.pth", tree)
+  found = pth.read(tmp_path / "a.pth", lazy=True)
+  kinds = {type(x) for x in found["by type"].values()}
+  assert kinds == {lazy.Tensor} and found["plain"] == tree["plain"]
+  whole = {
+    k: np.asarray(v) for k, v in found.items() if k in ("number", "empty")
+  }
+  same(whole, {k: tree[k] for k in whole})
+  flat = tree["by type"] | {"t": tree["transposed"].copy()}
+  tensors.write(tmp_path / "a.safetensors", flat)
+  given = tensors.read(tmp_path / "a.safetensors", lazy=True)[0]
+  for got, want in ((found["by type"], tree["by type"]), (given, flat)):
+    for name, value in want.items():
+      assert (got[name].shape, got[name].dtype) == (value.shape, value.dtype)
+      same(np.asarray(got[name]), value)
+  (tmp_path / "a.safetensors").write_bytes(b"cut")
+  with pytest.raises(InputError, match="has changed or gone"):
+    np.asarray(given["t"])
+
+
+def test_nothing_is_kept_of_a_tensor_that_was_read(tmp_path):
+  """A file may be larger than memory, and other parts of it are not read."""
+  size = 2**20
+  tree = {str(i): np.full(size, i, np.uint8) for i in range(20)}
+  pth.write(tmp_path / "a.pth", tree)
+  tensors.write(tmp_path / "a.safetensors", tree)
+  del tree
+  for read in (pth.read, lambda *x, **k: tensors.read(*x, **k)[0]):
+    name = "a.pth" if read is pth.read else "a.safetensors"
+    tracemalloc.start()
+    found = read(tmp_path / name, lazy=True)
+    assert tracemalloc.get_traced_memory()[1] < size
+    total = sum(int(np.asarray(x)[0]) for x in found.values())
+    assert total == 190
+    assert tracemalloc.get_traced_memory()[1] < 3 * size
+    tracemalloc.stop()
 
 
 def test_what_cannot_be_written(tmp_path):
@@ -494,6 +535,9 @@ def test_changed_numbers_are_noticed(tmp_path):
   content[content.index(np.ones(100, "f4").tobytes()) + 13] ^= 1
   path.write_bytes(content)
   refused(path, "damaged|no .pth file")
+  later = pth.read(path, lazy=True)
+  with pytest.raises(InputError, match="damaged|no .pth file"):
+    np.asarray(later["w"])
 
 
 def test_damaged_safetensors(tmp_path):

@@ -2,7 +2,7 @@
 
 pth.py          .pth files as NumPy arrays, and back; runs nothing they ask for
 unpickling.py   the programs in them, read;  pickling.py  written
-tensors.py      the same for .safetensors
+tensors.py      the same for .safetensors;  lazy.py  tensors not read yet
 names.py        our parameter trees under the names of other code bases, and
                 back, from one table;  tables.py  the tables
 fixed.py        fixed position tables that files store

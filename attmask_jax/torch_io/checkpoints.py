@@ -14,6 +14,8 @@ from absl import logging
 from attmask_jax import Params, optim, trees, words
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import layouts, names, networks, pth, tables, tensors
+from attmask_jax.torch_io.lazy import ARRAYS, Tensor
+from attmask_jax.torch_io.unpickling import shown
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 SHOWN = 5  # names in a message
@@ -31,12 +33,13 @@ class File(NamedTuple):
 
   Attributes:
     path: of the file.
-    networks: {"student" | "teacher" | "model": {name: tensor}}.
+    networks: {"student" | "teacher" | "model": {name: tensor}}; a tensor is
+      read from the file each time it is asked for.
     rest: what stands beside the networks; plain values, centres.
   """
 
   path: pathlib.Path
-  networks: dict[str, dict[str, np.ndarray]]
+  networks: dict[str, dict[str, Tensor | np.ndarray]]
   rest: dict[str, Any]
 
   @property
@@ -62,7 +65,7 @@ class File(NamedTuple):
     return {
       ours: np.asarray(found[theirs], np.float32).reshape(-1)
       for ours, theirs in (("center", "center"), ("center_patch", "center2"))
-      if isinstance(found.get(theirs), np.ndarray)
+      if isinstance(found.get(theirs), ARRAYS)
     }
 
 
@@ -100,11 +103,11 @@ def read(where: str) -> File:
   """
   path = pathlib.Path(where).expanduser()
   if path.suffix.lower() == ".safetensors":
-    flat, notes = tensors.read(path)
+    flat, notes = tensors.read(path, lazy=True)
     found: dict[str, Any] = _unflatten(flat)
     said = {k: int(v) for k, v in notes.items() if _NUMBER.fullmatch(v)}
   else:
-    found, said = pth.read(path), {}
+    found, said = pth.read(path, lazy=True), {}
   if not isinstance(found, dict):
     raise InputError(
       f"{path} holds a {type(found).__name__} and no state dict: save the "
@@ -119,7 +122,7 @@ def read(where: str) -> File:
   return File(path, dict(unwrapped), rest)
 
 
-def _unflatten(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+def _unflatten(flat: dict[str, Tensor]) -> dict[str, Any]:
   """A .safetensors file of ours with several networks, as .pth has them."""
   parts = ("student.", "teacher.", "ibot_loss.")
   if not any(name.startswith("student.") for name in flat):
@@ -175,7 +178,9 @@ def load(
     )
     method = networks.build(layout)
     wanted = networks.shapes_of(method, layout, name)
-    found = names.to_ours(file.networks[name], layout.table, wanted)
+    found = names.to_ours(
+      file.networks[name], layout.table, wanted, dtype=np.float32
+    )
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from error
   _check(file.path, found, layout, words.split(allow_missing))
@@ -236,9 +241,10 @@ def _check(
   ):
     wrong = [n for n in listed if not (allowed and n.startswith(allowed))]
     if wrong:
+      listed = ", ".join(map(shown, wrong[:SHOWN]))
       more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
       raise InputError(
-        f"{path} ({layout.kind}) {what} {', '.join(wrong[:SHOWN])}{more}: if "
+        f"{path} ({layout.kind}) {what} {listed}{more}: if "
         "that is right, name them (or how they begin) in "
         "--config.allow_missing=NAME,NAME"
       )

@@ -58,10 +58,7 @@ def prototypes(tensors: Tensors) -> dict[str, Any]:
   if "head.last_layer2.weight_g" in tensors:
     patches = _shape(tensors, "head.last_layer2.weight_g", 2)[0]
     same = all(
-      np.array_equal(
-        tensors.get(f"head.last_layer.{x}"),
-        tensors.get(f"head.last_layer2.{x}"),
-      )
+      _equal(tensors, f"head.last_layer.{x}", f"head.last_layer2.{x}")
       for x in ("weight_g", "weight_v")
     )
     kind = "shared" if same else "separate"
@@ -165,6 +162,13 @@ def _depth(tensors: Tensors, template: str) -> int:
   return _count(tensors, template)
 
 
+def _equal(tensors: Tensors, *two: str) -> bool:
+  """Whether two tensors are there and hold the same values."""
+  if not all(name in tensors for name in two):
+    return False
+  return np.array_equal(*(np.asarray(tensors[name]) for name in two))
+
+
 def _is(tensors: Tensors, name: str, ndim: int) -> bool:
   return name in tensors and tensors[name].ndim == ndim
 
@@ -197,4 +201,6 @@ def sides(tensors: Tensors, name: str) -> tuple[int, int]:
 
 def order(tensors: Tensors, name: str) -> str:
   """Order of a fixed position table, or "learned"."""
-  return fixed.order_of(tensors[name]) if name in tensors else "learned"
+  if name not in tensors:
+    return "learned"
+  return fixed.order_of(np.asarray(tensors[name]))

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from attmask_jax.torch_io.lazy import ARRAYS, Tensor
+
 STORAGES = {
   "DoubleStorage": np.dtype(np.float64),
   "FloatStorage": np.dtype(np.float32),
@@ -117,7 +119,7 @@ def shown(text: Any) -> str:
   return ascii(text[:80])[1:-1] + ("..." if len(text) > 80 else "")
 
 
-def load(program: bytes, tensor: Callable[..., np.ndarray]) -> Any:
+def load(program: bytes, tensor: Callable[..., np.ndarray | Tensor]) -> Any:
   """The object of a program: plain values, arrays and `Opaque`.
 
   Args:
@@ -142,7 +144,7 @@ def load(program: bytes, tensor: Callable[..., np.ndarray]) -> Any:
 class _Machine:
   """A stack, marks on it, and a memo."""
 
-  def __init__(self, tensor: Callable[..., np.ndarray]) -> None:
+  def __init__(self, tensor: Callable[..., np.ndarray | Tensor]) -> None:
     self._tensor = tensor
     self._stack: list[Any] = []
     self._below: list[list[Any]] = []
@@ -249,7 +251,7 @@ class _Machine:
       storage, offset, size, stride, *_ = arguments
       return self._tensor(_of(Storage, storage), offset, size, stride)
     if what.name in _PARAMETERS:
-      return _of(np.ndarray, arguments[0])
+      return _of(ARRAYS, arguments[0])
     if what.name in _SCALARS:
       return _scalar(*arguments)
     if what.name in _DICTS and _is_empty(what.name, arguments):
