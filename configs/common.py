@@ -182,7 +182,7 @@ def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
   config.network = "teacher"  # teacher | student | untrained
   config.heads = 0  # of attention, where a weight file is of no known size
   config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin
-  config.probe = ""  # run directory of a linear probe (masked, backgrounds)
+  config.probe = ""  # of a linear probe (masked, backgrounds, export)
   config.evals = dict(name=name, batch_size=256, **settings)
   config.data = dict(
     source="",  # "" = those of the weights' own run
