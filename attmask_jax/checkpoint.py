@@ -120,6 +120,13 @@ def write_config(
       temporary.write_text(json.dumps(flat, indent=2) + "\n")
 
 
+def steps(workdir: pathlib.Path) -> list[int]:
+  """Steps of the complete checkpoints of a run directory, sorted."""
+  folder = workdir / "checkpoints"
+  entries = folder.iterdir() if folder.is_dir() else ()
+  return sorted(int(e.name) for e in entries if e.name.isdigit())
+
+
 class Checkpoints:
   """The checkpoints of one run directory: latest, best and every N steps.
 

@@ -1,5 +1,6 @@
 """Start values of a training run from weights that exist already."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,10 @@ from absl import logging
 
 from attmask_jax import Params, positions, trees, weights
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import checkpoints
+from attmask_jax.torch_io import checkpoints, fixed
+
+POSITIONS = "backbone/pos_embed"
+Leaves = dict[str, Any]  # by path
 
 
 class Start(NamedTuple):
@@ -18,8 +22,8 @@ class Start(NamedTuple):
 
   Attributes:
     trees: "params", "teacher", "aux" -> values, see `train_step.overlay`.
-    epoch: completed epochs; 0 unless the weights carry a whole training state
-      of the same method.
+    epoch: completed epochs; 0 unless a file carries a whole training state:
+      student, teacher, their heads and all loss centres of AttMask.
   """
 
   trees: dict[str, Params]
@@ -34,7 +38,8 @@ def start(
   The student's values go to params and the teacher's to the teacher; weights
   with one network give it to both. Heads, decoders and predictors of another
   shape keep their start values; a backbone of another shape is an error, but
-  for positions with `config.init_resample`.
+  for positions with `config.init_resample`. Fixed positions become the start
+  values of learned ones.
 
   Raises:
     InputError: see `weights.load`; or a backbone that does not fit.
@@ -44,46 +49,66 @@ def start(
     mesh=mesh, heads=config.heads, allow_missing=config.allow_missing
   )
   given = {
-    "params": weights.load(where, network="student", **options).params,
-    "teacher": weights.load(where, network="teacher", **options).params,
+    "params": weights.load(where, network="student", **options),
+    "teacher": weights.load(where, network="teacher", **options),
   }
   wanted = jax.eval_shape(method.init, jax.random.key(0))
   wanted = dict(zip(("params", "teacher", "aux"), wanted, strict=True))
   chosen, fresh = {}, []
-  for name, tree in given.items():
-    values = trees.flat(tree)
-    shapes = trees.flat(wanted[name])
-    _resample(values, shapes, method, where, allowed=config.init_resample)
-    found = {}
-    for path, leaf in shapes.items():
-      value = values.get(path)
-      if value is not None and value.shape == leaf.shape:
-        found[path] = np.asarray(jax.device_get(value))
-      elif value is not None and path.startswith("backbone/"):
-        raise InputError(
-          f"{where}: {path} has shape {tuple(value.shape)}, and this run's "
-          f"{tuple(leaf.shape)}: set method.variant, method.patch_size and "
-          "data.image_size to those of the weights"
-        )
-      elif name == "params":
-        fresh.append(path)
+  for name, source in given.items():
+    shapes, values = trees.flat(wanted[name]), trees.flat(source.params)
+    if POSITIONS in shapes:
+      values |= _positions(source, method, config.init_resample)
+    found = _fitting(values, shapes, where)
     chosen[name] = trees.nested(found)
+    if name == "params":
+      fresh = sorted(shapes.keys() - found.keys())
+      _tell(f"in {where}, of no use to this run", values.keys() - found.keys())
   if not chosen["params"]:
     raise InputError(f"{where} holds nothing that this run could start from")
   epoch = _training_state(config, wanted["aux"], fresh, chosen)
-  if fresh:
-    parts = sorted({"/".join(path.split("/")[:2]) for path in fresh})
-    logging.info("not in %s, at start values: %s", where, ", ".join(parts))
+  _tell(f"not in {where}, at start values", fresh)
   return Start({k: v for k, v in chosen.items() if v}, epoch)
+
+
+def _tell(what: str, paths: Collection[str]) -> None:
+  """Logs the parts that these leaves belong to, if any."""
+  parts = sorted({"/".join(path.split("/")[:2]) for path in paths})
+  if parts:
+    logging.info("%s: %s", what, ", ".join(parts))
+
+
+def _fitting(values: Leaves, shapes: Leaves, where: str) -> Leaves:
+  """The values that this run has a place for.
+
+  Raises:
+    InputError: one of the backbone is of another shape.
+  """
+  found = {}
+  for path, leaf in shapes.items():
+    value = values.get(path)
+    if value is not None and value.shape == leaf.shape:
+      found[path] = np.asarray(jax.device_get(value))
+    elif value is not None and path.startswith("backbone/"):
+      raise InputError(
+        f"{where}: {path} has shape {tuple(value.shape)}, and this run's "
+        f"{tuple(leaf.shape)}: set method.variant, method.patch_size and "
+        "data.image_size to those of the weights"
+      )
+  return found
 
 
 def _training_state(
   config: ml_collections.ConfigDict,
   aux: Params,
-  fresh: list[str],
+  fresh: Collection[str],
   chosen: dict[str, Params],
 ) -> int:
-  """Takes up loss centres; the completed epochs of a whole checkpoint."""
+  """Takes up loss centres; the completed epochs of a whole checkpoint.
+
+  Only AttMask's says with its centres that it is one: of a file with the
+  networks of MAE or ExtreMA, nobody knows what the schedules were.
+  """
   if not checkpoints.is_file(config.init_from):
     return 0
   file = checkpoints.read(config.init_from)
@@ -94,7 +119,18 @@ def _training_state(
   }
   if centers:
     chosen["aux"] = centers
-  if fresh or set(centers) != set(aux) or not config.init_epoch:
+  if fresh or not aux:
+    return 0
+  lacking = sorted(aux.keys() - centers.keys())
+  if lacking:
+    logging.warning(
+      "%s has heads, but no loss centres of these sizes (%s): they start at "
+      "zero, and the epochs too",
+      config.init_from,
+      ", ".join(lacking),
+    )
+  both = {"student", "teacher"} <= file.networks.keys()
+  if lacking or not both or not config.init_epoch:
     return 0
   if file.epoch >= config.optim.epochs:
     raise InputError(
@@ -107,34 +143,36 @@ def _training_state(
   return file.epoch
 
 
-def _resample(
-  values: dict[str, Any],
-  shapes: dict[str, Any],
-  method: Any,
-  where: str,
-  *,
-  allowed: bool,
-) -> None:
-  """Gives learned positions the size of this run's images."""
-  path = "backbone/pos_embed"
-  if path not in values or path not in shapes:
-    return
-  old, new = values[path], shapes[path]
-  if old.shape == new.shape:
-    return
-  if not allowed or old.shape[-1] != new.shape[-1]:
+def _positions(source: weights.Weights, method: Any, resample: bool) -> Leaves:
+  """Start values of learned positions: {path: table}, {} without any.
+
+  Raises:
+    InputError: they are of another size, and may not be resampled.
+  """
+  theirs, ours = source.method.backbone, method.backbone
+  old = source.params["backbone"].get("pos_embed")
+  if old is None and theirs.positions == "learned":
+    return {}
+  if old is None:
+    logging.info("fixed positions are the start values of learned ones")
+    order = theirs.positions
+    old = fixed.table((theirs.grid,) * 2, theirs.width, order, lead=theirs.lead)
+  # A class token that only one of the two has: its position is 0, as in fixed
+  # tables, or is left out.
+  old = jnp.asarray(old)[:, max(theirs.lead - ours.lead, 0) :]
+  old = jnp.pad(old, ((0, 0), (max(ours.lead - theirs.lead, 0), 0), (0, 0)))
+  tokens = ours.lead + ours.grid**2
+  if old.shape[1:] == (tokens, ours.width):
+    return {POSITIONS: old}
+  if not resample or old.shape[2] != ours.width:
     raise InputError(
-      f"{where} has positions for {old.shape[1]} tokens of width "
-      f"{old.shape[2]}, and this run {new.shape[1]} of width {new.shape[2]}: "
-      "set data.image_size and method.variant to those of the weights, or "
+      f"{source.where} has positions for {old.shape[1]} tokens of width "
+      f"{old.shape[2]}, and this run {tokens} of width {ours.width}: set "
+      "data.image_size and method.variant to those of the weights, or "
       "resample the positions with --config.init_resample=True"
     )
-  backbone = method.backbone
-  values[path] = positions.interpolate(
-    jnp.asarray(old),
-    backbone.image_size,
-    backbone.image_size,
-    backbone.patch_size,
-    lead=backbone.lead,
-    offset=backbone.grid_offset,
+  side, p = ours.image_size, ours.patch_size
+  table = positions.interpolate(
+    old, side, side, p, lead=ours.lead, offset=ours.grid_offset
   )
+  return {POSITIONS: table}

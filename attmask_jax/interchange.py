@@ -1,6 +1,7 @@
 """Weights from and to other code bases: --mode=import and --mode=export."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import atomic, checkpoint, weights
+from attmask_jax import atomic, checkpoint, export, supervised, weights
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import checkpoints, export
+from attmask_jax.torch_io import checkpoints
 
 
 def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
@@ -31,6 +32,8 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
       ".safetensors files, and run directories need no import"
     )
   folder = pathlib.Path(output).expanduser()
+  if folder.is_file():
+    raise InputError(f"{folder} is a file: give a new directory")
   if folder.exists() and any(folder.iterdir()):
     raise InputError(f"{folder} is not empty: give a new directory")
   file = checkpoints.read(config.weights)
@@ -43,6 +46,8 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   if found["teacher"].name == "teacher":
     items["teacher"] = found["teacher"].params
   aux = found["student"].aux | file.centers
+  if found["student"].layout.kind == "attmask" and not file.centers:
+    logging.warning("%s holds no loss centres", file.path)
   checkpoint.check_workdir(output)
   step = file.epoch
   root = folder.resolve() / "checkpoints" / str(step)
@@ -75,8 +80,8 @@ def export_weights(
   """Writes weights for another code base, see `export.export`.
 
   Args:
-    config: weights, network, heads and allow_missing are read; the networks
-      of formats with one are `config.network`.
+    config: weights, heads and allow_missing are read; network and probe (a
+      trained one) by formats that hold one network.
     output: .pth or .safetensors file; must not exist.
     format: one of `export.FORMATS`.
     dtype: one of `export.DTYPES`.
@@ -85,8 +90,13 @@ def export_weights(
   Raises:
     InputError: see `weights.load` and `export.export`.
   """
-  if pathlib.Path(output).expanduser().exists():
+  if os.path.lexists(pathlib.Path(output).expanduser()):
     raise InputError(f"{output} exists: give another file, or remove it")
+  if format in export.PAIRS and config.probe:
+    raise InputError(
+      f'format "{format}" holds no linear probe ({config.probe}): use timm or '
+      "hf, or leave --config.probe out"
+    )
   mesh = meshes.make_mesh()
   load = lambda network: weights.load(
     config.weights,
@@ -95,8 +105,17 @@ def export_weights(
     heads=config.heads,
     allow_missing=config.allow_missing,
   )
-  main = load(config.network)
-  student = load("student") if main.network == "teacher" else main
+  if format in export.PAIRS:
+    student, main = load("student"), load("teacher")
+  else:
+    student = main = load(config.network)
+  if "backbone" not in main.params:
+    raise InputError(
+      f"{main.where} is a linear probe without a network: give the weights it "
+      "was trained on with --config.weights, and the probe with --config.probe"
+    )
+  if config.probe:
+    main = _with_probe(main, config.probe, mesh)
   written = export.export(
     output,
     student,
@@ -110,6 +129,14 @@ def export_weights(
   logging.info("%d tensors in %s", len(written), output)
   size = pathlib.Path(output).expanduser().stat().st_size
   print(f"{output}: {len(written)} tensors, {dtype}, {size / 2**20:.1f} MiB")
+
+
+def _with_probe(
+  source: weights.Weights, where: str, mesh: jax.sharding.Mesh
+) -> weights.Weights:
+  """The network with a linear layer that was trained on it."""
+  found = supervised.load(where, source, mesh=mesh)
+  return source._replace(method=found.method, params=found.params)
 
 
 def _centers(where: str, source: weights.Weights) -> dict[str, np.ndarray]:

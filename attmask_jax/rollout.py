@@ -229,7 +229,7 @@ def gradient_rollout(
     row_sums: see `roll`.
   """
   backbone = method.backbone
-  mean = method.avgpool == 1
+  mean = method.avgpool in vit.MEANS
 
   def one(image: jax.Array) -> jax.Array:
     attention, gradients = logit_gradients(

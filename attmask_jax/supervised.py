@@ -58,6 +58,7 @@ def complete(
     class_token=config.method.class_token or backbone.class_token,
     positions=config.method.positions or backbone.positions,
     grid_offset=backbone.grid_offset,
+    mlp_ratio=backbone.mlp_ratio,
     key_bias=backbone.key_bias,
     readout_layers=backbone.readout_layers,
   )

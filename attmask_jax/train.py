@@ -54,7 +54,9 @@ def train(
   folder = checkpoint.check_workdir(workdir)
   checkpoint.check_config(config, folder, images=len(run.train_source))
   begun = 0
-  if config.get("init_from") and not start:
+  # A run that continues needs nothing of the file that it started from.
+  fresh = not checkpoint.steps(folder)
+  if config.get("init_from") and not start and fresh:
     start, epoch = init_from.start(config, run.method, run.mesh)
     begun = epoch * run.schedules.steps_per_epoch
   with checkpoint.Checkpoints(

@@ -22,6 +22,8 @@ from attmask_jax.positions import DINO_OFFSET
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+MEANS = (1, 3)  # values of `avgpool` that take the mean patch alone
+
 # depth, width and heads of the published sizes.
 VARIANTS = {
   "tiny": dict(width=192, depth=12, heads=3),
@@ -385,12 +387,12 @@ def pool(
   Args:
     cls: [B, last * D].
     patches: [B, N, D].
-    avgpool: 0 class tokens, 1 mean patch, 2 class tokens then mean patch.
+    avgpool: 0 class tokens, 1 or 3 mean patch, 2 class tokens then mean patch.
 
   Returns:
-    [B, F] with F = D * (last * (avgpool != 1) + (avgpool > 0)).
+    [B, F] with F = D * (last * (avgpool in (0, 2)) + (avgpool > 0)).
   """
-  if cls is None and avgpool != 1:
+  if cls is None and avgpool not in MEANS:
     raise InputError(
       f"avgpool {avgpool} takes the class token, and this network has none: "
       "set avgpool to 1, the mean patch"
@@ -398,7 +400,7 @@ def pool(
   if avgpool == 0:
     return cls
   mean = jnp.mean(patches, axis=1)
-  return mean if avgpool == 1 else jnp.concatenate([cls, mean], axis=-1)
+  return mean if avgpool in MEANS else jnp.concatenate([cls, mean], axis=-1)
 
 
 def embed(
@@ -415,7 +417,8 @@ def embed(
     features_fn: `features` of a method, with its weights.
     images: uint8 or normalised.
     last: class tokens of that many last blocks.
-    avgpool: see `pool`. quirk: 1 pools patches that no final norm has seen.
+    avgpool: see `pool`. quirk: 1 pools patches that no final norm has seen;
+      3 pools normed ones, as some classifiers of timm do.
     raw: leave the final norm out everywhere (MAE, ExtreMA).
   """
   norm = not raw and avgpool != 1

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import Params, optim, trees
+from attmask_jax import Params, checkpoint, optim, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
@@ -54,7 +54,7 @@ def load(
   network: str,
   mesh: jax.sharding.Mesh,
   heads: int = 0,
-  allow_missing: Sequence[str] = (),
+  allow_missing: str | Sequence[str] = "",
 ) -> Weights:
   """Reads the weights that `config.weights` names.
 
@@ -135,7 +135,7 @@ def _of_file(
   if network == "untrained":
     rng = jax.random.key(0)
     params, _, aux = jax.device_get(jax.jit(found.method.init)(rng))
-  params, aux = meshes.put(mesh, (params, aux))
+  params, aux = _moved(mesh, params), _moved(mesh, aux)
   logging.info("weights: %s of %s", network, file.path)
   return Weights(
     found.method,
@@ -150,6 +150,18 @@ def _of_file(
   )
 
 
+def _moved(mesh: jax.sharding.Mesh, tree: Params) -> Params:
+  """Puts a tree on the devices, and empties it: no two copies of the whole."""
+  placed = {}
+  for name in list(tree):
+    value = tree.pop(name)
+    if isinstance(value, dict):
+      placed[name] = _moved(mesh, value)
+    else:
+      placed[name] = jax.block_until_ready(meshes.put(mesh, value))
+  return placed
+
+
 def digest(tree: Params) -> str:
   """16 hex digits that change with any name, shape, type or value."""
   total = hashlib.sha256()
@@ -158,7 +170,7 @@ def digest(tree: Params) -> str:
     total.update(
       f"{optim.path_name(path)} {array.shape} {array.dtype}".encode()
     )
-    total.update(array.tobytes())
+    total.update(array.reshape(-1).view(np.uint8))  # no copy of the bytes
   return total.hexdigest()[:16]
 
 
@@ -198,17 +210,13 @@ def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
       return folder.parent.parent, int(folder.name)
   folder = path if path.name == "checkpoints" else path / "checkpoints"
-  steps = [
-    int(entry.name)
-    for entry in (folder.iterdir() if folder.is_dir() else ())
-    if entry.name.isdigit()
-  ]
+  steps = checkpoint.steps(folder.parent)
   if not steps:
     raise InputError(
       f"{path} holds no checkpoint: give a run directory that has trained for "
       "at least one epoch, or a folder such as RUN/checkpoints/936"
     )
-  return folder.parent, max(steps)
+  return folder.parent, steps[-1]
 
 
 def _shapes(method: Any, network: str) -> Params:
@@ -289,9 +297,19 @@ def _restore_aux(
 
 
 def load_centers(source: Weights) -> Params:
-  """The loss centres beside weights of AttMask: center, center_patch."""
+  """The loss centres beside weights of AttMask: center, center_patch.
+
+  Those that are there: files need not hold them, nor then what they are
+  imported to.
+  """
   method, mesh = source.method, meshes.make_mesh()
-  names = tuple(jax.eval_shape(method.init, jax.random.key(0))[2])
+  folder = source.run_dir / "checkpoints" / str(source.step) / "train"
+  if not folder.is_dir():
+    return {}
+  metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
+  found = trees.shapes(metadata.tree)
+  names = jax.eval_shape(method.init, jax.random.key(0))[2]
+  names = tuple(name for name in names if f"aux/{name}" in found)
   return _restore_parts(source.run_dir, source.step, method, mesh, names)
 
 

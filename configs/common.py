@@ -27,10 +27,10 @@ def attmask() -> ml_collections.ConfigDict:
   """AttMask-High on ViT-S/16 as published for 100 epochs, but for the data."""
   config = ml_collections.ConfigDict()
   config.init_from = ""  # weights to start from, see docs/pytorch.md
-  config.init_epoch = True  # go on after their epoch, if they hold a whole run
+  config.init_epoch = True  # go on after their epoch: whole AttMask runs alone
   config.init_resample = False  # give their positions the size of our images
   config.heads = 0  # of attention, where a weight file is of no known size
-  config.allow_missing = ()  # tensor names of a weight file, or how they begin
+  config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin
   config.method = method()
   config.data = data()
   config.optim = optim()
@@ -185,9 +185,9 @@ def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
   # reconstruct and finetune_extrema take the student.
   config.network = ""
   config.heads = 0  # of attention, where a weight file is of no known size
-  config.allow_missing = ()  # tensor names of a weight file, or how they begin
-  # Run directory of a linear probe: masked, backgrounds, tokens, and rollout
-  # with evals.explain=class.
+  config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin
+  # Of a linear probe: masked, backgrounds, tokens, rollout with
+  # evals.explain=class, and export.
   config.probe = ""
   config.evals = dict(name=name, batch_size=256, **settings)
   config.data = dict(

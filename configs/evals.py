@@ -209,8 +209,8 @@ def compare() -> ml_collections.ConfigDict:
   """k-NN and loss over epochs of several runs."""
   config = common.evaluation("compare")
   config.evals.update(
-    runs=(),  # run directories, e.g. --config.evals.runs=runs/a,runs/b
-    labels=(),  # their names in the plot; () = the directories'
+    runs="",  # run directories, e.g. --config.evals.runs=runs/a,runs/b
+    labels="",  # A,B: their names in the plot; "" = the directories'
   )
   return config
 

@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import main
-from attmask_jax import checkpoint, epoch, train
+from attmask_jax import checkpoint, epoch, evaluate, interchange, train, words
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 
 ROOT = pathlib.Path(main.__file__).parent
@@ -249,6 +249,26 @@ def test_flags_reach_the_run(call, monkeypatch, tmp_path):
   assert config.method.mask == "attmask_hint" and config.is_locked
   assert config.evals.knn_ks == (3, 4) and config.optim.betas == (0.8, 0.9)
   assert config.data.batch_size == small.SIZES["data.batch_size"]
+
+
+def test_lists_of_words_reach_the_program(call, monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    interchange, "import_weights", lambda config, _: seen.append(config)
+  )
+  monkeypatch.setattr(
+    evaluate, "evaluate", lambda config, _: seen.append(config)
+  )
+  flags = ["--mode=import", "--output=D", "--config.weights=a.pth"]
+  for given in ("head.,fc_norm", "head."):
+    assert call(*flags, f"--config.allow_missing={given}") == (0, "")
+    assert words.split(seen.pop().allow_missing) == tuple(given.split(","))
+  flags = ["--mode=eval", f"--config={ROOT / 'configs' / 'evals.py'}:compare"]
+  runs = ["--config.evals.runs=runs/a,runs/b", "--config.evals.labels=A, B"]
+  assert call(*flags, "--workdir=D", *runs) == (0, "")
+  (config,) = seen
+  assert words.split(config.evals.runs) == ("runs/a", "runs/b")
+  assert words.split(config.evals.labels) == ("A", "B")
 
 
 def shell(programs, *flags):

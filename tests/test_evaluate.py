@@ -235,8 +235,8 @@ def test_clusters_fewshot_and_pictures_run(trained, tmp_path):
     for figure in found["figures"]:
       assert (tmp_path / name / figure).stat().st_size > 2000
   names = {
-    "evals.runs": (str(trained), str(trained)),
-    "evals.labels": ("a", "b"),
+    "evals.runs": f"{trained},{trained}",
+    "evals.labels": "a,b",
   }
   found = run("compare", "", tmp_path / "compare", **names)
   assert found["weights"] is None

@@ -4,18 +4,28 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 import small
 
-from attmask_jax import evaluate, interchange, train, weights
+from attmask_jax import evaluate, interchange, supervised, train, vit, weights
+from attmask_jax import export as exporting
 from attmask_jax import init_from as starts
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.methods import METHODS
-from attmask_jax.torch_io import checkpoints, pth, tensors
+from attmask_jax.methods import METHODS, classify
+from attmask_jax.torch_io import (
+  checkpoints,
+  names,
+  networks,
+  pth,
+  tables,
+  tensors,
+)
 from configs import evals, tiny
 
 
@@ -35,9 +45,10 @@ def exported(trained, tmp_path_factory):
   return path
 
 
-def export(where, path, *, format, network="teacher", **options):
+def export(where, path, *, format, network="teacher", probe="", **options):
   config = evals.get_config("knn")
   config.weights, config.network = str(where), network
+  config.probe = probe
   settings = dict(dtype="float32", backbone_only=False) | options
   interchange.export_weights(config, str(path), format=format, **settings)
   return path
@@ -90,6 +101,37 @@ def test_a_backbone_alone(trained, tmp_path):
   assert set(pth.read(tmp_path / "a.pth")) == {"state_dict", "heads"}
 
 
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_formats_of_two_networks_hold_both(trained, tmp_path, network):
+  """Whichever network is named."""
+  path = tmp_path / "a.pth"
+  export(trained, path, format="attmask", network=network)
+  for name in ("student", "teacher"):
+    same(load(path, name).params, load(trained, name).params)
+  bare = export(trained, tmp_path / "b.pth", format="timm", network=network)
+  want = load(trained, network).params["backbone"]
+  same(load(bare, heads=2).params["backbone"]["norm"], want["norm"])
+
+
+def test_a_file_without_centers_goes_through(exported, tmp_path, caplog):
+  no_centers = lambda tree: tree.pop("ibot_loss")
+  where = changed(exported, tmp_path / "a.pth", no_centers)
+  config = evals.get_config("knn")
+  config.weights = where
+  interchange.import_weights(config, str(tmp_path / "new"))
+  again = export(tmp_path / "new", tmp_path / "b.pth", format="attmask")
+  assert "ibot_loss" not in pth.read(again)
+  assert "holds no loss centres" in caplog.text
+  # DINO's one is there under another name.
+  center = pth.read(exported)["ibot_loss"]["center"]
+  dino = lambda t: t.update(dino_loss={"center": t.pop("ibot_loss")["center"]})
+  config.weights = changed(exported, tmp_path / "c.pth", dino)
+  assert set(checkpoints.read(config.weights).centers) == {"center"}
+  interchange.import_weights(config, str(tmp_path / "dino"))
+  again = export(tmp_path / "dino", tmp_path / "d.pth", format="attmask")
+  same(pth.read(again)["ibot_loss"], {"center": center})
+
+
 def test_import_is_a_checkpoint_of_ours(trained, exported, tmp_path, capsys):
   config = evals.get_config("knn")
   config.weights = str(exported)
@@ -104,6 +146,8 @@ def test_import_is_a_checkpoint_of_ours(trained, exported, tmp_path, capsys):
   same(a["ibot_loss"], b["ibot_loss"])
   with pytest.raises(InputError, match="is not empty"):
     interchange.import_weights(config, str(tmp_path / "new"))
+  with pytest.raises(InputError, match="is a file: give a new directory"):
+    interchange.import_weights(config, str(exported))
 
 
 OFFICIAL = dict(
@@ -130,13 +174,14 @@ def test_the_other_families(tmp_path, family, suffix):
   of = lambda tree, name: weights.Weights(
     method=method, params=tree, network=name, run_dir=None, **known
   )
-  from attmask_jax.torch_io import export as exporting
-
   student = of(params, "student")
   other = of(teacher, "teacher") if teacher else student
   path = tmp_path / f"a{suffix}"
   exporting.export(str(path), student, other, format=family, epoch=4)
-  assert checkpoints.read(str(path)).epoch == 4
+  file = checkpoints.read(str(path))
+  assert file.epoch == 4
+  # MAE's code bases say which epoch was the last, counted from 0.
+  assert file.rest["epoch"] == (3 if family == "mae" else 4)
   same(load(path, "student").params, params)
   same(load(path, "teacher").params, teacher or params)
   if family == "mae":
@@ -206,11 +251,59 @@ def test_evaluations_take_files(trained, exported, tmp_path):
     evaluated("knn", file, tmp_path / "g")
 
 
+def test_a_trained_probe_is_exported(trained, tmp_path):
+  short = {"method.last_blocks": 1, "optim.epochs": 1, "data.batch_size": 16,
+           "method.lrs": (0.1, 0.3)}  # fmt: skip
+  probe = tmp_path / "probe"
+  evaluated("linear", trained, probe, **short)
+  with pytest.raises(InputError, match="the probe with --config.probe"):
+    export(probe, tmp_path / "a.pth", format="timm")
+  mesh, source = meshes.make_mesh(), load(trained)
+  classifier = supervised.load(str(probe), source, mesh=mesh)
+  images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype("f4")
+  want = classifier.method.logits(classifier.params, images)
+  for form in ("timm", "hf"):
+    path = tmp_path / form / "model.safetensors"
+    export(trained, path, format=form, probe=str(probe))
+    found = load(path)
+    got = found.method.logits(found.params, images)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+  with pytest.raises(InputError, match="holds no linear probe"):
+    export(trained, tmp_path / "a.pth", format="attmask", probe=str(probe))
+  four = tmp_path / "four"
+  evaluated("linear", trained, four, **short | {"method.last_blocks": 2})
+  with pytest.raises(InputError, match='"timm" cannot hold'):
+    export(trained, tmp_path / "a.pth", format="timm", probe=str(four))
+
+
+def test_a_probe_and_fine_tuning_on_a_narrow_mlp(trained, tmp_path):
+  """The width of the MLP is that of the file, not four times the tokens'."""
+  path = export(trained, tmp_path / "a.pth", format="timm")
+  tree = pth.read(path)
+  for i in (0, 1):
+    for name, cut in (
+      ("fc1.weight", np.s_[:48]), ("fc1.bias", np.s_[:48]),
+      ("fc2.weight", np.s_[:, :48]),
+    ):  # fmt: skip
+      name = f"blocks.{i}.mlp.{name}"
+      tree[name] = np.ascontiguousarray(tree[name][cut])
+  pth.write(tmp_path / "b.pth", tree)
+  short = {"optim.epochs": 1, "data.batch_size": 16, "heads": 2}
+  where = tmp_path / "b.pth"
+  linear = short | {"method.last_blocks": 1}
+  evaluated("linear", where, tmp_path / "c", **linear)
+  tune = short | {"optim.warmup_epochs": 0, "data.repeats": 1}
+  evaluated("finetune", where, tmp_path / "d", **tune)
+  fc1 = load(tmp_path / "d").params["backbone"]["blocks"]["mlp"]["fc1"]
+  assert fc1["kernel"].shape == (2, 16, 48)
+
+
 # Starting from them ---------------------------------------------------------
 
 
 def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
-  config = small.config({"optim.epochs": 3, "init_from": str(exported)})
+  copy = shutil.copy(exported, tmp_path / "copy.pth")
+  config = small.config({"optim.epochs": 3, "init_from": str(copy)})
   with caplog.at_level(logging.INFO):
     method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
     start = starts.start(config, method, meshes.make_mesh())
@@ -220,13 +313,103 @@ def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
     same(start.trees[tree], jax.device_get(load(trained, network).params))
   centers = jax.device_get(weights.load_centers(load(trained)))
   same(start.trees["aux"], centers)
-  train.train(config, str(tmp_path))
-  lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  folder = tmp_path / "run"
+  train.train(config, str(folder))
+  lines = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
   steps = [x["step"] for x in lines if "epoch/loss" in x]
   assert steps == [24]  # the third epoch alone
+  copy.unlink()
+  train.train(config, str(folder))  # a run that continues does not read it
   done = small.config({"optim.epochs": 2, "init_from": str(exported)})
   with pytest.raises(InputError, match="has completed 2 epochs"):
     starts.start(done, method, meshes.make_mesh())
+
+
+def begun(config, caplog):
+  """Where a run of this config starts, and what is said of it."""
+  method = METHODS[config.method.name].from_config(config, steps_per_epoch=8)
+  caplog.clear()
+  with caplog.at_level(logging.INFO):
+    start = starts.start(config, method, meshes.make_mesh())
+  return start, caplog.text
+
+
+def test_whole_files_that_do_not_go_on(trained, exported, tmp_path, caplog):
+  again = {"optim.epochs": 3, "init_epoch": False}
+  for target, change, options in (
+    ("a.pth", lambda tree: None, again),
+    ("b.pth", lambda tree: tree.pop("ibot_loss"), {"optim.epochs": 3}),
+    ("c.pth", lambda tree: tree.pop("teacher"), {"optim.epochs": 3}),
+  ):
+    where = changed(exported, tmp_path / target, change)
+    start, said = begun(small.config(options | {"init_from": where}), caplog)
+    assert start.epoch == 0 and "going on" not in said
+    assert ("no loss centres" in said) == (target == "b.pth")
+  assert start.trees["aux"].keys() == {"center", "center_patch"}
+  # DINO's own loss has one centre.
+  dino = lambda tree: tree.update(
+    dino_loss={"center": tree.pop("ibot_loss")["center"]}
+  )
+  where = changed(exported, tmp_path / "d.pth", dino)
+  config = small.config(
+    {"optim.epochs": 3, "init_from": where, "method.patch_weight": 0.0}
+  )
+  start, said = begun(config, caplog)
+  assert start.epoch == 2 and start.trees["aux"].keys() == {"center"}
+  # A run of ours gives its weights.
+  config = small.config({"optim.epochs": 3, "init_from": str(trained)})
+  assert begun(config, caplog)[0].epoch == 0
+
+
+@pytest.mark.parametrize("family", ["mae", "extrema"])
+def test_whole_files_of_other_families_start_at_zero(tmp_path, family, caplog):
+  config = tiny.get_config(family)
+  method = METHODS[family].from_config(config, steps_per_epoch=1)
+  params, teacher, _ = jax.device_get(method.init(jax.random.key(3)))
+  source = weights.Weights(
+    method, params, {}, config, "", 0, "student", "x", None
+  )
+  path = tmp_path / "a.pth"
+  teacher = source._replace(params=teacher or params)
+  exporting.export(str(path), source, teacher, format=family, epoch=1)
+  assert checkpoints.read(str(path)).epoch == 1
+  config.init_from = str(path)
+  start, said = begun(config, caplog)
+  assert start.epoch == 0 and "start values" not in said
+  same(start.trees["params"], params)
+
+
+def test_positions_of_another_kind(trained, tmp_path, caplog):
+  """Fixed ones are written out; a class token's place comes or goes."""
+  from attmask_jax import positions
+
+  config = tiny.get_config("mae")
+  config.data.image_size = 16
+  config.method.update(variant="16x2x2", patch_size=4)
+  method = METHODS["mae"].from_config(config, steps_per_epoch=1)
+  params = jax.device_get(method.init(jax.random.key(3))[0])
+  source = weights.Weights(
+    method, params, {}, config, "", 0, "student", "x", None
+  )
+  path = str(tmp_path / "a.pth")
+  exporting.export(path, source, source, format="mae")
+  sizes = {"init_from": path, "heads": 2}
+  start, said = begun(small.config(sizes), caplog)
+  table = positions.sin_cos((4, 4), 16, "yx")
+  got = start.trees["params"]["backbone"]["pos_embed"]
+  np.testing.assert_array_equal(got[:, 1:], table)
+  assert not got[:, 0].any()  # this run has a class token, and the file none
+  assert "at start values: backbone/cls_token" in said
+  assert "of no use to this run: decoder/" in said
+  large = {"data.image_size": 24, "data.local_size": 12}
+  with pytest.raises(InputError, match="--config.init_resample=True"):
+    begun(small.config(sizes | large), caplog)
+  large["init_resample"] = True
+  start, _ = begun(small.config(sizes | large), caplog)
+  want = positions.interpolate(got, 24, 24, 4, lead=1)
+  np.testing.assert_allclose(
+    start.trees["params"]["backbone"]["pos_embed"], want, atol=1e-6
+  )
 
 
 def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
@@ -304,7 +487,11 @@ def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
   extra = lambda t: t["teacher"].update({"new.thing": np.zeros(2, "f4")})
   with pytest.raises(InputError, match="no place for: new.thing"):
     load(changed(exported, file, extra))
+  escape = lambda t: t["teacher"].update({"\x1b[31m": np.zeros(2, "f4")})
+  with pytest.raises(InputError, match=r"no place for: \\x1b\[31m:"):
+    load(changed(exported, tmp_path / "b.pth", escape))
   load(str(file), allow_missing=("new.",))
+  load(str(file), allow_missing="head.x,new.")  # as the command line has it
   short = lambda t: t["teacher"].update({name: np.zeros(3, "f4")})
   with pytest.raises(InputError, match=r"fc1.bias has shape \(3,\)"):
     load(changed(exported, file, short))
@@ -314,6 +501,36 @@ def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     load(changed(exported, file, nan))
   assert "1 tensors are not finite" in caplog.text
+
+
+def test_a_file_is_in_memory_once(tmp_path):
+  """Of a checkpoint with an optimiser: the network's float32 values alone."""
+  method = networks.Backbone(vit.ViT(**vit.VARIANTS["tiny"], image_size=32))
+  shapes = jax.eval_shape(method.init, jax.random.key(0))[0]
+  tree = jax.tree.map(lambda x: np.ones(x.shape, np.float16), shapes)
+  flat = names.to_theirs(tree, tables.backbone())
+  moments = {i: x.astype("f4") for i, x in enumerate(flat.values())}
+  path = tmp_path / "a.pth"
+  pth.write(path, {"state_dict": flat, "optimizer": {"state": moments}})
+  size = sum(4 * x.size for x in jax.tree.leaves(tree))
+  del tree, flat, moments
+  load_file = lambda: checkpoints.load(checkpoints.read(str(path)), "teacher")
+  load_file()  # what is made once
+  tracemalloc.start()
+  found = load_file()
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert found.params["backbone"]["norm"]["bias"].dtype == np.float32
+  assert size < peak < 1.2 * size
+
+
+def test_odd_notes_of_a_file(trained, tmp_path):
+  path = export(trained, tmp_path / "a.safetensors", format="attmask")
+  flat, notes = tensors.read(path)
+  for epoch in ("²", "5" * 5000, "-1", "x"):
+    tensors.write(path, flat, notes | {"epoch": epoch})
+    assert checkpoints.read(str(path)).epoch == 0
+    load(path)
 
 
 def test_files_without_a_network(tmp_path):
@@ -348,6 +565,39 @@ def test_exports_that_cannot_be(trained, exported, tmp_path):
   with pytest.raises(InputError, match="config.json exists"):
     export(trained, trained / "a.safetensors", format="hf")
   assert (trained / "config.json").read_text() == config
+  (tmp_path / "file").write_text("")
+  for form in ("timm", "hf"):
+    with pytest.raises(InputError, match="cannot be written"):
+      export(trained, tmp_path / "file" / "a.pth", format=form)
+  for form, helps in (("attmask", True), ("extrema", False)):
+    probe = supervised_only(load(trained), raw=False)
+    with pytest.raises(InputError, match="cannot hold") as error:
+      exporting.export(str(path), probe, probe, format=form)
+    assert ("--backbone_only" in str(error.value)) == helps
+
+
+def supervised_only(source, **fields):
+  """The same network with an untrained linear layer."""
+  method = classify.Classify(
+    source.method.backbone, 5, epochs=1, steps_per_epoch=1, image_size=16,
+    batch_size=8, frozen=False, **fields,
+  )  # fmt: skip
+  params = jax.device_get(method.init(jax.random.key(1))[0])
+  params["backbone"] = source.params["backbone"]
+  return source._replace(method=method, params=params)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [dict(raw=True), dict(avgpool=1), dict(avgpool=2), dict(head_norm="layer"),
+   dict(last_blocks=2)],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["timm", "hf"])
+def test_classifiers_that_read_something_else(trained, tmp_path, fields, form):
+  """No model there leaves the norm out, or reads several class tokens."""
+  ours = supervised_only(load(trained), **fields)
+  with pytest.raises(InputError, match=f'"{form}" cannot hold.*backbone_only'):
+    exporting.export(str(tmp_path / "a.pth"), ours, ours, format=form)
 
 
 def test_exported_files_have_the_usual_rights(trained, tmp_path):

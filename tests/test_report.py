@@ -152,7 +152,7 @@ def test_comparison_counts_epochs_and_what_differs(tmp_path):
     {"step": 8, "epoch/loss": 4.0, "knn/top1": 30.0},
   ]
   two = write_run(tmp_path / "two", lines, **{"method.mask": "random"})
-  found = compare.run(job(tmp_path, (str(one), str(two))))
+  found = compare.run(job(tmp_path, f"{one},{two}"))
   assert found.values == {
     "one/first": 10.0, "one/last": 17.5, "one/best": 20.0,
     "one/reached_epoch": 2.0, "one/loss": 6.25,
@@ -174,7 +174,7 @@ def test_comparisons_that_cannot_be_made(tmp_path):
   one = str(write_run(tmp_path / "one"))
   for runs, labels, match in (
     ((), (), "evals.runs is empty"),
-    ((one, one), ("a",), "must name each of the 2 runs"),
+    (f"{one},{one}", "a", "must name each of the 2 runs"),
     ((one, one), ("a", "a"), "each differently"),
     ((str(tmp_path),), (), "holds no run|config.json"),
   ):

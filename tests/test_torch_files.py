@@ -1,5 +1,7 @@
 """PyTorch's files without PyTorch: round trips, and files that mean harm."""
 
+import argparse
+import collections
 import io
 import json
 import os
@@ -8,6 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import pickling, pth, tensors
+from attmask_jax.torch_io import lazy, pickling, pth, tensors
 
 RNG = np.random.default_rng(0)
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64,
@@ -82,6 +85,46 @@ def test_safetensors_round_trip_is_bit_equal(tmp_path):
   assert notes == {"made": "here"} and set(got) == set(flat)
   for name in flat:
     same(got[name], flat[name])
+
+
+def test_tensors_are_read_when_they_are_asked_for(tmp_path):
+  tree = some_tree()
+  pth.write(tmp_path / "a.pth", tree)
+  found = pth.read(tmp_path / "a.pth", lazy=True)
+  kinds = {type(x) for x in found["by type"].values()}
+  assert kinds == {lazy.Tensor} and found["plain"] == tree["plain"]
+  whole = {
+    k: np.asarray(v) for k, v in found.items() if k in ("number", "empty")
+  }
+  same(whole, {k: tree[k] for k in whole})
+  flat = tree["by type"] | {"t": tree["transposed"].copy()}
+  tensors.write(tmp_path / "a.safetensors", flat)
+  given = tensors.read(tmp_path / "a.safetensors", lazy=True)[0]
+  for got, want in ((found["by type"], tree["by type"]), (given, flat)):
+    for name, value in want.items():
+      assert (got[name].shape, got[name].dtype) == (value.shape, value.dtype)
+      same(np.asarray(got[name]), value)
+  (tmp_path / "a.safetensors").write_bytes(b"cut")
+  with pytest.raises(InputError, match="has changed or gone"):
+    np.asarray(given["t"])
+
+
+def test_nothing_is_kept_of_a_tensor_that_was_read(tmp_path):
+  """A file may be larger than memory, and other parts of it are not read."""
+  size = 2**20
+  tree = {str(i): np.full(size, i, np.uint8) for i in range(20)}
+  pth.write(tmp_path / "a.pth", tree)
+  tensors.write(tmp_path / "a.safetensors", tree)
+  del tree
+  for read in (pth.read, lambda *x, **k: tensors.read(*x, **k)[0]):
+    name = "a.pth" if read is pth.read else "a.safetensors"
+    tracemalloc.start()
+    found = read(tmp_path / name, lazy=True)
+    assert tracemalloc.get_traced_memory()[1] < size
+    total = sum(int(np.asarray(x)[0]) for x in found.values())
+    assert total == 190
+    assert tracemalloc.get_traced_memory()[1] < 3 * size
+    tracemalloc.stop()
 
 
 def test_what_cannot_be_written(tmp_path):
@@ -215,6 +258,8 @@ def test_archives_that_torch_never_writes(tmp_path):
   assert pth.read(archive(path, good)) == {}
   for name in ("/etc/x", "../x", "archive/../../x", "C:\\x", "a\\..\\..\\x"):
     refused(archive(path, good, {name: b"x"}), "a member outside it")
+  stamped = archive(path, good, root="ckpt_2024-01-01_12:30:00")
+  assert pth.read(stamped) == {}
   refused(archive(path, good, {"b/data.pkl": good}), "but no .pth file")
   bomb = archive(path, good, {"archive/data/0": bytes(10**7)}, compress=True)
   refused(bomb, "compressed")
@@ -259,6 +304,12 @@ CALLED_OFTEN = b"q\x01" + 2000 * b"h\x00h\x01R" + b"t."
   [
     (nested(200_000) + b".", "deeper than"),
     (b"}" + nested(200_000) + b"Ns.", "damaged"),  # its hash is recursive
+    (b"}" + nested(9) + b"Ns.", "damaged"),
+    (
+      b"}(K\x01tq\x00" + b"0(h\x00h\x00tq\x00" * 30 + b"Ns.", "damaged",
+    ),  # 2^30 parts
+    (b"}(" + b"K\x01" * 2000 + b"tNs.", "damaged"),
+    (b"ctorch\nfloat8_e4m3fn.system\n.", "is not run"),
     (b"]q\x00h\x00a.", "in a circle"),
     (
       b"]q\x00"
@@ -348,6 +399,49 @@ def test_plain_values_of_checkpoints(tmp_path):
   assert (dtype.name, dtype.state) == ("torch.float32", None)
 
 
+PLAIN = {
+  "range": range(3),
+  "frozen": frozenset({1, "x"}),
+  "factory": collections.defaultdict(list, {"a": [1]}),
+  "no factory": collections.defaultdict(None, {2: 3}),
+  "empty bytes": b"",
+  "bytes": b"ab\xff",
+  "path": pathlib.PurePosixPath("a/b"),
+  "windows": pathlib.PureWindowsPath("a"),
+  "namespace": argparse.Namespace(lr=0.1),
+  "keys": {(0, (1, ("a", 2.0))): 1, ((), ()): 2},
+  "array": np.arange(3),
+  "number": np.float32(0.5),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_values_of_arguments_are_plain_or_inert(tmp_path, protocol):
+  program = pickle.dumps(PLAIN, protocol=protocol)
+  found = pth.read(archive(tmp_path / "a.pth", program))
+  for name in ("frozen", "empty bytes", "bytes", "keys", "number"):
+    assert found[name] == PLAIN[name] and (
+      type(found[name]) is type(PLAIN[name]) or name == "number"
+    )
+  assert found["factory"] == {"a": [1]} and found["no factory"] == {2: 3}
+  assert type(found["factory"]) is dict
+  for name in ("range", "path", "windows", "namespace", "array"):
+    assert type(found[name]) is pth.Opaque
+  assert found["range"].state == (0, 3, 1)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["pathlib._local PosixPath", "pathlib PurePosixPath", "torch float8_e4m3fn",
+   "torch uint16", "torch quint4x2", "torch complex64", "torch bool",
+   "torch.serialization _get_layout"],
+)  # fmt: skip
+def test_names_that_are_inert(tmp_path, name):
+  program = b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\n)R."
+  found = pth.read(archive(tmp_path / "a.pth", program))
+  assert type(found) is pth.Opaque and found.state == ()
+
+
 def test_expanded_tensors_are_read(tmp_path):
   program = tensor_program(4, (3, 2), (0, 1), offset=1)
   numbers = {"archive/data/0": np.arange(4, dtype="f4").tobytes()}
@@ -366,24 +460,33 @@ def test_an_array_that_occurs_twice_is_written_once(tmp_path):
 
 def test_single_changes_and_truncations(tmp_path):
   """Only our own error, or a file that reads; never a crash."""
-  path, mark = tmp_path / "a.pth", tmp_path / "ran"
+  path = tmp_path / "a.pth"
   pth.write(path, {"w": np.arange(12, dtype="f4").reshape(3, 4), "n": [1, "x"]})
   good = path.read_bytes()
-  read = errors = 0
-  cases = [good[:n] for n in range(0, len(good), 7)]
+  read, errors = outcomes(pth.read, path, damaged(good))
+  assert errors > 500 and read > 0
+
+
+def damaged(good):
+  """A file cut at many places, and with every single byte changed."""
+  yield from (good[:n] for n in range(0, len(good), 7))
   rng = np.random.default_rng(1)
   for place in range(len(good)):
     for value in rng.integers(0, 256, 2).tolist():
-      cases.append(good[:place] + bytes([value]) + good[place + 1 :])
+      yield good[:place] + bytes([value]) + good[place + 1 :]
+
+
+def outcomes(read, path, cases):
+  """How many of the contents are read, and how many refused by us."""
+  count = {True: 0, False: 0}
   for case in cases:
     path.write_bytes(case)
     try:
-      pth.read(path)
-      read += 1
+      read(path)
+      count[True] += 1
     except InputError:
-      errors += 1
-  assert errors > 500 and read > 0
-  assert not mark.exists()
+      count[False] += 1
+  return count[True], count[False]
 
 
 def test_changed_programs_with_right_checksums(tmp_path, golden_root):
@@ -394,17 +497,35 @@ def test_changed_programs_with_right_checksums(tmp_path, golden_root):
   root = name.removesuffix("/data.pkl")
   program = members.pop(name)
   path = archive(tmp_path / "a.pth", program, members, root=root)
-  same(pth.read(path)["teacher"], pth.read(path)["teacher"])
+  recorded = pth.read(golden_root / "attmask" / "checkpoint.pth")
+  same(pth.read(path)["teacher"], recorded["teacher"])
+  assert changes_refused(path, program, members, root=root) > 100
+
+
+def changes_refused(path, program, members=None, **options):
+  """How many of 300 programs with up to three other bytes are refused."""
   rng, errors = np.random.default_rng(2), 0
   for _ in range(300):
     changed = bytearray(program)
     for place in rng.integers(0, len(program), rng.integers(1, 4)):
       changed[place] = rng.choice([rng.integers(256), *b"(tRbQuesa0hqX.N}]"])
     try:
-      pth.read(archive(path, bytes(changed), members, root=root))
+      pth.read(archive(path, bytes(changed), members, **options))
     except InputError:
       errors += 1
-  assert errors > 100
+  return errors
+
+
+def test_changed_calls_are_not_run_either(tmp_path):
+  """A file that asks for a shell, and what is one step away from it."""
+  mark = tmp_path / "ran"
+  call = Call(os.system, f"touch {mark}")
+  for protocol in (2, 4):
+    program = pickle.dumps([call, argparse.Namespace(), {1}], protocol)
+    assert changes_refused(tmp_path / "a.pth", program) > 250
+    assert not mark.exists()
+  pickle.loads(program)  # what a reader that runs it would do
+  assert mark.exists()
 
 
 def test_changed_numbers_are_noticed(tmp_path):
@@ -414,6 +535,9 @@ def test_changed_numbers_are_noticed(tmp_path):
   content[content.index(np.ones(100, "f4").tobytes()) + 13] ^= 1
   path.write_bytes(content)
   refused(path, "damaged|no .pth file")
+  later = pth.read(path, lazy=True)
+  with pytest.raises(InputError, match="damaged|no .pth file"):
+    np.asarray(later["w"])
 
 
 def test_damaged_safetensors(tmp_path):
@@ -429,6 +553,15 @@ def test_damaged_safetensors(tmp_path):
   path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
   with pytest.raises(InputError, match="damaged"):
     tensors.read(path)
+
+
+def test_single_changes_of_safetensors(tmp_path):
+  path = tmp_path / "a.safetensors"
+  tensors.write(
+    path, {"w": np.ones((3, 4), "f4"), "n": np.arange(2)}, {"a": "b"}
+  )
+  read, errors = outcomes(tensors.read, path, damaged(path.read_bytes()))
+  assert errors > 100 and read > 50
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E8M0", "F4", "X"])
@@ -487,9 +620,6 @@ def test_torch_reads_what_we_write(tmp_path):
 
 def test_we_read_what_torch_writes(tmp_path):
   torch = pytest.importorskip("torch")
-  import argparse
-  import collections
-
   base = torch.arange(24.0).reshape(4, 6)
   model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
   saved = {

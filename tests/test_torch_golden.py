@@ -12,10 +12,18 @@ import reference
 from conftest import GOLDEN
 from torch_trees import back, filled, same, trees
 
-from attmask_jax import heads, vit
+from attmask_jax import heads, vit, weights
+from attmask_jax import mesh as meshes
 from attmask_jax.evals import knn
 from attmask_jax.methods import classify, mae
-from attmask_jax.torch_io import layouts, names, networks, pth, tables
+from attmask_jax.torch_io import (
+  checkpoints,
+  layouts,
+  names,
+  networks,
+  pth,
+  tables,
+)
 
 
 def under(file, prefix):
@@ -190,33 +198,45 @@ def test_golden_attmask_head(golden, variant):
   same(names.to_theirs(tree, layout.table), tensors)
 
 
+def loaded(tmp_path, tensors, num_heads, key="model", **rest):
+  """What evaluations get of a file with these tensors."""
+  pth.write(tmp_path / "a.pth", {key: tensors} | rest)
+  mesh = meshes.make_mesh(devices=jax.devices()[:1])
+  return weights.load(
+    str(tmp_path / "a.pth"), network="teacher", mesh=mesh, heads=num_heads
+  )
+
+
 @pytest.mark.parametrize("variant", ["gap", "cls"])
-def test_golden_mae(golden, variant):
+def test_golden_mae(golden, variant, tmp_path):
   file = golden("mae/pretrain_forward.npz")
   cfg = lambda name: file[f"cfg/{name}"].item()
-  layout, tree = converted(under(file, f"sd/{variant}/"), cfg("heads"))
-  assert layout.class_token == ("input" if variant == "cls" else "none")
-  method = mae.Mae(
-    network(layout), decoder(layout, cfg("dheads")), mask_ratio=cfg("ratio")
-  )
-  pred = jax.jit(method.predict)(
-    tree,
+  tensors = under(file, f"sd/{variant}/")
+  heads_there = {"decoder_heads": cfg("dheads")}
+  found = loaded(tmp_path, tensors, cfg("heads"), **heads_there)
+  token = found.method.backbone.class_token
+  assert token == ("input" if variant == "cls" else "none")
+  pred = jax.jit(found.method.predict)(
+    found.params,
     reference.nhwc(file[f"in/{variant}/images"]),
     jnp.asarray(file[f"in/{variant}/shuffle"], jnp.int32),
   )
   np.testing.assert_allclose(pred, file[f"out/{variant}/pred"], atol=2e-5)
 
 
+def logits_of(found, images):
+  return jax.jit(found.method.logits)({**found.params, **found.aux}, images)
+
+
 @pytest.mark.parametrize("variant", ["gap", "cls", "lin"])
-def test_golden_mae_classifier(golden, variant):
+def test_golden_mae_classifier(golden, variant, tmp_path):
   file = golden("mae/finetune_forward.npz")
   tensors = under(file, f"sd/{variant}/")
   if variant == "lin":  # its trunk is that of the other file
     trunk = under(file, "sd/gap/")
     tensors |= {k: v for k, v in trunk.items() if k[:7] != "fc_norm"} | tensors
-  layout, tree = converted(tensors, file["cfg/heads"].item())
-  images = reference.nhwc(file["in/images"])
-  logits = jax.jit(classifier_of(layout).logits)(tree, images)
+  found = loaded(tmp_path, tensors, file["cfg/heads"].item())
+  logits = logits_of(found, reference.nhwc(file["in/images"]))
   name = "lin/eval_logits" if variant == "lin" else f"{variant}/logits"
   # BatchNorm and the README's forward tolerance of this family.
   np.testing.assert_allclose(logits, file[f"out/{name}"], atol=2e-5, rtol=1e-4)
@@ -234,18 +254,18 @@ def test_golden_extrema_features(golden):
 
 
 @pytest.mark.parametrize("case", ["finetune", "lincls"])
-def test_golden_extrema_classifiers(golden, case):
+def test_golden_extrema_classifiers(golden, case, tmp_path):
   file = golden(f"extrema/{case}.npz")
   tensors = under(file, "sd/")
   if case == "lincls":
     head = under(file, "head/end/")
     tensors = {k: v for k, v in tensors.items() if k[:5] != "norm."}
     tensors |= {f"head.{k}": v for k, v in head.items()}
-  layout, tree = converted(tensors, file["cfg/num_heads"].item())
-  if case == "lincls":
-    assert layout.kind == "extrema_probe" and layout.probe_norm == "batch"
-  images = reference.nhwc(file["in/images"][0])
-  logits = jax.jit(classifier_of(layout).logits)(tree, images)
+    # As the release saves it.
+    tensors = {f"module.{k}": v for k, v in tensors.items()}
+  key = "state_dict" if case == "lincls" else "model"
+  found = loaded(tmp_path, tensors, file["cfg/num_heads"].item(), key)
+  logits = logits_of(found, reference.nhwc(file["in/images"][0]))
   want = file["out/eval_logits" if case == "lincls" else "out/logits_start"]
   np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
 
@@ -289,7 +309,7 @@ def test_golden_attmask_checkpoint(golden, which):
   )
 
 
-def test_golden_mae_checkpoint(golden):
+def test_golden_mae_checkpoint(golden, golden_root):
   _, networks = checkpoint("mae/checkpoint.pth")
   file = golden("mae/train_steps.npz")
   layout, tree = converted(networks["model"], file["cfg/heads"].item())
@@ -299,6 +319,18 @@ def test_golden_mae_checkpoint(golden):
   assert again.keys() == want.keys()
   for name in want:
     np.testing.assert_allclose(again[name], want[name], rtol=0, atol=2e-6)
+  file = golden("mae/knn.npz")
+  mesh = meshes.make_mesh(devices=jax.devices()[:1])
+  found = weights.load(
+    str(golden_root / "mae" / "checkpoint.pth"), network="teacher",
+    mesh=mesh, heads=layout.heads,
+  )  # fmt: skip
+  images = reference.nhwc(file["in/images"])
+  cls, _ = found.method.features(found.params, images, norm=False)
+  np.testing.assert_allclose(
+    cls, file["out/checkpoint_features_raw"], rtol=1e-4, atol=2e-5
+  )
+  assert checkpoints.read(golden_root / "mae" / "checkpoint.pth").epoch == 2
 
 
 def test_golden_features_of_the_mae_checkpoint(golden):

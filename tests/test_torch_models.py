@@ -13,11 +13,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from attmask_jax import export, positions, vit
 from attmask_jax import mesh as meshes
-from attmask_jax import vit
 from attmask_jax.methods.classify import Classify
 from attmask_jax.methods.mae import Decoder, Mae
-from attmask_jax.torch_io import export, networks
+from attmask_jax.torch_io import networks
 from attmask_jax.weights import Weights, load
 
 NEEDED = ("torch", "timm", "transformers")
@@ -121,6 +121,47 @@ def test_we_load_timm(torch, tmp_path, variant):
   np.testing.assert_allclose(got, want, **CLOSE)
 
 
+def test_we_load_a_mean_of_normed_patches(torch, tmp_path):
+  import timm
+
+  model = timm.create_model(
+    "vit_tiny_patch16_224", img_size=32, num_classes=7, class_token=False,
+    global_pool="avg", fc_norm=False,
+  ).eval()  # fmt: skip
+  for value in model.parameters():
+    value.add_(0.05 * torch.randn(value.shape))
+  torch.save(model.state_dict(), tmp_path / "a.pth")
+  found = load(str(tmp_path / "a.pth"), network="teacher", mesh=one_device())
+  x, theirs = images()
+  want = model(torch.from_numpy(theirs)).numpy()
+  np.testing.assert_allclose(
+    found.method.logits(found.params, x), want, **CLOSE
+  )
+  export.export(str(tmp_path / "b.pth"), found, found, format="timm")
+  model.load_state_dict(torch.load(tmp_path / "b.pth"))
+
+
+def test_we_load_an_official_linear_probe(torch, tmp_path):
+  """Of MAE: a batch norm and a linear layer on the normed class token."""
+  import timm
+
+  model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7)
+  norm = torch.nn.BatchNorm1d(192, affine=False, eps=1e-6)
+  model.head = torch.nn.Sequential(norm, model.head)
+  for value in model.parameters():
+    value.add_(0.05 * torch.randn(value.shape))
+  norm.running_mean.normal_()
+  norm.running_var.uniform_(0, 1e-4)  # the small number counts
+  table = positions.sin_cos((2, 2), 192, "xy")
+  model.pos_embed[:] = torch.from_numpy(np.pad(table, [(0, 0), (1, 0), (0, 0)]))
+  torch.save({"model": model.eval().state_dict()}, tmp_path / "a.pth")
+  found = load(str(tmp_path / "a.pth"), network="teacher", mesh=one_device())
+  x, theirs = images()
+  want = model(torch.from_numpy(theirs)).numpy()
+  got = found.method.logits({**found.params, **found.aux}, x)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("variant", ["tiny", "small", "base"])
 def test_transformers_load_our_export(torch, tmp_path, variant):
   from transformers import ViTModel
@@ -165,6 +206,88 @@ def test_classifiers_in_timm_and_transformers(torch, tmp_path):
   model = ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
   want = model(torch.from_numpy(theirs)).logits.numpy()
   np.testing.assert_allclose(got, want, **CLOSE)
+
+
+FIXED = {  # of the recipes finetune_mae_* and a probe on normed class tokens
+  "mean patch": (
+    dict(class_token="none", positions="yx"),
+    dict(avgpool=1, raw=True, head_norm="layer"),
+    dict(class_token=False, global_pool="avg", fc_norm=True),
+  ),
+  "mean patch with class token": (
+    dict(positions="xy"),
+    dict(avgpool=1, raw=True, head_norm="layer"),
+    dict(global_pool="avg"),
+  ),
+  "class token": (
+    dict(positions="yx"), dict(raw=True, head_norm="layer"), {},
+  ),
+  "batch norm": (dict(positions="learned"), dict(head_norm="batch"), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_other_classifiers(torch, tmp_path, case):
+  import timm
+  from transformers import ViTForImageClassification
+
+  options, reads, there = FIXED[case]
+  bare, _ = network("tiny", **options)
+  method = Classify(
+    bare.backbone, 7, epochs=1, steps_per_epoch=1, image_size=32, batch_size=2,
+    frozen=False, **reads,
+  )  # fmt: skip
+  shapes, _, aux = jax.eval_shape(method.init, KEY)
+  params, aux = drawn(shapes), drawn(aux)
+  if aux:
+    aux["batch_norm"]["var"] = np.exp(aux["batch_norm"]["var"])
+  ours = source(method, params, "classify")._replace(aux=aux)
+  file = tmp_path / "model.safetensors"
+  export.export(str(file), ours, ours, format="timm")
+  model = timm.create_model(
+    "vit_tiny_patch16_224", img_size=32, num_classes=7,
+    checkpoint_path=str(file), **there,
+  ).eval()  # fmt: skip
+  x, theirs = images()
+  got = np.asarray(method.logits(params | aux, x))
+  want = model(torch.from_numpy(theirs)).numpy()
+  np.testing.assert_allclose(got, want, **CLOSE)
+  found = load(str(file), network="teacher", mesh=one_device())
+  np.testing.assert_allclose(
+    found.method.logits(found.params, x), want, **CLOSE
+  )
+  if method.avgpool == 0:
+    file = tmp_path / "hf" / "model.safetensors"
+    export.export(str(file), ours, ours, format="hf")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    want = model(torch.from_numpy(theirs)).logits.numpy()
+    np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def one_device():
+  return meshes.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("token", ["none", "readout"])
+def test_encoders_without_class_token_in_transformers(torch, tmp_path, token):
+  from transformers import SiglipVisionModel
+
+  method, params = network("tiny", positions="xy", class_token=token)
+  ours = source(method, params, "extrema")
+  file = tmp_path / "model.safetensors"
+  export.export(str(file), ours, ours, format="hf")
+  model, report = SiglipVisionModel.from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not report["missing_keys"] and not report["unexpected_keys"]
+  x, theirs = images()
+  want = model.eval()(torch.from_numpy(theirs)).last_hidden_state.numpy()
+  patches = tokens(method, params, x)[:, int(token == "readout") :]
+  np.testing.assert_allclose(patches, want, **CLOSE)
+  found = load(str(file), network="teacher", mesh=one_device())
+  assert found.method.backbone.class_token == "none"
+  patches = tokens(found.method, found.params, x)
+  np.testing.assert_allclose(patches, want, **CLOSE)
 
 
 def test_mae_encoder_in_transformers(torch, tmp_path):

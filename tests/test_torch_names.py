@@ -368,6 +368,46 @@ def test_unknown_or_damaged_files_are_refused():
     layouts.recognise(names.to_theirs(narrow, tables.classifier()))
 
 
+@pytest.mark.parametrize(
+  ("width", "hidden"), [(1664, 8192), (1664, 6848), (1408, 6144), (100, 113)]
+)
+def test_widths_of_the_mlp_come_back(width, hidden):
+  thin = {
+    "patch_embed.proj.weight": np.empty((width, 3, 16, 16), np.float16),
+    "pos_embed": np.ones((1, 5, width), np.float16),
+    "blocks.0.norm1.weight": np.ones(width),
+    "blocks.0.mlp.fc1.weight": np.empty((hidden, 1)),
+  }
+  layout = layouts.recognise(thin, heads=2)
+  assert int(layout.mlp_ratio * width) == hidden  # as `layers.Mlp` has it
+
+
+def test_types_without_a_common_one_become_float32():
+  tree = {"backbone": classifier()["backbone"]}
+  table = tables.backbone()
+  tensors = names.to_theirs(tree, table)
+  rounded = {"blocks.0.norm1.bias": np.float16,
+             "blocks.1.norm1.bias": ml_dtypes.bfloat16}  # fmt: skip
+  for name, dtype in rounded.items():
+    tensors[name] = tensors[name].astype(dtype)
+  got = names.to_ours(tensors, table, shapes_of(tree)).tree["backbone"]
+  bias = got["blocks"]["norm1"]["bias"]
+  assert bias.dtype == np.float32
+  for i, name in enumerate(rounded):
+    np.testing.assert_array_equal(bias[i], tensors[name].astype("f4"))
+
+
+def test_names_of_a_file_reach_the_terminal_tame():
+  name = "conv\x1b[31m" + 500 * "x"
+  for call in (
+    lambda: layouts.recognise({name: np.ones(1)}),
+    lambda: layouts.unwrap({name: 1}),
+  ):
+    with pytest.raises(InputError) as error:
+      call()
+    assert "\x1b" not in str(error.value) and len(str(error.value)) < 400
+
+
 def test_damage_is_our_own_error():
   """Any tensor gone, or of odd shape and values: an InputError or a report."""
   rng = np.random.default_rng(1)

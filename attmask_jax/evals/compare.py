@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from attmask_jax import checkpoint, metrics, weights
+from attmask_jax import checkpoint, metrics, weights, words
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing
 from attmask_jax.evals.job import Job, Result, Table
@@ -97,19 +97,18 @@ def read(folder: pathlib.Path, label: str) -> History:
 
 def _named(evals: object) -> list[tuple[str, str]]:
   """(folder, label) of every run."""
-  listed = lambda x: [x] if isinstance(x, str) else list(x)
-  runs, labels = listed(evals.runs), listed(evals.labels)
+  runs, labels = words.split(evals.runs), words.split(evals.labels)
   if not runs:
     raise InputError(
       "evals.runs is empty: give run directories, --config.evals.runs=A,B"
     )
   if not labels:
-    labels = [pathlib.Path(run).name or run for run in runs]
+    labels = tuple(pathlib.Path(run).name or run for run in runs)
     if len(set(labels)) < len(labels):
       labels = runs
   if len(labels) != len(runs) or len(set(labels)) < len(labels):
     raise InputError(
-      f"evals.labels {tuple(labels)} must name each of the {len(runs)} runs, "
+      f"evals.labels {labels} must name each of the {len(runs)} runs, "
       "each differently"
     )
   return list(zip(runs, labels, strict=True))

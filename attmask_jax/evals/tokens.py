@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Params, data
+from attmask_jax import Params, data, vit
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, knn
 from attmask_jax.evals.job import Job, Result, Table
@@ -33,7 +33,7 @@ def run(job: Job) -> Result:
   """
   evals, method = job.config.evals, job.weights.method
   probe = job.classifier.method
-  if probe.avgpool != 1:
+  if probe.avgpool not in vit.MEANS:
     raise InputError(
       f"the probe {job.classifier.where} was trained with avgpool "
       f"{probe.avgpool}, and single tokens can only be asked of one trained on "

@@ -93,6 +93,7 @@ class Classify:
     method = cls(
       backbone=vit.from_config(config).clone(
         image_size=m.position_size,
+        mlp_ratio=m.get("mlp_ratio", 4.0),  # older runs do not say it
         class_token=m.class_token,
         positions=m.positions,
         # Runs from before this key were trained with DINO's.
@@ -135,7 +136,7 @@ class Classify:
   @property
   def feature_width(self) -> int:
     """F of `vit.pool`."""
-    classes = self.last_blocks * (self.avgpool != 1)
+    classes = self.last_blocks * (self.avgpool not in vit.MEANS)
     return self.backbone.width * (classes + (self.avgpool > 0))
 
   def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:

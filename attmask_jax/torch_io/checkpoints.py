@@ -1,6 +1,7 @@
 """Weight files of other code bases as networks with our parameters."""
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +11,21 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, optim, trees
+from attmask_jax import Params, optim, trees, words
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import layouts, names, networks, pth, tables, tensors
+from attmask_jax.torch_io.lazy import ARRAYS, Tensor
+from attmask_jax.torch_io.unpickling import shown
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 SHOWN = 5  # names in a message
+# Kinds that save the number of the last epoch, where others save how many are
+# completed.
+ZERO_BASED = ("mae", "facebook_mae", "mae_classifier", "extrema_classifier")
+
+
+# A safetensors note that can be an epoch or a number of heads.
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 class File(NamedTuple):
@@ -23,19 +33,23 @@ class File(NamedTuple):
 
   Attributes:
     path: of the file.
-    networks: {"student" | "teacher" | "model": {name: tensor}}.
+    networks: {"student" | "teacher" | "model": {name: tensor}}; a tensor is
+      read from the file each time it is asked for.
     rest: what stands beside the networks; plain values, centres.
   """
 
   path: pathlib.Path
-  networks: dict[str, dict[str, np.ndarray]]
+  networks: dict[str, dict[str, Tensor | np.ndarray]]
   rest: dict[str, Any]
 
   @property
   def epoch(self) -> int:
     """Completed epochs, 0 where the file does not say."""
-    found = self.rest.get("epoch", 0)
-    return found if isinstance(found, int) and found > 0 else 0
+    found = self.rest.get("epoch")
+    if type(found) is not int:
+      return 0
+    # Others say how many are completed, these the last one, counted from 0.
+    return max(found + (kind_of(self) in ZERO_BASED), 0)
 
   def heads(self, key: str = "heads") -> int | None:
     """Heads of its attention, or "decoder_heads"; None if it does not say."""
@@ -44,14 +58,14 @@ class File(NamedTuple):
 
   @property
   def centers(self) -> Params:
-    """The loss centres of AttMask and iBOT, {} without."""
-    found = self.rest.get("ibot_loss")
+    """The loss centres of AttMask and iBOT, or DINO's one, {} without."""
+    found = self.rest.get("ibot_loss", self.rest.get("dino_loss"))
     if not isinstance(found, dict):
       return {}
     return {
       ours: np.asarray(found[theirs], np.float32).reshape(-1)
       for ours, theirs in (("center", "center"), ("center_patch", "center2"))
-      if isinstance(found.get(theirs), np.ndarray)
+      if isinstance(found.get(theirs), ARRAYS)
     }
 
 
@@ -89,11 +103,11 @@ def read(where: str) -> File:
   """
   path = pathlib.Path(where).expanduser()
   if path.suffix.lower() == ".safetensors":
-    flat, notes = tensors.read(path)
+    flat, notes = tensors.read(path, lazy=True)
     found: dict[str, Any] = _unflatten(flat)
-    said = {k: int(v) for k, v in notes.items() if v.isdigit()}
+    said = {k: int(v) for k, v in notes.items() if _NUMBER.fullmatch(v)}
   else:
-    found, said = pth.read(path), {}
+    found, said = pth.read(path, lazy=True), {}
   if not isinstance(found, dict):
     raise InputError(
       f"{path} holds a {type(found).__name__} and no state dict: save the "
@@ -108,7 +122,7 @@ def read(where: str) -> File:
   return File(path, dict(unwrapped), rest)
 
 
-def _unflatten(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+def _unflatten(flat: dict[str, Tensor]) -> dict[str, Any]:
   """A .safetensors file of ours with several networks, as .pth has them."""
   parts = ("student.", "teacher.", "ibot_loss.")
   if not any(name.startswith("student.") for name in flat):
@@ -140,7 +154,7 @@ def load(
   network: str,
   *,
   heads: int = 0,
-  allow_missing: Sequence[str] = (),
+  allow_missing: str | Sequence[str] = "",
 ) -> Network:
   """One network of a file.
 
@@ -148,8 +162,9 @@ def load(
     file: of `read`.
     network: "teacher" or "student"; a file with one network gives that.
     heads: of its attention; 0 = by convention.
-    allow_missing: beginnings of tensor names that may be missing in the file
-      or without a place in our network. Missing ones get start values.
+    allow_missing: beginnings of tensor names, as "A,B" or a list, that may be
+      missing in the file or without a place in our network. Missing ones get
+      start values.
 
   Raises:
     InputError: an unknown code base, or anything but a full match.
@@ -163,10 +178,12 @@ def load(
     )
     method = networks.build(layout)
     wanted = networks.shapes_of(method, layout, name)
-    found = names.to_ours(file.networks[name], layout.table, wanted)
+    found = names.to_ours(
+      file.networks[name], layout.table, wanted, dtype=np.float32
+    )
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from error
-  _check(file.path, found, layout, tuple(allow_missing))
+  _check(file.path, found, layout, words.split(allow_missing))
   params = _filled(method, wanted, found.tree)
   if layout.kind != "attmask":  # nothing else masks the input
     params["backbone"].pop("mask_token", None)
@@ -177,10 +194,7 @@ def load(
 
 def kind_of(file: File) -> str:
   """Code base of a file's first network, see `layouts.Layout`."""
-  flat = next(iter(file.networks.values()))
-  if "linear.weight" in flat and len(flat) == 2:
-    return "linear"
-  return layouts.recognise(flat, heads=1).kind
+  return layouts.kind_of(next(iter(file.networks.values())))
 
 
 def load_probe(file: File) -> Params:
@@ -227,9 +241,10 @@ def _check(
   ):
     wrong = [n for n in listed if not (allowed and n.startswith(allowed))]
     if wrong:
+      listed = ", ".join(map(shown, wrong[:SHOWN]))
       more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
       raise InputError(
-        f"{path} ({layout.kind}) {what} {', '.join(wrong[:SHOWN])}{more}: if "
+        f"{path} ({layout.kind}) {what} {listed}{more}: if "
         "that is right, name them (or how they begin) in "
         "--config.allow_missing=NAME,NAME"
       )

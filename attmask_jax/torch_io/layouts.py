@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from attmask_jax import vit
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import sizes, tables
+from attmask_jax.torch_io.lazy import ARRAYS
 from attmask_jax.torch_io.names import Table, Tensors
+from attmask_jax.torch_io.unpickling import shown
 
 # ExtreMA's two encoders, and the networks of ours that they are.
 _ENCODERS = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
@@ -41,8 +41,10 @@ class Layout:
   Attributes:
     kind: "backbone", "attmask" (with its head), "mae", "facebook_mae",
       "mae_classifier", "extrema", "extrema_probe", "extrema_classifier",
-      "classifier" and "classifier_fc_norm" (timm), "linear" (a probe alone),
-      "combined" (trunk and probe), "hf_vit", "hf_classifier" or "hf_mae".
+      "classifier" and "classifier_fc_norm" (timm), "official_probe" (of MAE),
+      "linear" (a probe alone),
+      "combined" (trunk and probe), "hf_vit", "hf_classifier", "hf_mae" or
+      "hf_patches".
     table: its names.
     width: D.
     depth: blocks.
@@ -111,7 +113,7 @@ class Layout:
     return f"{self.width}x{self.depth}x{self.heads}"
 
 
-def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, np.ndarray]]]:
+def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
   """The networks of a checkpoint, by name.
 
   Layouts: {student, teacher, ...}; {state_dict: ...}, {model: ...} with perhaps
@@ -141,7 +143,7 @@ def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, np.ndarray]]]:
     networks = _split(_tensors(obj))
   networks = [(name, tensors) for name, tensors in networks if tensors]
   if not networks:
-    listed = ", ".join(map(str, list(obj)[:5])) or "nothing"
+    listed = ", ".join(map(shown, list(obj)[:5])) or "nothing"
     raise InputError(
       f"no state dict found (the file holds {listed}): give a checkpoint with "
       "student and teacher, state_dict, model, or a bare state dict"
@@ -151,7 +153,7 @@ def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, np.ndarray]]]:
 
 def wrap_extrema(
   networks: Mapping[str, Tensors],
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
   """The inverse of `unwrap`: {"student": ..., "teacher": ...} as one dict."""
   joined = {}
   for encoder, network in _ENCODERS.items():
@@ -193,13 +195,22 @@ def recognise(
   return Layout(kind=kind, table=table, **found)
 
 
-def _tensors(obj: Any) -> dict[str, np.ndarray]:
+def kind_of(tensors: Tensors) -> str:
+  """`Layout.kind` of a network.
+
+  Raises:
+    InputError: an unknown one.
+  """
+  return _kind(tensors)[0]
+
+
+def _tensors(obj: Any) -> dict[str, Any]:
   """The arrays of a state dict without prefixes of wrapped modules."""
   if not isinstance(obj, Mapping):
     return {}
   found = {}
   for name, value in obj.items():
-    if isinstance(name, str) and isinstance(value, np.ndarray):
+    if isinstance(name, str) and isinstance(value, ARRAYS):
       name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
       found[name] = value
   if any(name.endswith("embeddings.cls_token") for name in found):
@@ -214,12 +225,12 @@ def _transformers_4(name: str) -> str:
 
 
 def _split(
-  tensors: dict[str, np.ndarray],
-) -> list[tuple[str, dict[str, np.ndarray]]]:
+  tensors: dict[str, Any],
+) -> list[tuple[str, dict[str, Any]]]:
   """ExtreMA's two encoders of one state dict, or the one model."""
   if not any(name.startswith(tuple(_ENCODERS)) for name in tensors):
     return [("model", tensors)]
-  networks: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
+  networks: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
   for name, value in tensors.items():
     for prefix, network in _ENCODERS.items():
       if name.startswith(prefix):
@@ -232,9 +243,11 @@ def _split(
 
 def _kind(tensors: Tensors) -> tuple[str, Table]:
   """Kind and table of a state dict."""
-  for prefix in ("vit.", ""):
+  for prefix in ("vit.", "vision_model.", ""):
     if f"{prefix}embeddings.cls_token" in tensors:
       return _hf_kind(tensors, prefix)
+    if f"{prefix}embeddings.position_embedding.weight" in tensors:
+      return "hf_patches", tables.hf_patches(prefix)
   if "encoder.patch_embed.proj.weight" in tensors:
     order = sizes.order(tensors, "encoder.pos_embed")
     return "mae", tables.mae("xy" if order == "xy" else "yx")
@@ -247,7 +260,7 @@ def _kind(tensors: Tensors) -> tuple[str, Table]:
       return _bare_kind(tensors)
   if "linear.weight" in tensors:
     return "linear", tables.linear()
-  listed = ", ".join(sorted(tensors)[:5])
+  listed = ", ".join(map(shown, sorted(tensors)[:5]))
   raise InputError(
     f"a state dict with the names {listed} ... is of no known code base: give "
     "one of AttMask, iBOT, DINO, timm, MAE, ExtreMA or transformers ViTs"
@@ -278,6 +291,8 @@ def _bare_kind(tensors: Tensors) -> tuple[str, Table]:
     return "mae_classifier", tables.mae_classifier(known)
   if "linear.weight" in tensors:
     return "combined", tables.combined()
+  if "head.0.running_mean" in tensors and "norm.weight" in tensors:
+    return "official_probe", tables.official_probe()
   if "head.weight" in tensors:
     if "fc_norm.weight" not in tensors:
       return "classifier", tables.classifier()

@@ -23,8 +23,9 @@ import numpy as np
 from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import fixed
+from attmask_jax.torch_io.lazy import Tensor
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, np.ndarray | Tensor]
 Change = Callable[[np.ndarray], np.ndarray]
 
 # What a tensor of theirs becomes in our tree, and back.
@@ -44,6 +45,11 @@ KINDS: dict[str, tuple[Change, Change]] = {
   "center2": (lambda x: x[0, 0], lambda x: x[None, None]),
   # s <-> (1, *s): a mask token, the bias of the first of several probes
   "row": (lambda x: x[None], lambda x: x[0]),
+  # A variance that 1e-6 is added to, and one that 1e-5 is added to.
+  "small_eps": (
+    lambda x: x - x.dtype.type(9e-6),
+    lambda x: x + x.dtype.type(9e-6),
+  ),
   # (C, F) <-> (1, F, C), the weights of the first of several probes
   "probe": (lambda x: x.T[None], lambda x: x[0].T),
 }
@@ -99,7 +105,7 @@ class Converted(NamedTuple):
   """What `to_ours` found.
 
   Attributes:
-    tree: nested dict of the leaves that are complete, in the file's dtypes.
+    tree: nested dict of the leaves that are complete.
     matched: tensors that were used or compared, sorted.
     missing: tensors that the tree needs and the file lacks, sorted; leaves that
       have no name there by their path in our tree.
@@ -113,13 +119,16 @@ class Converted(NamedTuple):
   unexpected: list[str]
 
 
-def to_ours(tensors: Tensors, table: Table, shapes: Any) -> Converted:
+def to_ours(
+  tensors: Tensors, table: Table, shapes: Any, *, dtype: Any = None
+) -> Converted:
   """Tensors of theirs as a tree of ours.
 
   Args:
-    tensors: {name: array}; each is looked up once.
+    tensors: {name: array}; one after another is read.
     table: the names.
     shapes: the tree that is wanted: leaves with `.shape`.
+    dtype: of all leaves; None = one that holds the values of the file.
 
   Raises:
     InputError: a tensor of another shape, two names of one tensor that
@@ -132,13 +141,13 @@ def to_ours(tensors: Tensors, table: Table, shapes: Any) -> Converted:
     absent = {p.name for p in pieces} - tensors.keys() - {""}
     missing |= absent
     if not absent:
-      found[path] = _assemble(path, wanted[path], pieces, tensors)
+      found[path] = _assemble(path, wanted[path], pieces, tensors, dtype)
       used |= {p.name for p in pieces}
   for row in table:
     if isinstance(row, Constant):
       for name in _matching(row.theirs, tensors):
         if row.kind in ("yx", "xy") and name not in used:
-          fixed.check(name, tensors[name], row.kind)
+          fixed.check(name, np.asarray(tensors[name]), row.kind)
         used.add(name)
   used &= tensors.keys()
   unexpected = sorted(set(tensors) - used)
@@ -251,35 +260,48 @@ def _part(leaf: np.ndarray, piece: _Piece) -> np.ndarray:
 
 
 def _assemble(
-  path: str, shape: tuple[int, ...], pieces: list[_Piece], tensors: Tensors
+  path: str,
+  shape: tuple[int, ...],
+  pieces: list[_Piece],
+  tensors: Tensors,
+  dtype: Any,
 ) -> np.ndarray:
   """One leaf."""
   if pieces[0].row.kind in UNUSED:
     return UNUSED[pieces[0].row.kind](shape, np.float32)
-  arrays = [np.asarray(tensors[p.name]) for p in pieces]
   # Views of one value: shapes without memory.
   probe = np.broadcast_to(np.zeros((), bool), shape)
-  for piece, array in zip(pieces, arrays, strict=True):
+  for piece in pieces:
     want = KINDS[piece.row.kind][1](_part(probe, piece)).shape
-    if array.shape != want:
+    given = tuple(tensors[piece.name].shape)
+    if given != want:
       raise InputError(
-        f"{piece.name} has shape {array.shape}, and {path} of this network "
+        f"{piece.name} has shape {given}, and {path} of this network "
         f"needs {want}: the file is of a network of another size"
       )
-  dtype = functools.reduce(np.promote_types, [a.dtype for a in arrays])
+  if dtype is None:
+    dtype = _common([tensors[piece.name].dtype for piece in pieces])
   leaf, written = np.zeros(shape, dtype), {}
-  for piece, array in zip(pieces, arrays, strict=True):
+  for piece in pieces:
     place = _part(leaf, piece)
-    value = KINDS[piece.row.kind][0](array)
+    value = KINDS[piece.row.kind][0](np.asarray(tensors[piece.name]))
     first = written.setdefault((piece.layer, piece.row.part), piece.name)
     if first == piece.name:
       place[...] = value
-    elif not np.array_equal(place, value):
+    elif not np.array_equal(place, value.astype(leaf.dtype)):
       raise InputError(
         f"{piece.name} differs from {first}, and in this network they are one "
         "tensor: load it as a network with separate ones"
       )
   return leaf
+
+
+def _common(dtypes: list[np.dtype]) -> np.dtype:
+  """A type that holds the values of all of them, or float32."""
+  try:
+    return functools.reduce(np.promote_types, dtypes)
+  except TypeError:  # float16 and bfloat16 have none in common
+    return np.dtype(np.float32)
 
 
 def _constant(

@@ -22,6 +22,7 @@ NAME = "imported"  # of the method, in the config of such weights
 _READS = {
   "classifier": dict(avgpool=0, raw=False),
   "hf_classifier": dict(avgpool=0, raw=False),
+  "official_probe": dict(avgpool=0, raw=False),
   "classifier_fc_norm": dict(avgpool=1, raw=True),
   "extrema_classifier": dict(avgpool=1, raw=True),
   "extrema_probe": dict(avgpool=0, raw=True),
@@ -172,6 +173,8 @@ def _classifier(layout: Layout, backbone: vit.ViT) -> Classify:
   """A network with a linear layer, which reads what its code base reads."""
   if layout.kind == "mae_classifier":
     reads = dict(avgpool=int(layout.class_token == "none"), raw=True)
+  elif layout.kind == "classifier" and layout.class_token == "none":
+    reads = dict(avgpool=3, raw=False)
   elif layout.kind in _READS:
     reads = _READS[layout.kind]
   else:

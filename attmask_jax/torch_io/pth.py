@@ -6,17 +6,21 @@ is run, see `unpickling`), and one member per block of numbers.
 Source: the layout that torch.save has written since 1.6, read off its files.
 """
 
+import contextlib
 import math
 import os
 import pathlib
+import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
+from attmask_jax.torch_io import lazy as laziness
 from attmask_jax.torch_io import pickling, unpickling
 from attmask_jax.torch_io.unpickling import Refused, shown
 
@@ -28,7 +32,7 @@ ALIGNMENT = 64  # bytes, as torch aligns the numbers, for memory maps
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+def read(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
   """The object in a .pth file: containers, numbers, text and NumPy arrays.
 
   Arrays are C-contiguous and may be read-only; bfloat16 is ml_dtypes'. Every
@@ -39,6 +43,8 @@ def read(path: str | os.PathLike[str]) -> Any:
 
   Args:
     path: file written by torch.save of version 1.6 or later, or by `write`.
+    lazy: give `lazy.Tensor`s, each of which reads its own numbers when it is
+      asked for them; everything else is checked now.
 
   Raises:
     InputError: the file is missing, damaged, of another format, or asks for
@@ -47,9 +53,26 @@ def read(path: str | os.PathLike[str]) -> Any:
   path = pathlib.Path(path)
   if not path.is_file():
     raise InputError(f"{path} is no file: give a .pth checkpoint")
+  with _told(path):
+    # Lazy tensors keep the file open; it is closed with the last of them.
+    archive = zipfile.ZipFile(path)
+    try:
+      found = _Archive(archive, path, keep=not lazy).load()
+    except BaseException:
+      archive.close()
+      raise
+    if not lazy:
+      archive.close()
+    return found
+
+
+@contextlib.contextmanager
+def _told(path: pathlib.Path) -> Iterator[None]:
+  """Says what is wrong with a file that cannot be read, as InputError."""
   try:
-    with zipfile.ZipFile(path) as archive:
-      return _Archive(archive, path.stat().st_size).load()
+    yield
+  except InputError:
+    raise
   except Refused as error:
     raise InputError(f"{path} {error}") from error
   except zipfile.BadZipFile as error:
@@ -80,8 +103,12 @@ def _not_a_zip(path: pathlib.Path, error: Exception) -> str:
 class _Archive:
   """An open .pth file."""
 
-  def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
-    self._archive, self._size = archive, size
+  def __init__(
+    self, archive: zipfile.ZipFile, path: pathlib.Path, *, keep: bool
+  ) -> None:
+    """`keep`: read all tensors now, and no block of numbers twice."""
+    self._archive, self._path, self._keep = archive, path, keep
+    self._size = path.stat().st_size
     self._members = self._check_members(archive.infolist())
     self._blocks: dict[str, np.ndarray] = {}
     self._copied = 0
@@ -94,7 +121,8 @@ class _Archive:
     for member in members:
       name = member.filename
       parts = name.replace("\\", "/").split("/")
-      if name.startswith("/") or ".." in parts or ":" in parts[0]:
+      drive = re.match("[A-Za-z]:", name)
+      if name.startswith("/") or ".." in parts or drive:
         raise Refused(
           f'holds a member outside it, "{shown(name)}": take no '
           "weights from where this came from"
@@ -149,30 +177,38 @@ class _Archive:
       )
     return self._archive.read(member)
 
-  def block(self, storage: unpickling.Storage) -> np.ndarray:
-    """The numbers of a storage: [numel], read once."""
+  def _member(self, storage: unpickling.Storage) -> zipfile.ZipInfo:
+    """The member that holds the numbers of a storage."""
     key = storage.key
-    if key not in self._blocks:
-      member = self._members.get(f"{self._root}data/{key}")
-      if member is None:
-        raise Refused(
-          f'lacks its member "data/{shown(key)}": copy or download it again'
-        )
-      self._blocks[key] = np.frombuffer(self._archive.read(member), np.uint8)
-    raw = self._blocks[key]
+    member = self._members.get(f"{self._root}data/{key}")
+    if member is None:
+      raise Refused(
+        f'lacks its member "data/{shown(key)}": copy or download it again'
+      )
     wanted = storage.numel * storage.dtype.itemsize
-    if wanted > len(raw):
+    if wanted > member.file_size:
       raise Refused(
         f'claims {shown(wanted)} bytes in its member "data/{key}", '
-        f"which has {len(raw)}: copy or download it again"
+        f"which has {member.file_size}: copy or download it again"
       )
+    return member
+
+  def block(self, storage: unpickling.Storage) -> np.ndarray:
+    """The numbers of a storage: [numel], not read twice in a row."""
+    key = storage.key
+    if key not in self._blocks:
+      raw = np.frombuffer(self._archive.read(self._member(storage)), np.uint8)
+      # Tensors of one storage mostly follow each other.
+      self._blocks = (self._blocks if self._keep else {}) | {key: raw}
+    raw = self._blocks[key]
+    wanted = storage.numel * storage.dtype.itemsize
     if storage.dtype == bool:  # bytes other than 0 and 1 are no bool to NumPy
       return raw[:wanted] != 0
     return raw[:wanted].view(storage.dtype)
 
   def tensor(
     self, storage: unpickling.Storage, offset: Any, size: Any, stride: Any
-  ) -> np.ndarray:
+  ) -> np.ndarray | laziness.Tensor:
     """A tensor over a storage; a copy where it is not one contiguous piece."""
     if not _is_plain(offset, size, stride):
       raise TypeError("a tensor of an impossible shape")
@@ -185,14 +221,33 @@ class _Archive:
         f"claims a tensor of size {shown(tuple(size))} in "
         f"{shown(storage.numel)} numbers: copy or download it again"
       )
+    self._member(storage)  # is there, and large enough
+    if not _is_contiguous(size, stride):
+      self._copied += count * storage.dtype.itemsize
+      if self._copied > max(2 * self._size, MAX_COPIED_BYTES):
+        raise Refused(
+          "unfolds to more than twice its size: save contiguous tensors"
+        )
+    if self._keep:
+      return self._numbers(storage, offset, size, stride)
+
+    def later() -> np.ndarray:
+      with _told(self._path):
+        return self._numbers(storage, offset, size, stride)
+
+    return laziness.Tensor(size, storage.dtype, later)
+
+  def _numbers(
+    self,
+    storage: unpickling.Storage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+  ) -> np.ndarray:
+    """Reads a tensor that was checked."""
     block = self.block(storage)
     if _is_contiguous(size, stride):
-      return block[offset : offset + count].reshape(size)
-    self._copied += count * storage.dtype.itemsize
-    if self._copied > max(2 * self._size, MAX_COPIED_BYTES):
-      raise Refused(
-        "unfolds to more than twice its size: save contiguous tensors"
-      )
+      return block[offset : offset + math.prod(size)].reshape(size)
     steps = [s * storage.dtype.itemsize for s in stride]
     view = np.lib.stride_tricks.as_strided(block[offset:], size, steps)
     return np.ascontiguousarray(view)

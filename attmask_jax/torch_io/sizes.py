@@ -1,5 +1,6 @@
 """Sizes of a network from the names and shapes of its tensors."""
 
+import math
 import re
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from attmask_jax import vit
 from attmask_jax.errors import InputError
 from attmask_jax.torch_io import fixed, names
-from attmask_jax.torch_io.names import Table, Tensors
+from attmask_jax.torch_io.names import Constant, Table, Tensors
 
 _HEADS = {v["width"]: v["heads"] for v in vit.VARIANTS.values()}
 
@@ -24,15 +25,18 @@ def trunk(tensors: Tensors, table: Table, heads: int | None) -> dict[str, Any]:
   side, lead = sides(tensors, table_name)
   readouts = _count(tensors, "blocks_token.{i}.gamma_1")
   token = "readout" if readouts else "input" if lead else "none"
+  # Where no fixed table is expected, as in a fine-tuned network, one that was
+  # never moved is a learned one.
+  known = any(isinstance(r, Constant) and r.theirs == table_name for r in table)
   return {
     "width": width,
     "depth": depth,
     "heads": _heads(width, heads),
     "patch_size": patch,
     "image_size": side * patch,
-    "mlp_ratio": _shape(tensors, fc1, 2)[0] / width,
+    "mlp_ratio": _ratio(_shape(tensors, fc1, 2)[0], width),
     "class_token": token,
-    "positions": order(tensors, table_name),
+    "positions": order(tensors, table_name) if known else "learned",
     "key_bias": not any("attn.q_bias" in n for n in tensors),
     "mask_token": name("mask_token") in tensors,
     "readout_layers": readouts,
@@ -54,10 +58,7 @@ def prototypes(tensors: Tensors) -> dict[str, Any]:
   if "head.last_layer2.weight_g" in tensors:
     patches = _shape(tensors, "head.last_layer2.weight_g", 2)[0]
     same = all(
-      np.array_equal(
-        tensors.get(f"head.last_layer.{x}"),
-        tensors.get(f"head.last_layer2.{x}"),
-      )
+      _equal(tensors, f"head.last_layer.{x}", f"head.last_layer2.{x}")
       for x in ("weight_g", "weight_v")
     )
     kind = "shared" if same else "separate"
@@ -124,6 +125,12 @@ def classifier(tensors: Tensors, table: Table) -> dict[str, Any]:
   return {"num_classes": classes, "features": features, "probe_norm": norm}
 
 
+def _ratio(hidden: int, width: int) -> float:
+  """hidden / width, such that the product with width is no less than hidden."""
+  ratio = hidden / width
+  return math.nextafter(ratio, np.inf) if ratio * width < hidden else ratio
+
+
 def _heads(width: int, heads: int | None) -> int:
   """Given or by convention; must divide the width."""
   if heads is None:
@@ -155,6 +162,13 @@ def _depth(tensors: Tensors, template: str) -> int:
   return _count(tensors, template)
 
 
+def _equal(tensors: Tensors, *two: str) -> bool:
+  """Whether two tensors are there and hold the same values."""
+  if not all(name in tensors for name in two):
+    return False
+  return np.array_equal(*(np.asarray(tensors[name]) for name in two))
+
+
 def _is(tensors: Tensors, name: str, ndim: int) -> bool:
   return name in tensors and tensors[name].ndim == ndim
 
@@ -174,7 +188,8 @@ def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
 
 def sides(tensors: Tensors, name: str) -> tuple[int, int]:
   """(patches along a side, class tokens) of a position table."""
-  tokens = _shape(tensors, name, 3)[1]
+  flat = _is(tensors, name, 2)  # an Embedding's
+  tokens = _shape(tensors, name, 2 if flat else 3)[-2]
   sizes = fixed.square(tokens)
   if sizes is None:
     raise InputError(
@@ -186,4 +201,6 @@ def sides(tensors: Tensors, name: str) -> tuple[int, int]:
 
 def order(tensors: Tensors, name: str) -> str:
   """Order of a fixed position table, or "learned"."""
-  return fixed.order_of(tensors[name]) if name in tensors else "learned"
+  if name not in tensors:
+    return "learned"
+  return fixed.order_of(np.asarray(tensors[name]))

@@ -71,20 +71,32 @@ def _block(attention: Rows) -> Rows:
   )
 
 
-_HF_BLOCK: Rows = (
-  *_norm("norm1", "layernorm_before"),
-  *(
-    Row(f"attn/qkv/{ours}", f"attention.attention.{name}.{theirs}", kind, part)
-    for part, name in enumerate(("query", "key", "value"))
+def _split(*names: str) -> Rows:
+  """Queries, keys and values as three linear layers."""
+  return tuple(
+    Row(f"attn/qkv/{ours}", f"{name}.{theirs}", kind, part)
+    for part, name in enumerate(names)
     for ours, theirs, kind in (
       ("kernel", "weight", "linear"),
       ("bias", "bias", "same"),
     )
-  ),
+  )
+
+
+_HF_BLOCK: Rows = (
+  *_norm("norm1", "layernorm_before"),
+  *_split(*(f"attention.attention.{x}" for x in ("query", "key", "value"))),
   *_linear("attn/proj", "attention.output.dense"),
   *_norm("norm2", "layernorm_after"),
   *_linear("mlp/fc1", "intermediate.dense"),
   *_linear("mlp/fc2", "output.dense"),
+)
+_HF_PATCHES_BLOCK: Rows = (
+  *_norm("norm1", "layer_norm1"),
+  *_split(*(f"self_attn.{x}_proj" for x in "qkv")),
+  *_linear("attn/proj", "self_attn.out_proj"),
+  *_norm("norm2", "layer_norm2"),
+  *_MLP,
 )
 _READOUT: Rows = (
   Row("gamma_1", "gamma_1"),
@@ -291,6 +303,17 @@ def classifier_fc_norm() -> Table:
   )
 
 
+def official_probe() -> Table:
+  """The official MAE's linear classifier on the normed class token."""
+  return (
+    *backbone(),
+    Row("batch_norm/mean", "head.0.running_mean"),
+    Row("batch_norm/var", "head.0.running_var", "small_eps"),
+    Constant("head.0.num_batches_tracked", "counter", "batch_norm/mean"),
+    *_probe("head.1"),
+  )
+
+
 def linear() -> Table:
   """AttMask's linear probe alone."""
   return _probe("linear")
@@ -330,6 +353,17 @@ def hf_vit(prefix: str = "") -> Table:
 def hf_classifier() -> Table:
   """ViTForImageClassification: a linear layer on the normed class token."""
   return _hf_trunk("vit.") + _probe("classifier")
+
+
+def hf_patches(prefix: str = "vision_model.") -> Table:
+  """SiglipVisionModel without head: a plain ViT that has no class token."""
+  rows = (
+    Row("pos_embed", "embeddings.position_embedding.weight", "row"),
+    *_conv("patch_embed", "embeddings.patch_embedding"),
+    *_stacked(_HF_PATCHES_BLOCK, "blocks", "encoder.layers"),
+    *_norm("norm", "post_layernorm"),
+  )
+  return _under(rows, "backbone/", prefix)
 
 
 def hf_mae(prefix: str = "vit.", order: str = "xy") -> Table:

@@ -1,14 +1,20 @@
 """Files of tensors by name: .safetensors, with the safetensors package."""
 
+import json
+import math
 import os
 import pathlib
 import types
 from collections.abc import Mapping
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
+from attmask_jax.torch_io.lazy import Tensor
+from attmask_jax.torch_io.unpickling import shown
 
 
 def _package(path: str | os.PathLike[str]) -> types.ModuleType:
@@ -22,10 +28,24 @@ def _package(path: str | os.PathLike[str]) -> types.ModuleType:
   return safetensors
 
 
+# Of the format, as NumPy has them.
+_DTYPES = {
+  "F64": np.float64, "F32": np.float32, "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+  "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32,
+  "U16": np.uint16, "U8": np.uint8, "BOOL": np.uint8,
+}  # fmt: skip
+
+
 def read(
-  path: str | os.PathLike[str],
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  path: str | os.PathLike[str], *, lazy: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
   """Tensors by name, and the file's notes.
+
+  Args:
+    path: of the file.
+    lazy: give `lazy.Tensor`s, each of which reads its own numbers when it is
+      asked for them.
 
   Raises:
     InputError: the file is missing or damaged, or the package is missing.
@@ -37,6 +57,8 @@ def read(
   try:
     with package.safe_open(path, framework="numpy") as file:
       notes = dict(file.metadata() or {})
+      if lazy:  # opened all the same: the package checks the header
+        return _later(path), notes
       return {name: file.get_tensor(name) for name in file.keys()}, notes
   except AttributeError as error:  # the package looks numpy.float8... up
     raise InputError(
@@ -44,8 +66,42 @@ def read(
     ) from error
   except (package.SafetensorError, ValueError, OSError, TypeError) as error:
     raise InputError(
-      f"{path} is no .safetensors file, or is damaged ({error})"
+      f"{path} is no .safetensors file, or is damaged ({shown(error)})"
     ) from error
+
+
+def _later(path: pathlib.Path) -> dict[str, Tensor]:
+  """Tensors that are not read yet, of a file whose header is right."""
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+  header.pop("__metadata__", None)
+  found = {}
+  for name, entry in header.items():
+    if entry["dtype"] not in _DTYPES:
+      raise AttributeError(entry["dtype"])
+    start = 8 + size + entry["data_offsets"][0]
+    found[name] = _tensor(path, entry["dtype"], tuple(entry["shape"]), start)
+  return found
+
+
+def _tensor(
+  path: pathlib.Path, kind: str, shape: tuple[int, ...], start: int
+) -> Tensor:
+  """A tensor whose numbers lie at a place of a file."""
+  dtype = np.dtype(_DTYPES[kind])
+
+  def later() -> np.ndarray:
+    try:
+      found = np.fromfile(path, dtype, math.prod(shape), offset=start)
+      found = found.reshape(shape)
+    except (OSError, ValueError) as error:
+      raise InputError(
+        f"{path} has changed or gone while it was read ({error}): start again"
+      ) from error
+    return found != 0 if kind == "BOOL" else found
+
+  return Tensor(shape, np.dtype(bool) if kind == "BOOL" else dtype, later)
 
 
 def write(

@@ -10,11 +10,14 @@ Source: pickletools, which documents and decodes the instructions.
 """
 
 import pickletools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from attmask_jax.torch_io.lazy import ARRAYS, Tensor
 
 STORAGES = {
   "DoubleStorage": np.dtype(np.float64),
@@ -30,31 +33,51 @@ STORAGES = {
 }
 MAX_DEPTH = 64  # of containers in containers
 MAX_VALUES = 2**22  # in the object, counting shared ones again and again
+MAX_KEY_DEPTH, MAX_KEY_PARTS = 8, 1000  # of tuples that are keys
 MAX_MADE = 2**26  # characters and items that calls may make
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset(
   "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES "
-  "SHORT_BINBYTES".split()
+  "SHORT_BINBYTES BINUNICODE8 BINBYTES8 BYTEARRAY8".split()
 )
 _PARAMETERS = (
   "torch._utils._rebuild_parameter",
   "torch._utils._rebuild_parameter_with_state",
 )
 _SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-_SETS = ("__builtin__.set", "builtins.set")
+_BUILTINS = ("__builtin__", "builtins")  # of protocol 2 and of later ones
+_SETS = tuple(f"{b}.{name}" for b in _BUILTINS for name in ("set", "frozenset"))
+_BYTES = tuple(f"{b}.bytes" for b in _BUILTINS)
+_DICTS = ("collections.OrderedDict", "collections.defaultdict")
+# A defaultdict names one of these; ranges and the like stay what they are.
+_TYPES = tuple(
+  f"{b}.{name}"
+  for b in _BUILTINS
+  for name in "bool bytearray complex dict float int list range slice str tuple"
+  " xrange".split()
+)
+_PATHS = tuple(
+  f"{module}.{kind}{name}"
+  for module in ("pathlib", "pathlib._local")  # the second one in Python 3.13
+  for kind in ("", "Pure")
+  for name in ("PosixPath", "WindowsPath", "Path")
+)
+# Any number type of torch's, as in model configs; no tensor has one of these.
+_DTYPE = re.compile(
+  r"torch\.(bool|bfloat16|(float|complex|q?u?int)\d+(x\d)?|float\d\w*|bits\w+)"
+)
 _INERT = (
   "argparse.Namespace", "collections.Counter", "numpy.dtype", "numpy.ndarray",
   "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-  "pathlib.PosixPath", "pathlib.WindowsPath", "torch.device", "torch.float16",
-  "torch.bfloat16", "torch.float32", "torch.float64", "torch.int64",
-  "torch.strided",
+  "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer",
+  "torch.device", "torch.strided", "torch.serialization._get_layout",
+  *_PATHS, *_TYPES,
 )  # fmt: skip
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _KNOWN = frozenset(
   (*(f"torch.{name}" for name in STORAGES), *_PARAMETERS, *_SCALARS, *_SETS)
-  + (*_INERT, _TENSOR, "_codecs.encode", "collections.OrderedDict")
-  + ("torch.Size",)
+  + (*_INERT, *_BYTES, *_DICTS, _TENSOR, "_codecs.encode", "torch.Size")
 )
 
 
@@ -96,7 +119,7 @@ def shown(text: Any) -> str:
   return ascii(text[:80])[1:-1] + ("..." if len(text) > 80 else "")
 
 
-def load(program: bytes, tensor: Callable[..., np.ndarray]) -> Any:
+def load(program: bytes, tensor: Callable[..., np.ndarray | Tensor]) -> Any:
   """The object of a program: plain values, arrays and `Opaque`.
 
   Args:
@@ -121,7 +144,7 @@ def load(program: bytes, tensor: Callable[..., np.ndarray]) -> Any:
 class _Machine:
   """A stack, marks on it, and a memo."""
 
-  def __init__(self, tensor: Callable[..., np.ndarray]) -> None:
+  def __init__(self, tensor: Callable[..., np.ndarray | Tensor]) -> None:
     self._tensor = tensor
     self._stack: list[Any] = []
     self._below: list[list[Any]] = []
@@ -175,6 +198,7 @@ class _Machine:
       "EMPTY_LIST": list,
       "EMPTY_DICT": dict,
       "EMPTY_SET": set,
+      "FROZENSET": lambda: frozenset(map(_key, self._since_mark())),
       "TUPLE": lambda: tuple(self._since_mark()),
       "TUPLE1": lambda: tuple(self._last(1)),
       "TUPLE2": lambda: tuple(self._last(2)),
@@ -227,22 +251,25 @@ class _Machine:
       storage, offset, size, stride, *_ = arguments
       return self._tensor(_of(Storage, storage), offset, size, stride)
     if what.name in _PARAMETERS:
-      return _of(np.ndarray, arguments[0])
+      return _of(ARRAYS, arguments[0])
     if what.name in _SCALARS:
       return _scalar(*arguments)
-    if what.name == "collections.OrderedDict" and not arguments:
+    if what.name in _DICTS and _is_empty(what.name, arguments):
       return {}
+    if what.name in _BYTES and not arguments:  # b"" in protocol 2
+      return b""
     if what.name in _SETS or what.name == "torch.Size":
       items = _of(list | tuple, arguments[0]) if arguments else ()
       self._spend(len(items))
-      return set(map(_key, items)) if what.name in _SETS else tuple(items)
+      make = frozenset if what.name.endswith("frozenset") else set
+      return make(map(_key, items)) if what.name in _SETS else tuple(items)
     if what.name == "_codecs.encode":  # how protocol 2 holds bytes
       text, encoding = arguments
       if encoding != "latin1":
         raise ValueError("unknown encoding")
       self._spend(len(text))
       return _of(str, text).encode("latin1")
-    if what.name not in _INERT:
+    if what.name not in _INERT and not _DTYPE.fullmatch(what.name):
       raise TypeError(f"an unknown call of {what.name}")
     return Opaque(what.name, arguments)
 
@@ -259,21 +286,43 @@ def _of(kind: Any, value: Any) -> Any:
   return value
 
 
+def _is_empty(name: str, arguments: tuple[Any, ...]) -> bool:
+  """Whether a call makes an empty dict: a defaultdict names what it makes."""
+  factory = arguments if name == "collections.defaultdict" else ()
+  return len(arguments) == len(factory) <= 1
+
+
 def _key(value: Any) -> Any:
   """A value that may be a key: nothing deep, whose hash would be recursive."""
-  for part in value if isinstance(value, tuple) else (value,):
-    if not isinstance(part, str | bytes | int | float | Opaque | None):
-      raise TypeError(f"a {type(part).__name__} as a key")
-    # Larger ones can all be made to have one hash.
-    if isinstance(part, int) and abs(part) >= 2**63:
-      raise ValueError("a key beyond 64 bits")
+  parts, count = [value], 0
+  for _ in range(MAX_KEY_DEPTH):
+    inner: list[Any] = []
+    for part in parts:
+      if not isinstance(part, tuple):
+        _check_key_part(part)
+        continue
+      count += len(part)
+      if count > MAX_KEY_PARTS:
+        raise TypeError("a tuple of too many parts as a key")
+      inner.extend(part)
+    parts = inner
+  if parts:
+    raise TypeError("a deep tuple as a key")
   return value
+
+
+def _check_key_part(part: Any) -> None:
+  if not isinstance(part, str | bytes | int | float | Opaque | None):
+    raise TypeError(f"a {type(part).__name__} as a key")
+  # Larger ones can all be made to have one hash.
+  if isinstance(part, int) and abs(part) >= 2**63:
+    raise ValueError("a key beyond 64 bits")
 
 
 def _global(module: Any, name: Any) -> Opaque:
   """What stands for a name of the file."""
   full = f"{_of(str, module)}.{_of(str, name)}"
-  if full not in _KNOWN:
+  if full not in _KNOWN and not _DTYPE.fullmatch(full):
     raise Refused(
       f"asks for {shown(full)}, which is not run: save only tensors, numbers "
       "and text in it"

@@ -1,6 +1,5 @@
 """Our weights as files of other code bases."""
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,18 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, atomic
+from attmask_jax import Params, vit
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import layouts, names, pth, tables, tensors
+from attmask_jax.methods.classify import BN_EPS
+from attmask_jax.torch_io import (
+  fixed,
+  hf_config,
+  layouts,
+  names,
+  pth,
+  tables,
+  tensors,
+)
 from attmask_jax.weights import Weights
 
 DTYPES = {
@@ -21,6 +29,7 @@ DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 SUFFIXES = (".pth", ".safetensors")
+PAIRS = ("attmask", "mae", "extrema")  # formats that hold student and teacher
 Flat = dict[str, np.ndarray]
 
 
@@ -40,8 +49,9 @@ def export(
   Args:
     path: .pth or .safetensors.
     student: one network of the run.
-    teacher: the other one; the same where there is one.
-    format: one of FORMATS. "timm" and "hf" hold one network, the teacher.
+    teacher: the other one; the same where there is one. With "timm" and "hf",
+      the one network that these hold.
+    format: one of FORMATS.
     dtype: one of DTYPES.
     backbone_only: leave heads, decoder and predictor out.
     centers: loss centres of AttMask, for "attmask".
@@ -70,15 +80,22 @@ def export(
     if centers:
       found["ibot_loss"] = names.to_theirs(centers, tables.CENTERS)
     found["epoch"] = epoch
-  elif format in ("mae", "extrema"):
+  elif format == "extrema":
     found["epoch"] = epoch
+  elif format == "mae":
+    found["epoch"] = epoch - 1  # of the last epoch, counted from 0
   flat, notes = _flatten(found)
   said = {"heads": teacher.method.backbone.heads}
   if hasattr(student.method, "decoder"):
     said["decoder_heads"] = student.method.decoder.heads
   if format == "hf":
-    whole = "decoder.mask_token" in flat
-    _write_hf_config(file.parent / "config.json", teacher, decoder=whole)
+    if file.name != "model.safetensors":
+      logging.warning(
+        "transformers finds a file in a folder by its name: call %s "
+        "model.safetensors for from_pretrained",
+        file.name,
+      )
+    hf_config.write(file.parent, teacher.method, flat)
   if file.suffix == ".safetensors":
     notes |= {"format": "pt"} | {k: str(v) for k, v in said.items()}
     tensors.write(file, flat, notes)
@@ -106,10 +123,13 @@ def _flatten(tree: dict[str, Any]) -> tuple[Flat, dict[str, str]]:
 
 def _attmask(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
   """The release's checkpoint, or its extracted backbone."""
-  _needs(teacher, "attmask", "head" in teacher.params or bare)
-  _needs(teacher, "attmask", _plain(teacher))
+  backbone = teacher.method.backbone
+  plain = backbone.positions == "learned" and backbone.class_token == "input"
+  _needs(teacher, "attmask", plain)
+  _needs(teacher, "attmask", "head" in teacher.params or bare, bare_fits=True)
   if bare:
     return {"state_dict": _backbone(teacher)}
+  _needs(teacher, "attmask", not teacher.method.classifies, bare_fits=True)
 
   def one(weights: Weights) -> Flat:
     head = weights.params["head"]
@@ -131,38 +151,27 @@ def _timm(student: Weights, teacher: Weights, bare: bool) -> Flat:
   del student
   if not teacher.method.classifies or bare:
     return _backbone(teacher)
-  params = {k: teacher.params[k] for k in ("backbone", "head")}
-  normed = "norm" in params["head"]
-  fits = (
-    len(params["head"]["kernel"]) == 1
-    and teacher.method.last_blocks == 1
-    and teacher.method.head_norm in ("none", "layer")
-    and teacher.method.avgpool == int(normed)
-  )
-  _needs(teacher, "timm", fits)
-  table = tables.classifier_fc_norm() if normed else tables.classifier()
-  if normed:
-    params["backbone"] = _without(params["backbone"], ("norm",))
-  return names.to_theirs(params, table)
+  params = _classifier(teacher, "timm")
+  if "norm" in params["head"]:
+    return names.to_theirs(params, tables.classifier_fc_norm())
+  return names.to_theirs(params, tables.classifier())
 
 
 def _hf(student: Weights, teacher: Weights, bare: bool) -> Flat:
-  """transformers' ViTModel, ViTForImageClassification or ViTMAE."""
+  """A ViT, ViTMAE or, without class token, SiglipVisionModel."""
   del student
   method, params = teacher.method, teacher.params
-  backbone = _trunk(teacher)
   if method.classifies and not bare:
-    reads_class = method.last_blocks == 1 and method.avgpool == 0
-    plain = reads_class and method.head_norm == "none" and not method.raw
-    _needs(teacher, "hf", plain and len(params["head"]["kernel"]) == 1)
-    tree = {"backbone": backbone, "head": params["head"]}
-    return names.to_theirs(tree, tables.hf_classifier())
-  _needs(teacher, "hf", method.backbone.class_token == "input")
+    with_class = method.avgpool == 0
+    _needs(teacher, "hf", with_class, bare_fits=True)
+    return names.to_theirs(_classifier(teacher, "hf"), tables.hf_classifier())
+  tree = {"backbone": _trunk(teacher)}
+  if method.backbone.class_token != "input":
+    return names.to_theirs(tree, tables.hf_patches())
   if method.backbone.positions == "learned":
-    return names.to_theirs({"backbone": backbone}, tables.hf_vit())
+    return names.to_theirs(tree, tables.hf_vit())
   table = tables.hf_mae(order=method.backbone.positions)
   grid = (method.backbone.grid,) * 2
-  tree = {"backbone": backbone}
   if "decoder" in params and not bare:
     if _official_decoder(teacher):
       tree["decoder"] = params["decoder"]
@@ -174,10 +183,59 @@ def _hf(student: Weights, teacher: Weights, bare: bool) -> Flat:
   return names.to_theirs(tree, table, grid=grid)
 
 
+def _classifier(weights: Weights, format: str) -> Params:
+  """Trunk and linear layer of a network that timm or transformers can be.
+
+  Theirs norm all tokens and take the class token, or take the mean patch and
+  norm that; ours say it in several ways. A batch norm becomes a part of the
+  linear layer.
+
+  Returns:
+    "backbone", and "head" with its norm where that belongs to the mean patch.
+
+  Raises:
+    InputError: the classifier reads something else.
+  """
+  method, backbone = weights.method, _trunk(weights)
+  head = dict(weights.params["head"])
+  normed = head.pop("norm", None)
+  if method.head_norm == "batch":
+    both = {**weights.aux, **weights.params}
+    head = _folded(head, both["batch_norm"])
+  means = method.avgpool in vit.MEANS
+  # Features that no final norm has seen need the head's, and no others do.
+  raw = method.raw or method.avgpool == 1
+  fits = (
+    len(head["kernel"]) == 1
+    and (means or (method.last_blocks == 1 and method.avgpool == 0))
+    and (means or method.backbone.class_token == "input")
+    and raw == (normed is not None)
+  )
+  _needs(weights, format, fits, bare_fits=True)
+  if normed is not None and means:
+    return {
+      "backbone": _without(backbone, ("norm",)),
+      "head": head | {"norm": normed},
+    }
+  if normed is not None:
+    backbone["norm"] = normed
+  return {"backbone": backbone, "head": head}
+
+
+def _folded(head: Params, batch_norm: Params) -> Params:
+  """A linear layer [1, F, C] that first does what a batch norm [F] does."""
+  mean, var = (np.asarray(batch_norm[k], np.float64) for k in ("mean", "var"))
+  kernel = np.asarray(head["kernel"], np.float64)
+  kernel = kernel / np.sqrt(var + BN_EPS)[:, None]
+  bias = head["bias"] - mean @ kernel
+  return {"kernel": np.float32(kernel), "bias": np.float32(bias)}
+
+
 def _mae(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
   """MAE-priv's pretraining checkpoint, or the official release's."""
   del teacher
-  _needs(student, "mae", "decoder" in student.params or bare)
+  whole = "decoder" in student.params
+  _needs(student, "mae", whole or bare, bare_fits=True)
   backbone = student.method.backbone
   official = _official_decoder(student)
   table = (tables.facebook_mae if official else tables.mae)(backbone.positions)
@@ -233,97 +291,47 @@ FORMATS: dict[str, Callable[[Weights, Weights, bool], dict[str, Any]]] = {
 
 
 def _backbone(weights: Weights) -> Flat:
-  """The trunk under timm's names, with its position table written out."""
-  backbone = weights.method.backbone
-  tree = {"backbone": _trunk(weights)}
-  if backbone.positions == "learned":
-    return names.to_theirs(tree, tables.backbone())
-  table = tables.facebook_mae(backbone.positions)
-  return names.to_theirs(tree, table, grid=(backbone.grid,) * 2)
+  """The trunk under timm's names."""
+  return names.to_theirs({"backbone": _trunk(weights)}, tables.backbone())
 
 
 def _trunk(weights: Weights) -> Params:
-  """The backbone without what only we have; says what is left out."""
-  backbone = weights.params["backbone"]
+  """The backbone without what only we have; says what is left out.
+
+  Fixed positions are written out, with a zero for the class token.
+  """
+  network, backbone = weights.method.backbone, weights.params["backbone"]
   left = ["mask_token"]
-  if weights.method.backbone.class_token == "readout":
+  if network.class_token == "readout":
     left += ["cls_token", *(n for n in backbone if n.startswith("readout_"))]
     logging.warning(
       "the class token of ExtreMA and the blocks that read the patches have "
       "no place in this format: use the mean of the patch tokens"
     )
-  return _without(backbone, left)
+  backbone = _without(backbone, left)
+  if network.positions != "learned":
+    backbone["pos_embed"] = fixed.table(
+      (network.grid,) * 2,
+      network.width,
+      network.positions,
+      lead=network.lead,
+    )
+  return backbone
 
 
 def _without(tree: Params, left_out: Any) -> Params:
   return {k: v for k, v in tree.items() if k not in left_out}
 
 
-def _plain(weights: Weights) -> bool:
-  backbone = weights.method.backbone
-  return backbone.positions == "learned" and backbone.class_token == "input"
-
-
-def _needs(weights: Weights, format: str, fits: bool) -> None:
+def _needs(
+  weights: Weights, format: str, fits: bool, *, bare_fits: bool = False
+) -> None:
+  """Raises InputError unless a format can hold these weights."""
   if not fits:
+    others = ", ".join(name for name in FORMATS if name != format)
     raise InputError(
       f'format "{format}" cannot hold {weights.where} (method '
-      f"{weights.config.method.name}): choose another of {', '.join(FORMATS)}, "
-      "or --backbone_only"
+      f"{weights.config.method.name}): choose another of {others}"
+      + ", or --backbone_only"
+      * bare_fits
     )
-
-
-def _write_hf_config(
-  path: pathlib.Path, weights: Weights, *, decoder: bool
-) -> None:
-  """config.json beside the file, as transformers reads it.
-
-  Raises:
-    InputError: another one is there, such as that of a run.
-  """
-  method, backbone = weights.method, weights.method.backbone
-  fixed = backbone.positions != "learned"
-  kind = "ViTModel"
-  if method.classifies:
-    kind = "ViTForImageClassification"
-  elif fixed:
-    kind = "ViTMAEForPreTraining" if decoder else "ViTMAEModel"
-  told = {
-    "architectures": [kind],
-    "model_type": "vit_mae" if fixed else "vit",
-    "hidden_size": backbone.width,
-    "num_hidden_layers": backbone.depth,
-    "num_attention_heads": backbone.heads,
-    "intermediate_size": int(backbone.width * backbone.mlp_ratio),
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "layer_norm_eps": 1e-6,
-    "image_size": backbone.image_size,
-    "patch_size": backbone.patch_size,
-    "num_channels": 3,
-    "qkv_bias": True,
-  }
-  if method.classifies:
-    labels = {str(i): str(i) for i in range(method.num_classes)}
-    told |= {
-      "id2label": labels,
-      "label2id": {v: int(k) for k, v in labels.items()},
-    }
-  if decoder:
-    told |= {
-      "decoder_hidden_size": method.decoder.width,
-      "decoder_num_hidden_layers": method.decoder.depth,
-      "decoder_num_attention_heads": method.decoder.heads,
-      "decoder_intermediate_size": 4 * method.decoder.width,
-      "mask_ratio": method.mask_ratio,
-      "norm_pix_loss": method.norm_target,
-    }
-  text = json.dumps(told, indent=2) + "\n"
-  if path.exists() and path.read_text() != text:
-    raise InputError(
-      f'{path} exists, and format "hf" writes its own: give a file in another '
-      "folder"
-    )
-  with atomic.replaced(path) as temporary:
-    temporary.write_text(text)

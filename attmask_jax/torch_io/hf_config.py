@@ -1,0 +1,91 @@
+"""config.json beside weights, as transformers reads it."""
+
+import json
+import pathlib
+from collections.abc import Container
+from typing import Any
+
+from attmask_jax import atomic
+from attmask_jax.errors import InputError
+
+
+def write(folder: pathlib.Path, method: Any, names: Container[str]) -> None:
+  """Writes the file.
+
+  Args:
+    folder: of the weights.
+    method: what they belong to.
+    names: of the tensors that were written.
+
+  Raises:
+    InputError: another one is there, such as that of a run, or the folder
+      cannot be written.
+  """
+  path = folder / "config.json"
+  text = json.dumps(_told(method, names), indent=2) + "\n"
+  try:
+    if path.exists() and path.read_text() != text:
+      raise InputError(
+        f'{path} exists, and format "hf" writes its own: give a file in '
+        "another folder"
+      )
+    with atomic.replaced(path) as temporary:
+      temporary.write_text(text)
+  except OSError as error:
+    raise InputError(
+      f"{path} cannot be written ({error.strerror}): give another file"
+    ) from error
+
+
+def _told(method: Any, names: Container[str]) -> dict[str, Any]:
+  """What the file says."""
+  backbone = method.backbone
+  told = {
+    "architectures": ["ViTModel"],
+    "model_type": "vit",
+    "hidden_size": backbone.width,
+    "num_hidden_layers": backbone.depth,
+    "num_attention_heads": backbone.heads,
+    "intermediate_size": int(backbone.width * backbone.mlp_ratio),
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-6,
+    "image_size": backbone.image_size,
+    "patch_size": backbone.patch_size,
+    "num_channels": 3,
+    "qkv_bias": True,
+  }
+  if "classifier.weight" in names:
+    return told | _classifier(method)
+  if backbone.class_token != "input":
+    # The only ViT of transformers without class token, and without its head.
+    kind = dict(model_type="siglip_vision_model", vision_use_head=False)
+    return told | kind | {"architectures": ["SiglipVisionModel"]}
+  if "decoder.mask_token" in names:
+    return told | _decoder(method)
+  if backbone.positions != "learned":
+    told |= {"architectures": ["ViTMAEModel"], "model_type": "vit_mae"}
+  return told
+
+
+def _classifier(method: Any) -> dict[str, Any]:
+  labels = {str(i): str(i) for i in range(method.num_classes)}
+  return {
+    "architectures": ["ViTForImageClassification"],
+    "id2label": labels,
+    "label2id": {v: int(k) for k, v in labels.items()},
+  }
+
+
+def _decoder(method: Any) -> dict[str, Any]:
+  return {
+    "architectures": ["ViTMAEForPreTraining"],
+    "model_type": "vit_mae",
+    "decoder_hidden_size": method.decoder.width,
+    "decoder_num_hidden_layers": method.decoder.depth,
+    "decoder_num_attention_heads": method.decoder.heads,
+    "decoder_intermediate_size": 4 * method.decoder.width,
+    "mask_ratio": method.mask_ratio,
+    "norm_pix_loss": method.norm_target,
+  }
