@@ -28,6 +28,13 @@ def trunc_normal(std: float = 0.02) -> Initializer:
   return init
 
 
+def clipped_normal(
+  key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> jax.Array:
+  """Normal values of std 0.02, cut at one standard deviation."""
+  return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
 def linear_init(kind: str) -> Initializer:
   """Start values of the linear layers in blocks: one of INITS.
 

@@ -17,109 +17,18 @@ reproduced. Differs:
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import linen as nn
 
-from attmask_jax import (
-  Batch,
-  Params,
-  layers,
-  losses,
-  masking,
-  positions,
-  stack,
-  vit,
-)
+from attmask_jax import Batch, Params, layers, losses, masking, vit
+from attmask_jax.decoder import Decoder
 from attmask_jax.methods import checks
 
 Scalars = dict[str, jax.Array]
-
-
-class Decoder(nn.Module):
-  """Predicts the pixels of every patch from the encoded visible ones.
-
-  Attributes:
-    width: D'; divides by 4 and over the heads.
-    depth: blocks.
-    heads: of its attention.
-    pixels: values per patch, 3 P^2.
-    positions: order of the fixed positions, "yx" or "xy".
-    class_token: the encoder's runs through the decoder, too, at position 0.
-    dtype: of matrix products.
-    scan: see `stack.apply`.
-    remat: see `stack.apply`.
-    attention: see `vit.ViT`.
-  """
-
-  width: int
-  depth: int
-  heads: int
-  pixels: int
-  positions: str = "yx"
-  class_token: bool = False
-  dtype: Any = jnp.float32
-  scan: bool = True
-  remat: str = "none"
-  attention: str = "auto"
-
-  @nn.compact
-  def __call__(
-    self, tokens: jax.Array, order: jax.Array, grid: tuple[int, int]
-  ) -> jax.Array:
-    """Pixels of all patches.
-
-    Args:
-      tokens: [B, M, D] float32, encoded visible patches; [B, 1 + M, D] with the
-        class token first.
-      order: [B, N] int32, all patches, the M visible ones first and in the
-        order in `tokens`.
-      grid: (h, w) with h * w = N.
-
-    Returns:
-      [B, N, 3 P^2] float32, in the order of the grid.
-    """
-    d = tokens.shape[-1]
-    # quirk: this layer keeps PyTorch's default start values, bias included.
-    init = layers.uniform_fan_in(d)
-    x = nn.Dense(
-      self.width, dtype=self.dtype, kernel_init=init, bias_init=init,
-      name="embed",
-    )(tokens)  # fmt: skip
-    token = self.param("mask_token", clipped_normal, (1, 1, self.width))
-    b, n = order.shape
-    lead = int(self.class_token)
-    cls, x = jnp.split(x.astype(jnp.float32), [lead], axis=1)
-    hidden = jnp.broadcast_to(token, (b, n - x.shape[1], self.width))
-    x = jnp.concatenate([x, hidden], axis=1)
-    x = masking.gather(x, jnp.argsort(order, axis=1))  # back to their places
-    x = x + jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
-    x = jnp.concatenate([cls, x], axis=1)
-    block = layers.Block(
-      self.heads, 4.0, self.dtype, self.attention, "xavier", False, parent=None
-    )
-    (x,), _ = stack.apply(
-      self, block, x, depth=self.depth, scan=self.scan, remat=self.remat
-    )
-    x = layers.layer_norm("norm")(x)
-    head = nn.Dense(
-      self.pixels,
-      dtype=self.dtype,
-      kernel_init=layers.linear_init("xavier"),
-      name="head",
-    )
-    return head(x[:, lead:]).astype(jnp.float32)
-
-
-def clipped_normal(
-  key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-) -> jax.Array:
-  """Normal values of std 0.02, cut at one standard deviation."""
-  return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +123,7 @@ class Mae:
     encoder = dict(self.backbone.init(rng_encoder, images)["params"])
     if "cls_token" in encoder:
       shape = encoder["cls_token"].shape
-      encoder["cls_token"] = clipped_normal(rng_class, shape)
+      encoder["cls_token"] = layers.clipped_normal(rng_class, shape)
     visible = n - self.n_hidden + int(self.decoder.class_token)
     tokens = jnp.zeros((1, visible, self.backbone.width))
     decoder = self.decoder.init(

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from attmask_jax import Params, heads, vit
+from attmask_jax.decoder import Decoder
 from attmask_jax.errors import InputError
 from attmask_jax.methods.attmask import AttMask
 from attmask_jax.methods.classify import Classify
 from attmask_jax.methods.extrema import ExtreMA
-from attmask_jax.methods.mae import Decoder, Mae
+from attmask_jax.methods.mae import Mae
 from attmask_jax.positions import DINO_OFFSET
 from attmask_jax.torch_io.layouts import Layout
 
