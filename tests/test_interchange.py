@@ -90,7 +90,7 @@ def test_full_checkpoint_there_and_back(trained, tmp_path, suffix, dtype):
     same(first, second)
 
 
-def test_a_backbone_alone(trained, tmp_path):
+def test_a_backbone_alone(trained, tmp_path, caplog):
   teacher = load(trained)
   for name, form in (("a.pth", "attmask"), ("b.pth", "timm"), ("c.pth", "hf")):
     path = export(trained, tmp_path / name, format=form, backbone_only=True)
@@ -99,6 +99,7 @@ def test_a_backbone_alone(trained, tmp_path):
     assert list(found.params) == ["backbone"]
     same(found.params["backbone"], teacher.params["backbone"])
   assert set(pth.read(tmp_path / "a.pth")) == {"state_dict", "heads"}
+  assert "call c.pth model.safetensors" in caplog.text
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
