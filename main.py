@@ -147,6 +147,8 @@ def _config_flag(argv: list[str]) -> str:
 
 def _sentence(error: str) -> str:
   """The first line, or the last of an error from within a config file."""
+  if "before a value for --config was specified" in error:
+    return "--config=FILE must stand before the flags --config.KEY=VALUE"
   lines = error.strip().splitlines()
   if len(lines) > 1 and "Traceback" in error:
     return lines[-1].split(": ", 1)[-1]

@@ -41,14 +41,16 @@ def check_workdir(name: str) -> pathlib.Path:
       "that all hosts share"
     )
   workdir = pathlib.Path(name).expanduser()
+  if workdir.is_file():
+    raise InputError(f"{workdir} is a file: give a directory")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=workdir):
       pass
   except OSError as error:
     raise InputError(
-      f"workdir {workdir} is not writable ({error.strerror}): give a folder "
-      "you may write to with --workdir"
+      f"{workdir} is not writable ({error.strerror}): give a folder you may "
+      "write to"
     ) from error
   return workdir
 
@@ -84,6 +86,7 @@ def check_config(
   """
   path = workdir / "config.json"
   if not path.exists():
+    _check_foreign(workdir)
     return
   try:
     old = json.loads(path.read_text())
@@ -97,15 +100,26 @@ def check_config(
     for key in sorted(old.keys() | new.keys())
     if old.get(key) != new.get(key) and not key.startswith((*FREE_KEYS, IMAGES))
   ]
+  if differing:
+    raise InputError(
+      f"{workdir} holds a run with another config: {'; '.join(differing)}; "
+      "use the same values or another --workdir"
+    )
   if old.get(IMAGES, images) != images:
     raise InputError(
       f"the training set has {images} images, and had {old[IMAGES]} when the "
       f"run in {workdir} began: restore it, or use another --workdir"
     )
-  if differing:
+
+
+def _check_foreign(workdir: pathlib.Path) -> None:
+  """Refuses a directory of something else, or of a run that lost its config."""
+  if (workdir / "results.json").exists():
+    raise InputError(f"{workdir} holds an evaluation: use another --workdir")
+  if steps(workdir):
     raise InputError(
-      f"{workdir} holds a run with another config: {'; '.join(differing)}; "
-      "use the same values or another --workdir"
+      f"{workdir} holds checkpoints and no config.json, so that nobody knows "
+      "what made them: restore it, or use another --workdir"
     )
 
 
@@ -254,7 +268,7 @@ class Checkpoints:
       )
     except InputError:
       raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError) as error:
       reason = str(error).strip().splitlines()[0][:200]
       raise InputError(
         f"checkpoint {self.folder}/{step} is damaged ({reason}): move it away "

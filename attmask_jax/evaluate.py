@@ -53,6 +53,11 @@ EVALS: dict[str, Callable[[Job], Result]] = {
   "token_clusters": token_clusters.run,
   "compare": compare.run,
 }
+CHECKS: dict[str, Callable[[Job], None]] = {
+  "masked": masked.check,
+  "backgrounds": backgrounds.check,
+  "tokens": tokens.check,
+}
 SUPERVISED = ("linear", "finetune")
 WITH_CLASSIFIER = ("masked", "backgrounds", "tokens")
 WITHOUT_WEIGHTS = ("compare",)
@@ -75,6 +80,15 @@ UNKNOWN = {
   "shapes_train": 4000,
   "shapes_val": 800,
 }
+# Settings of several numbers, and of what kind; others that must be positive.
+NUMBERS = {
+  "evals.ks": int,
+  "evals.shots": int,
+  "evals.clusters": int,
+  "evals.ratios": float,
+  "method.lrs": float,
+}
+POSITIVE = ("evals.batch_size", "evals.k", "evals.count", "evals.every")
 GENERATED = ("shapes",)  # sources that read no path
 
 
@@ -98,6 +112,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     raise InputError(
       f'evals.name "{name}" is unknown: use {", ".join((*EVALS, *SUPERVISED))}'
     )
+  _check_numbers(config)
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   source = None
   if name not in WITHOUT_WEIGHTS:
@@ -123,11 +138,33 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     result = supervised.run(config, source, folder)
   else:
     job = Job(config, mesh, folder, source)
+    if name in CHECKS:  # before a probe is trained, or images are read
+      CHECKS[name](job)
     if name in WITH_CLASSIFIER or config.evals.get("explain") == "class":
       job = _with_classifier(job)
     result = EVALS[name](job)
   if jax.process_index() == 0:
     _write(job, result)
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+  """Refuses words among numbers, and counts of nothing."""
+  for key in (*NUMBERS, *POSITIVE):
+    section, name = key.split(".")
+    if name not in config.get(section, {}):
+      continue
+    value = config[section][name]
+    if key in POSITIVE:
+      if value < 1:
+        raise InputError(f"{key} {value} must be at least 1")
+      continue
+    values = value if isinstance(value, list | tuple) else (value,)
+    kinds = (int,) if NUMBERS[key] is int else (int, float)
+    if not all(isinstance(x, kinds) for x in values):
+      what = "whole numbers" if NUMBERS[key] is int else "numbers"
+      raise InputError(
+        f"{key} {tuple(values)} must be {what}, written as --config.{key}=A,B"
+      )
 
 
 def complete(
@@ -154,7 +191,14 @@ def complete(
       f"data.path {mine.path} is given, and images of data.source="
       f"{mine.source} are generated: set --config.data.source, such as folder"
     )
-  if not mine.source:
+  p = source.method.backbone.patch_size
+  if mine.image_size < p or mine.image_size % p:
+    down = max(mine.image_size // p, 1) * p
+    raise InputError(
+      f"data.image_size {mine.image_size} is not a multiple of the weights' "
+      f"patches of {p} pixels: choose {down} or {down + p}"
+    )
+  if not mine.source and not config.evals.get("images"):
     raise InputError(
       f"{source.where} does not say what images it was trained on: set "
       "--config.data.source and --config.data.path"

@@ -327,11 +327,21 @@ def _needs(
   weights: Weights, format: str, fits: bool, *, bare_fits: bool = False
 ) -> None:
   """Raises InputError unless a format can hold these weights."""
-  if not fits:
-    others = ", ".join(name for name in FORMATS if name != format)
+  if fits:
+    return
+  method, kind = weights.method, weights.config.method.name
+  if method.classifies and format in ("timm", "hf"):
     raise InputError(
-      f'format "{format}" cannot hold {weights.where} (method '
-      f"{weights.config.method.name}): choose another of {others}"
-      + ", or --backbone_only"
-      * bare_fits
+      f'format "{format}" cannot hold a linear layer behind last_blocks='
+      f"{method.last_blocks}, avgpool={method.avgpool}, raw={method.raw}: it "
+      "reads one normed class token"
+      + " or the normed mean patch" * (format == "timm")
+      + "; train such a one"
+      + ", or add --backbone_only" * bare_fits
     )
+  able = [name for name in ("timm", "hf", kind) if name in FORMATS]
+  others = " or ".join(name for name in able if name != format)
+  raise InputError(
+    f'format "{format}" cannot hold {weights.where} (method {kind}): choose '
+    f"{others}" + ", or --backbone_only" * bare_fits
+  )

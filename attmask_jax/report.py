@@ -327,6 +327,19 @@ def _figure(path: pathlib.Path, caption: str, problems: list[str]) -> str:
   )
 
 
+def _images(config: Mapping[str, Any]) -> str:
+  """What an evaluation was measured on: "folder /data/pets, 128 px"."""
+  words = [config.get("data.source"), config.get("data.path")]
+  if config.get("evals.images"):
+    words = [config["evals.images"]]
+  told = " ".join(str(word) for word in words if word)
+  if config.get("data.subset"):
+    told += f", {config['data.subset']} training images per class"
+  if told and config.get("data.image_size"):
+    told += f", {config['data.image_size']} px"
+  return told
+
+
 def _smaller(png: bytes) -> str:
   """A data URI of a large picture as JPEG."""
   file = io.BytesIO()
@@ -344,6 +357,7 @@ def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
     about = [
       weights.get("network"),
       f"step {weights['step']}" if "step" in weights else None,
+      _images(record.get("config") or {}),
       record.get("date"),
     ]
     counts = record.get("counts") or {}

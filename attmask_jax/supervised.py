@@ -123,17 +123,21 @@ def _backbone(
   """The pretrained parameters that the classifier takes up."""
   own = dict(source.params["backbone"])
   own.pop("mask_token", None)
+  theirs, lead = source.method.backbone, int(section.class_token == "input")
   if section.class_token == "none":  # fine-tuning of ExtreMA drops its reader
     own = {
       name: x
       for name, x in own.items()
       if name != "cls_token" and not name.startswith("readout_")
     }
-  theirs = source.method.backbone
-  if section.positions == "learned" and theirs.positions != "learned":
-    own["pos_embed"] = jnp.asarray(
-      positions.sin_cos((theirs.grid,) * 2, theirs.width, theirs.positions)
-    )
+  if section.positions == "learned":
+    if theirs.positions != "learned":
+      table = positions.sin_cos(
+        (theirs.grid,) * 2, theirs.width, theirs.positions
+      )
+      own["pos_embed"] = jnp.pad(table, ((0, 0), (lead, 0), (0, 0)))
+    elif theirs.lead > lead:  # the class token's, which is dropped
+      own["pos_embed"] = own["pos_embed"][:, theirs.lead :]
   return own
 
 

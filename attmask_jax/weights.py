@@ -203,7 +203,8 @@ def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   """Run directory and step of a run, a checkpoint or one of its items."""
   if not path.exists():
     raise InputError(
-      f"weights {path} do not exist: give a run directory or a checkpoint"
+      f"weights {path} do not exist: give a run directory, a checkpoint of "
+      "one, or a .pth or .safetensors file"
     )
   path = path.resolve()
   for folder in (path, path.parent):

@@ -182,7 +182,8 @@ def test_workdir_in_the_place_of_a_file(call, tmp_path, below):
   file.write_text("a file")
   workdir = file / "below" if below else file
   code, words = call(TINY, f"--workdir={workdir}", *flags_of({}))
-  check_sentence(code, words, [str(workdir), "not writable", "--workdir"])
+  wanted = "not writable" if below else "is a file"
+  check_sentence(code, words, [str(workdir), wanted])
   assert file.read_text() == "a file"
 
 
@@ -198,10 +199,25 @@ def test_checkpoint_of_another_architecture(call, tmp_path):
   items = state.items() | {"epoch": sums.items(run.mesh)}
   with checkpoint.Checkpoints(tmp_path) as saved:
     saved.save(3, items, sums.progress() | {"broken": {}})
+  call_tiny = lambda: call(TINY, f"--workdir={tmp_path}", *flags_of({}))
+  check_sentence(*call_tiny(), ["checkpoints and no config.json", "restore"])
+  checkpoint.write_config(small.config(), tmp_path, images=64)
   before = contents(tmp_path)
-  code, words = call(TINY, f"--workdir={tmp_path}", *flags_of({}))
+  code, words = call_tiny()
   check_sentence(code, words, ["another architecture", "24", "16", "config"])
   assert contents(tmp_path) == before
+
+
+def test_directory_of_an_evaluation_is_not_trained_in(call, tmp_path):
+  (tmp_path / "results.json").write_text("{}")
+  code, words = call(TINY, f"--workdir={tmp_path}", *flags_of({}))
+  check_sentence(code, words, ["holds an evaluation", "--workdir"])
+  assert list(contents(tmp_path)) == [str(tmp_path / "results.json")]
+
+
+def test_the_config_comes_first(call):
+  code, words = call("--config.data.seed=1", TINY, "--workdir=W")
+  check_sentence(code, words, ["--config=FILE must stand before"])
 
 
 def test_another_config_on_a_run(call, tmp_path):

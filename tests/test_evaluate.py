@@ -199,6 +199,17 @@ def test_fine_tuning_and_using_the_result(trained, tmp_path):
   )
 
 
+def test_fine_tuning_may_drop_the_class_token(trained, tmp_path):
+  options = {
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0,
+    "data.batch_size": 16,
+  }
+  found = run("finetune_extrema", trained, tmp_path, **options)
+  assert found["config"]["method.class_token"] == "none"
+  assert found["counts"]["last step"] == 4
+
+
 def test_a_short_probe_is_owned_up_to(trained, probe, tmp_path, monkeypatch):
   options = PROBE | {"evals.ratios": (), "optim.epochs": 1}
   monkeypatch.chdir(tmp_path)
@@ -349,6 +360,11 @@ def test_digest_knows_names_and_values(trained):
   assert len(digests) == 4
 
 
+PATCHES_OF_8 = types.SimpleNamespace(
+  backbone=types.SimpleNamespace(patch_size=8)
+)
+
+
 @pytest.mark.parametrize(
   "given, want",
   [
@@ -365,7 +381,9 @@ def test_data_are_those_of_the_run_unless_named(given, want):
   settings.data.update(given)
   theirs = evals.get_config("knn")
   theirs.data.update(source="folder", path="/a", subset=5, image_size=64)
-  source = types.SimpleNamespace(config=theirs, where="runs/x")
+  source = types.SimpleNamespace(
+    config=theirs, where="runs/x", method=PATCHES_OF_8
+  )
   found = evaluate.complete(settings, source).data
   got = (found.source, found.path, found.subset, found.image_size)
   assert got == want
@@ -380,7 +398,34 @@ def test_groups_of_mixup_are_those_of_the_releases(batch, group):
 
 def test_weights_that_do_not_know_their_images():
   source = types.SimpleNamespace(
-    config=types.SimpleNamespace(get=lambda name, default: default), where="w"
-  )
+    config=types.SimpleNamespace(get=lambda name, default: default),
+    where="w", method=PATCHES_OF_8,
+  )  # fmt: skip
   with pytest.raises(InputError, match="set --config.data.source"):
-    evaluate.complete(evals.get_config("knn"), source)
+    settings = evals.get_config("knn")
+    settings.data.image_size = 16
+    evaluate.complete(settings, source)
+
+
+@pytest.mark.parametrize(
+  "name, changes, match",
+  [
+    ("knn", {"evals.ks": (10, 2.5)}, "evals.ks .10, 2.5. must be whole"),
+    ("masks", {"evals.ratios": (1, "a")}, "must be numbers"),
+    ("token_clusters", {"evals.clusters": (2.5,)}, "whole numbers"),
+    ("linear", {"method.lrs": ("a",)}, "method.lrs"),
+    ("knn", {"evals.batch_size": 0}, "batch_size 0 must be at least 1"),
+    ("knn", {"data.image_size": 3}, "choose 4 or 8"),
+    ("knn", {"data.image_size": 18}, "choose 16 or 20"),
+    ("linear", {"method.lrs": (0.1,), "optim.lr_per_256": 0.0}, "lr_per_256 0"),
+  ],
+)
+def test_numbers_are_checked_first(trained, tmp_path, name, changes, match):
+  more = PROBE if name == "linear" else {}
+  config = evals.get_config(name)
+  config.weights = str(trained)
+  with config.ignore_type():
+    config.update_from_flattened_dict(more | changes)
+  with pytest.raises(InputError, match=match):
+    evaluate.evaluate(config.lock(), str(tmp_path / "out"))
+  assert not (tmp_path / "out" / "results.json").exists()

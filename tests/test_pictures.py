@@ -253,6 +253,17 @@ def test_forward_keeps_the_order_and_compiles_once_per_size():
   assert sorted(traced) == [(4, 8, 16, 3), (pictures.CHUNK, 8, 8, 3)]
 
 
+def test_revealed_hints_make_room_where_masks_are_refilled():
+  scores = np.random.default_rng(3).random((5, 16)).astype(np.float32)
+  options = dict(ratio=0.5, show_max=0.25, policies=("attmask_hint",))
+  count = lambda **more: pictures.policy_masks(
+    scores, (4, 4), **options, **more
+  )["attmask_hint"].sum(axis=1)
+  # int(0.25 * 8) = 2 hints of the 4 most attended.
+  assert count().tolist() == [6] * 5
+  assert count(refill=True).tolist() == [8] * 5
+
+
 def test_policy_masks_depend_on_the_image_and_not_on_its_place():
   scores = np.random.default_rng(0).random((3, 16)).astype(np.float32)
   options = dict(ratio=0.5, show_max=0.5, seed=3)

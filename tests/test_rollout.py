@@ -18,6 +18,7 @@ from test_classify_golden import mae_method, under, weights_of
 from attmask_jax import evaluate, masking, rollout, train
 from attmask_jax.errors import InputError
 from attmask_jax.evals import reconstruct
+from attmask_jax.evals import rollout as evaluation
 from attmask_jax.methods.mae import Mae
 from configs import evals
 
@@ -199,6 +200,16 @@ def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
 def test_what_is_refused(trained, tmp_path, name, changes, match):
   with pytest.raises(InputError, match=match):
     run(name, trained, tmp_path, **changes)
+
+
+def test_pictures_without_a_link_are_empty_and_said_so(trained, tmp_path):
+  options = {"evals.discard": 0.99, "evals.count": 2, "evals.fusions": ("min",)}
+  found = run("rollout", trained, tmp_path, **options)
+  if found["notes"]:
+    assert "evals.discard 0.99 leaves no link" in found["notes"][-1]
+  maps = {"mean": [np.full(4, np.nan), np.ones(4)]}
+  assert evaluation._fill_empty(maps) == 1
+  assert not maps["mean"][0].any() and maps["mean"][1].all()
 
 
 def test_errors_are_those_of_hidden_patches():

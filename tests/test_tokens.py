@@ -117,7 +117,7 @@ def test_tokens_vote_alone():
 
 def test_tokens_refuse_what_means_nothing():
   with pytest.raises(InputError, match="places 5 must be 1 to 4"):
-    tokens.run(make_job(places=5))
+    tokens.check(make_job(places=5))
   job = make_job()
   job.classifier.method.avgpool = 0
   with pytest.raises(InputError, match="trained with avgpool 0"):

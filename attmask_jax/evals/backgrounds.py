@@ -23,6 +23,15 @@ from attmask_jax.evals import accuracy
 from attmask_jax.evals.job import Job, Result, Table
 
 
+def check(job: Job) -> None:
+  """Refuses a wrong folder before a probe is trained.
+
+  Raises:
+    InputError: no such folder, or another layout.
+  """
+  backgrounds.variants(job.config.evals.backgrounds)
+
+
 def run(job: Job) -> Result:
   """Accuracy on every variant in `evals.backgrounds`, and BG-gap.
 

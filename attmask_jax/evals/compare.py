@@ -157,7 +157,7 @@ def _differences(histories: list[History]) -> tuple[str, ...]:
       key
       for key in first.config.keys() | other.config.keys()
       if first.config.get(key) != other.config.get(key)
-      and not key.startswith(("run.", "data.path"))
+      and not key.startswith(checkpoint.FREE_KEYS)
     )
     if keys:
       named = ", ".join(

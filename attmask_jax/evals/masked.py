@@ -28,11 +28,9 @@ def run(job: Job) -> Result:
   """Accuracy for every policy and ratio; draws figures/masked.png.
 
   Raises:
-    InputError: a ratio or policy out of range, or other classes in the images
-      than the classifier knows.
+    InputError: other classes in the images than the classifier knows.
   """
   evals, classifier = job.config.evals, job.classifier
-  _check(evals)
   source = job.source("val")
   names, known = tuple(source.class_names), tuple(classifier.class_names)
   # Imported classifiers only number their classes.
@@ -107,7 +105,13 @@ def _hidden(
   return masking.rank(draws) < n_mask
 
 
-def _check(evals: object) -> None:
+def check(job: Job) -> None:
+  """Refuses settings before a probe is trained.
+
+  Raises:
+    InputError: a ratio or policy out of range.
+  """
+  evals = job.config.evals
   for ratio in evals.ratios:
     if not 0 <= ratio < 1:
       raise InputError(

@@ -143,6 +143,7 @@ class Evaluator:
       painted,
       labels=[picture.name for picture in shown],
       title=f"{method.n_hidden} of {method.patches} patches hidden",
+      note=reconstruct.note_of(method),
     )
 
   def knn(self, weights: Params) -> dict[str, float]:
@@ -211,6 +212,7 @@ class Evaluator:
       ratio=self._method.shown_ratio,
       show_max=self._method.show_max,
       policies=(*masking.ATTENTION_POLICIES, "random"),
+      refill=hasattr(self._method, "n_hidden"),
     )
     if path and evals.mask_images:
       self._draw(path, images, attention, hidden, objects)

@@ -258,6 +258,7 @@ def policy_masks(
   policies: Sequence[str] = masking.POLICIES[:-1],
   rows: np.ndarray | None = None,
   seed: int = 0,
+  refill: bool = False,
 ) -> dict[str, np.ndarray]:
   """What each policy would hide: policy -> [n, N] bool.
 
@@ -270,6 +271,8 @@ def policy_masks(
     rows: [n] identities of the images, which random draws depend on; 0 to n-1
       by default.
     seed: of the draws.
+    refill: a revealed hint makes room for the next most attended patch, as
+      MAE has it.
   """
   n, patches = attention.shape
   rows = np.arange(n) if rows is None else rows
@@ -290,6 +293,19 @@ def policy_masks(
         for row in rows
       ]
       masks[policy] = np.concatenate(drawn)
+      continue
+    if refill:
+      order = masking.visible_first(
+        policy,
+        keys=keys,
+        grid=grid,
+        n_hidden=n_mask,
+        scores=jnp.asarray(attention),
+        show_max=show_max,
+      )
+      masks[policy] = np.zeros((n, patches), bool)
+      hidden = np.asarray(order[:, patches - n_mask :])
+      np.put_along_axis(masks[policy], hidden, True, axis=1)
       continue
     masks[policy] = np.asarray(
       masking.attention_mask(

@@ -96,9 +96,23 @@ def run(job: Job) -> Result:
     images[some],
     Painted(*(x[some] for x in painted)),
     labels=[shown[i].name for i in some],
-    title=f"{method.n_hidden} of {method.patches} patches hidden",
+    title=f"{method.n_hidden} of {method.patches} patches hidden, "
+    f"{job.weights.network} network",
+    note=note_of(method),
   )
-  return _result([p.name for p in shown], painted, path)
+  result = _result([p.name for p in shown], painted, path)
+  notes = (note_of(method),) if note_of(method) else ()
+  return result._replace(notes=result.notes + notes)
+
+
+def note_of(method: Any) -> str:
+  """What must be known of the colours of a reconstruction; "" = nothing."""
+  if not method.norm_target:
+    return ""
+  return (
+    "Each patch is painted with the true patch's own mean and contrast, which "
+    "the decoder does not predict: even an untrained one gets these right."
+  )
 
 
 def paint(
@@ -152,6 +166,7 @@ def draw(
   *,
   labels: Sequence[str] = (),
   title: str = "",
+  note: str = "",
 ) -> None:
   """Writes the gallery: a row per picture, columns as in HEADINGS."""
   p = images.shape[1] // painted.hidden.shape[1]
@@ -163,8 +178,8 @@ def draw(
     headings={0: HEADINGS},
     labels=labels,
     title=title,
-    caption="The decoder is trained on hidden patches alone: what it paints "
-    "at visible ones, in the third picture, means little.",
+    caption="The decoder is trained on hidden patches alone: what it paints at "
+    f"visible ones, in the third picture, means little. {note}".rstrip(),
   )
   for row, image in enumerate(images):
     visible = drawing.hide(image, painted.hidden[row], p)

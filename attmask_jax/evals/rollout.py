@@ -6,6 +6,7 @@ one class of a classifier. Source: the explanation tools of MAE-priv, see
 ratio, normalised as the network was trained; networks without class token.
 """
 
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ def run(job: Job) -> Result:
     entropy/FUSION: of the map over patches, in nats, mean over the pictures.
 
   Raises:
-    InputError: a setting out of range, or every link discarded.
+    InputError: a setting out of range.
   """
   evals = job.config.evals
   depth = job.weights.method.backbone.depth
@@ -52,7 +53,7 @@ def run(job: Job) -> Result:
     maps = {"gradient": _by_class(job, images)}
   else:
     maps = {f: _by_token(job, params, images, f) for f in evals.fusions}
-  _refuse_empty(maps, evals)
+  empty = _fill_empty(maps)
   path = job.figure("rollout.png")
   some = pictures.some(len(shown))
   _draw(
@@ -62,7 +63,14 @@ def run(job: Job) -> Result:
     patch_size=job.weights.method.backbone.patch_size,
     title=_title(job),
   )
-  return _result(shown, maps, path)
+  result = _result(shown, maps, path)
+  if not empty:
+    return result
+  note = (
+    f"In {empty} maps evals.discard {evals.discard} leaves no link to any "
+    "patch: they are empty; choose a smaller one, such as 0.5."
+  )
+  return result._replace(notes=(*result.notes, note))
 
 
 def _by_token(
@@ -141,14 +149,15 @@ def _check(evals: object, depth: int) -> None:
     )
 
 
-def _refuse_empty(maps: dict[str, list[np.ndarray]], evals: object) -> None:
-  """Where nothing is left the largest value is 0, and the map is nan."""
-  for fusion, found in maps.items():
-    if not all(np.isfinite(one).all() for one in found):
-      raise InputError(
-        f"evals.discard {evals.discard} leaves no link to some picture's "
-        f"patches ({fusion}): choose a smaller one"
-      )
+def _fill_empty(maps: dict[str, list[np.ndarray]]) -> int:
+  """Zeros where no link is left, and the map is nan; how many such maps."""
+  count = 0
+  for found in maps.values():
+    for i, one in enumerate(found):
+      if not np.isfinite(one).all():
+        found[i] = np.zeros_like(one)
+        count += 1
+  return count
 
 
 def _title(job: Job) -> str:
@@ -195,15 +204,21 @@ def _result(
   path: pathlib.Path,
 ) -> Result:
   numbers = {
-    fusion: [attention.entropy(one) for one in found]
+    # Of an empty map there is none.
+    fusion: [attention.entropy(one) if one.any() else np.nan for one in found]
     for fusion, found in maps.items()
   }
-  values = {f"entropy/{f}": float(np.mean(n)) for f, n in numbers.items()}
+  means = {
+    f: float(np.nanmean(n)) if np.isfinite(n).any() else math.nan
+    for f, n in numbers.items()
+  }
+  values = {f"entropy/{f}": mean for f, mean in means.items()}
+  shown_number = lambda x: f"{x:.3f}" if np.isfinite(x) else "-"
   rows = [
-    (picture.name, *(f"{numbers[f][i]:.3f}" for f in maps))
+    (picture.name, *(shown_number(numbers[f][i]) for f in maps))
     for i, picture in enumerate(shown)
   ][: pictures.TABLE_ROWS]
-  rows.append(("mean", *(f"{value:.3f}" for value in values.values())))
+  rows.append(("mean", *map(shown_number, values.values())))
   headings = ("entropy in nats", *maps)
   return Result(
     values,

@@ -21,6 +21,21 @@ from attmask_jax.evals import accuracy, features, knn
 from attmask_jax.evals.job import Job, Result, Table
 
 
+def check(job: Job) -> None:
+  """Refuses settings before a probe is trained.
+
+  Raises:
+    InputError: more places than patches.
+  """
+  places = job.config.evals.places
+  p = job.weights.method.backbone.patch_size
+  patches = (job.config.data.image_size // p) ** 2
+  if not 1 <= places <= patches:
+    raise InputError(
+      f"evals.places {places} must be 1 to {patches}, the patches of an image"
+    )
+
+
 def run(job: Job) -> Result:
   """k-NN of class token, mean patch and single tokens; the probe's accuracy.
 
@@ -28,8 +43,7 @@ def run(job: Job) -> Result:
   images for the bank and of validation images as queries.
 
   Raises:
-    InputError: more places than patches, or a probe of something else than the
-      mean patch.
+    InputError: a probe of something else than the mean patch.
   """
   evals, method = job.config.evals, job.weights.method
   probe = job.classifier.method
@@ -40,11 +54,6 @@ def run(job: Job) -> Result:
       "the mean patch: train it with --config.method.avgpool=1"
     )
   grid = job.config.data.image_size // method.backbone.patch_size
-  if not 1 <= evals.places <= grid**2:
-    raise InputError(
-      f"evals.places {evals.places} must be 1 to {grid**2}, the patches of an "
-      "image"
-    )
   train, val = job.pair()
   places = np.random.default_rng([evals.seed, 7]).permutation(grid**2)
   places = np.sort(places[: evals.places])

@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 
 from attmask_jax import Batch, Params, losses, mixup, vit
+from attmask_jax.errors import InputError
 from attmask_jax.layers import layer_norm, trunc_normal
 from attmask_jax.methods import checks
 from attmask_jax.positions import DINO_OFFSET
@@ -89,6 +90,11 @@ class Classify:
       InputError: a value out of range.
     """
     m = config.method
+    if m.lrs and not config.optim.lr_per_256 > 0:
+      raise InputError(
+        f"optim.lr_per_256 {config.optim.lr_per_256} must be positive: the "
+        "rates of method.lrs are measured by it"
+      )
     rates = tuple(lr / config.optim.lr_per_256 for lr in m.lrs) or (1.0,)
     method = cls(
       backbone=vit.from_config(config).clone(
