@@ -158,6 +158,11 @@ def load(
   if checkpoints.is_file(where):
     return _of_file(where, source, mesh)
   folder = pathlib.Path(where).expanduser()
+  if not folder.exists():
+    raise InputError(
+      f"the probe {where} does not exist: give the directory of a linear probe "
+      "or fine-tuning, or a file of one"
+    )
   config = weights.read_config(folder)
   if config.method.name == networks.NAME:
     return _imported(weights.load(where, network="student", mesh=mesh))

@@ -34,8 +34,20 @@ labels) and `served_aux` (names in `aux` that go with the weights).
 each of its leaf paths exists in `params`, and the moving average walks the
 teacher's paths. `aux` is neither trained nor averaged: `loss` reads it,
 `update_aux` alone changes it. `per_image` maps "assignment" [B] int32 to the
-prototype that scores per epoch are made of, or is {}. To make a new method:
-copy a file, add a line here, a config and a test; the loop stays as it is.
+prototype that scores per epoch are made of, or is {}.
+
+`batch` holds label [B] and position [B] (row of the global batch, which random
+draws are keyed by), what `item_extras` gives, each with a leading B, and what
+the transform of `data.transform` makes of an image: "multi_crop" gives images
+[B, G, S, S, 3] and, with local crops, local_images; "crop_flip" and
+"supervised" images [B, 1, S, S, 3]; "two_colours" and "centre_crop" two.
+
+To make a new method: copy a file, add a line here, a config and a test; the
+loop stays as it is. `checks.own_fields` fills the fields of the dataclass from
+keys of the same name in the config's section `method`; a key without a field is
+for `from_config` to read. Ranges of numbers stand in `run.RANGES` and `PAIRS`,
+rules between values in `checks`. A new mask policy goes into the tuples of
+masking.py, and its name for pictures into evals/visualize.py.
 """
 
 from attmask_jax.methods import attmask, classify, extrema, mae
