@@ -316,10 +316,14 @@ def test_another_config_is_refused_with_the_keys_that_differ(whole):
 def test_checkpoint_of_another_architecture_is_refused(tmp_path, whole):
   folder = tmp_path / "run"
   shutil.copytree(whole, folder)
+  other = small.config({"method.variant": "24x2x2"})
   (folder / "config.json").unlink()
+  with pytest.raises(InputError, match="checkpoints and no config.json"):
+    train.train(other, str(folder))
+  checkpoint.write_config(other, folder, images=64)
   before = contents(folder)
   with pytest.raises(InputError) as error:
-    train.train(small.config({"method.variant": "24x2x2"}), str(folder))
+    train.train(other, str(folder))
   message = str(error.value)
   assert "another architecture" in message and "\n" not in message
   assert "(2, 16) there and (2, 24) here" in message
@@ -337,6 +341,15 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, whole):
     train.train(small.config(), str(folder))
   assert "\n" not in str(error.value)
   assert contents(folder) == before
+
+
+def test_a_checkpoint_without_an_item_is_one_sentence(tmp_path, whole):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / "checkpoints" / "16" / "params")
+  with pytest.raises(InputError, match="checkpoints/16 is damaged") as error:
+    train.train(small.config(), str(folder))
+  assert "\n" not in str(error.value)
 
 
 def poison(results):
