@@ -122,7 +122,7 @@ class Evaluator:
     """
     if hasattr(self._method, "reconstruct"):
       self._reconstruct(state, folder / "reconstructions.png")
-    return self.masks(state.teacher or state.params, folder / "masks.png")
+    return self.masks(state, folder / "masks.png")
 
   def _reconstruct(self, state: Any, path: pathlib.Path) -> None:
     """Draws what the decoder paints of the first images of the gallery."""
@@ -175,12 +175,12 @@ class Evaluator:
     return {f"knn/{k}": float(v) for k, v in scores.items()}
 
   def masks(
-    self, weights: Params, path: pathlib.Path | None = None
+    self, state: Any, path: pathlib.Path | None = None
   ) -> dict[str, float]:
     """Measures where the masks fall, and draws the mask gallery.
 
     Args:
-      weights: a teacher.
+      state: of the run; its teacher, or without one the encoder, attends.
       path: the PNG to write; None draws nothing.
 
     Returns:
@@ -195,7 +195,8 @@ class Evaluator:
       count = max(count, evals.overlap_images)
     if not count:
       return {}
-    weights = meshes.to_host(self._mesh, weights)  # every process takes part
+    # Every process takes part.
+    weights = meshes.to_host(self._mesh, state.teacher or state.params)
     if jax.process_index():
       return {}
     indices = pictures.spread(len(source), count)
@@ -215,7 +216,8 @@ class Evaluator:
       refill=hasattr(self._method, "n_hidden"),
     )
     if path and evals.mask_images:
-      self._draw(path, images, attention, hidden, objects)
+      teacher = bool(state.teacher)
+      self._draw(path, images, attention, hidden, objects, teacher=teacher)
     if objects is None:
       return {}
     overlap = {
@@ -233,6 +235,8 @@ class Evaluator:
     attention: np.ndarray,
     hidden: dict[str, np.ndarray],
     objects: np.ndarray | None,
+    *,
+    teacher: bool,
   ) -> None:
     """Writes the gallery of the first `evals.mask_images` images."""
     n = self._config.evals.mask_images
@@ -246,7 +250,8 @@ class Evaluator:
       patch_size=self._method.backbone.patch_size,
       object_masks=None if objects is None else objects[:n],
       title=f"Attention {whose}, and what each policy hides "
-      f"at {self._method.shown_ratio:.0%}",
+      f"at {pictures.percent(self._method.shown_ratio)} %",
+      network="Teacher" if teacher else "Encoder",
     )
 
   def _attention(self, weights: Params, images: np.ndarray) -> jax.Array:
