@@ -88,7 +88,7 @@ NUMBERS = {
   "evals.ratios": float,
   "method.lrs": float,
 }
-POSITIVE = ("evals.batch_size", "evals.k", "evals.count", "evals.every")
+POSITIVE = ("evals.batch_size", "evals.k", "evals.every")
 GENERATED = ("shapes",)  # sources that read no path
 
 

@@ -407,6 +407,11 @@ def test_weights_that_do_not_know_their_images():
     evaluate.complete(settings, source)
 
 
+@pytest.mark.parametrize("name", evals.NAMES)
+def test_defaults_are_no_mistakes(name):
+  evaluate._check_numbers(evals.get_config(name))
+
+
 @pytest.mark.parametrize(
   "name, changes, match",
   [
