@@ -202,14 +202,16 @@ def test_what_is_refused(trained, tmp_path, name, changes, match):
     run(name, trained, tmp_path, **changes)
 
 
-def test_pictures_without_a_link_are_empty_and_said_so(trained, tmp_path):
-  options = {"evals.discard": 0.99, "evals.count": 2, "evals.fusions": ("min",)}
+def test_pictures_without_a_link_are_empty_and_said_so(
+  trained, tmp_path, monkeypatch
+):
+  maps = [np.full(16, np.nan), np.ones(16)]
+  monkeypatch.setattr(evaluation, "_by_token", lambda *_: list(maps))
+  options = {"evals.count": 2, "evals.fusions": ("min",)}
   found = run("rollout", trained, tmp_path, **options)
-  if found["notes"]:
-    assert "evals.discard 0.99 leaves no link" in found["notes"][-1]
-  maps = {"mean": [np.full(4, np.nan), np.ones(4)]}
-  assert evaluation._fill_empty(maps) == 1
-  assert not maps["mean"][0].any() and maps["mean"][1].all()
+  assert "In 1 maps evals.discard 0.9 leaves no link" in found["notes"][-1]
+  assert [row[1] for row in found["table"]["rows"]] == ["-", "2.773", "2.773"]
+  assert found["values"]["entropy/min"] == pytest.approx(np.log(16))
 
 
 def test_errors_are_those_of_hidden_patches():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from attmask_jax import atomic
 from attmask_jax.errors import InputError
 from attmask_jax.evals.features import Features
 
@@ -76,11 +76,10 @@ def write(folder: str, name: str, features: Features) -> None:
   if not folder or jax.process_index():
     return
   path = pathlib.Path(folder).expanduser() / f"{name}.npz"
-  temporary = path.with_name(f".{name}.{os.getpid()}.tmp.npz")
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(temporary, **features._asdict())
-    os.replace(temporary, path)
+    # A stream: np.savez would end the name of a path in .npz.
+    with atomic.replaced(path) as temporary, temporary.open("wb") as file:
+      np.savez(file, **features._asdict())
   except OSError as error:
     raise InputError(
       f"evals.cache={folder} cannot be written ({error.strerror}): give a "
