@@ -16,7 +16,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from attmask_jax import atomic, checkpoint, report, supervised, weights
+from attmask_jax import atomic, supervised
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import (
@@ -36,6 +36,8 @@ from attmask_jax.evals import (
   tokens,
 )
 from attmask_jax.evals.job import Job, Result
+from attmask_jax.runs import checkpoint, report
+from attmask_jax.weights import loading
 
 EVALS: dict[str, Callable[[Job], Result]] = {
   "knn": knn.run,
@@ -116,7 +118,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   source = None
   if name not in WITHOUT_WEIGHTS:
-    source = weights.load(
+    source = loading.load(
       config.weights,
       network=config.network,
       mesh=mesh,
@@ -168,7 +170,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
 
 
 def complete(
-  config: ml_collections.ConfigDict, source: weights.Weights
+  config: ml_collections.ConfigDict, source: loading.Weights
 ) -> ml_collections.ConfigDict:
   """The config with data of the weights' own run where it says nothing."""
   config = ml_collections.ConfigDict(config.to_dict())
@@ -209,7 +211,7 @@ def complete(
 def _check_folder(
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
-  source: weights.Weights | None,
+  source: loading.Weights | None,
 ) -> None:
   """Refuses a directory that holds a run or another evaluation."""
   path = folder / "results.json"

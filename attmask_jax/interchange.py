@@ -10,10 +10,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import atomic, checkpoint, export, supervised, weights
+from attmask_jax import atomic, supervised
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import checkpoints
+from attmask_jax.runs import checkpoint
+from attmask_jax.weights import export, loading
+from attmask_jax.weights.torch_io import files
 
 
 def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
@@ -24,9 +26,9 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
     output: a new directory; it can then be named as `config.weights`.
 
   Raises:
-    InputError: see `checkpoints.load`; or the directory is not empty.
+    InputError: see `files.load`; or the directory is not empty.
   """
-  if not checkpoints.is_file(config.weights):
+  if not files.is_file(config.weights):
     raise InputError(
       f'weights "{config.weights}" are no file: --mode=import reads .pth and '
       ".safetensors files, and run directories need no import"
@@ -36,11 +38,10 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
     raise InputError(f"{folder} is a file: give a new directory")
   if folder.exists() and any(folder.iterdir()):
     raise InputError(f"{folder} is not empty: give a new directory")
-  file = checkpoints.read(config.weights)
+  file = files.read(config.weights)
   options = dict(heads=config.heads, allow_missing=config.allow_missing)
   found = {
-    name: checkpoints.load(file, name, **options)
-    for name in ("student", "teacher")
+    name: files.load(file, name, **options) for name in ("student", "teacher")
   }
   items = {"params": found["student"].params}
   if found["teacher"].name == "teacher":
@@ -88,7 +89,7 @@ def export_weights(
     backbone_only: leave heads, decoder and predictor out.
 
   Raises:
-    InputError: see `weights.load` and `export.export`.
+    InputError: see `loading.load` and `export.export`.
   """
   if os.path.lexists(pathlib.Path(output).expanduser()):
     raise InputError(f"{output} exists: give another file, or remove it")
@@ -98,7 +99,7 @@ def export_weights(
       "hf, or leave --config.probe out"
     )
   mesh = meshes.make_mesh()
-  load = lambda network: weights.load(
+  load = lambda network: loading.load(
     config.weights,
     network=network,
     mesh=mesh,
@@ -132,26 +133,26 @@ def export_weights(
 
 
 def _with_probe(
-  source: weights.Weights, where: str, mesh: jax.sharding.Mesh
-) -> weights.Weights:
+  source: loading.Weights, where: str, mesh: jax.sharding.Mesh
+) -> loading.Weights:
   """The network with a linear layer that was trained on it."""
   found = supervised.load(where, source, mesh=mesh)
   return source._replace(method=found.method, params=found.params)
 
 
-def _centers(where: str, source: weights.Weights) -> dict[str, np.ndarray]:
+def _centers(where: str, source: loading.Weights) -> dict[str, np.ndarray]:
   """The loss centres beside these weights, {} where there are none."""
   if source.run_dir is None:
-    return checkpoints.read(where).centers
+    return files.read(where).centers
   if not hasattr(source.method, "teacher_head"):
     return {}
-  return jax.device_get(weights.load_centers(source))
+  return jax.device_get(loading.load_centers(source))
 
 
-def _epoch(where: str, source: weights.Weights) -> int:
+def _epoch(where: str, source: loading.Weights) -> int:
   """Completed epochs; an imported checkpoint counts them as steps."""
   if source.run_dir is None:
-    return checkpoints.read(where).epoch
+    return files.read(where).epoch
   config = source.config
   images = config.get("data", {}).get("images", 0)
   batch = config.get("data", {}).get("batch_size", 0)

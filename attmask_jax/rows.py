@@ -25,3 +25,8 @@ def row_ids(position: jax.Array, views: int) -> jax.Array:
   """
   view = jnp.arange(views, dtype=position.dtype)
   return (position[:, None] * views + view[None]).reshape(-1)
+
+
+def gather(tokens: jax.Array, ids: jax.Array) -> jax.Array:
+  """Picks tokens per row: [R, N, D], [R, M] -> [R, M, D]."""
+  return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)

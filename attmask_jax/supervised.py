@@ -16,29 +16,23 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from attmask_jax import (
-  Params,
-  atomic,
-  checkpoint,
-  data,
-  metrics,
-  positions,
-  train,
-  weights,
-)
+from attmask_jax import Params, atomic, data, train
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy
 from attmask_jax.evals.job import Classifier, Result, Table
 from attmask_jax.methods.classify import Classify
-from attmask_jax.torch_io import checkpoints, networks
+from attmask_jax.models import positions
+from attmask_jax.runs import checkpoint, metrics
+from attmask_jax.weights import loading
+from attmask_jax.weights.torch_io import files, networks
 
 CLASSIFIER = "classifier.json"  # in the run directory, when it is complete
 MAX_GROUP = 150  # images that mixup pairs
 
 
 def complete(
-  config: ml_collections.ConfigDict, source: weights.Weights
+  config: ml_collections.ConfigDict, source: loading.Weights
 ) -> ml_collections.ConfigDict:
   """A whole training config: the architecture is that of the weights.
 
@@ -82,7 +76,7 @@ def mixup_group(batch_size: int) -> int:
 
 def run(
   config: ml_collections.ConfigDict,
-  source: weights.Weights,
+  source: loading.Weights,
   folder: pathlib.Path,
 ) -> Result:
   """Trains to the end, continuing what the folder holds; then measures.
@@ -109,7 +103,7 @@ def run(
       scores[name] = scores["last"]
       continue
     where = f"{folder}/checkpoints/{step}"
-    found = weights.load(where, network="student", mesh=built.mesh)
+    found = loading.load(where, network="student", mesh=built.mesh)
     aux = {"backbone": own} if frozen else {}
     scores[name] = built.evaluator.measure(found.params, aux | found.aux)
   layer = int(np.argmax(scores["best"]["top1"]))
@@ -118,7 +112,7 @@ def run(
 
 
 def _backbone(
-  source: weights.Weights, section: ml_collections.ConfigDict
+  source: loading.Weights, section: ml_collections.ConfigDict
 ) -> Params:
   """The pretrained parameters that the classifier takes up."""
   own = dict(source.params["backbone"])
@@ -142,7 +136,7 @@ def _backbone(
 
 
 def load(
-  where: str, source: weights.Weights, *, mesh: jax.sharding.Mesh
+  where: str, source: loading.Weights, *, mesh: jax.sharding.Mesh
 ) -> Classifier:
   """A trained probe with the backbone it was trained on, or a fine-tuned net.
 
@@ -155,7 +149,7 @@ def load(
   Raises:
     InputError: no finished classifier there, or one of other weights.
   """
-  if checkpoints.is_file(where):
+  if files.is_file(where):
     return _of_file(where, source, mesh)
   folder = pathlib.Path(where).expanduser()
   if not folder.exists():
@@ -163,9 +157,9 @@ def load(
       f"the probe {where} does not exist: give the directory of a linear probe "
       "or fine-tuning, or a file of one"
     )
-  config = weights.read_config(folder)
+  config = loading.read_config(folder)
   if config.method.name == networks.NAME:
-    return _imported(weights.load(where, network="student", mesh=mesh))
+    return _imported(loading.load(where, network="student", mesh=mesh))
   path = folder / CLASSIFIER
   if config.method.name != "classify" or not path.exists():
     raise InputError(
@@ -174,7 +168,7 @@ def load(
       "linear)"
     )
   told = json.loads(path.read_text())
-  trained = weights.load(
+  trained = loading.load(
     f"{folder}/checkpoints/{told['step']}", network="student", mesh=mesh
   )
   found = _classifier(trained, source, told)
@@ -186,7 +180,7 @@ def load(
   return found
 
 
-def own(source: weights.Weights) -> Classifier:
+def own(source: loading.Weights) -> Classifier:
   """The classifier that fine-tuned weights, ours or imported, are.
 
   Raises:
@@ -203,7 +197,7 @@ def own(source: weights.Weights) -> Classifier:
 
 
 def _classifier(
-  trained: weights.Weights, source: weights.Weights, told: dict[str, Any]
+  trained: loading.Weights, source: loading.Weights, told: dict[str, Any]
 ) -> Classifier:
   """A linear layer of `trained` behind the network it was trained with.
 
@@ -228,22 +222,22 @@ def _classifier(
     method,
     params,
     tuple(told["class_names"]),
-    weights.digest(params),
+    loading.digest(params),
     trained.where,
     accuracy.crop_of(trained.config.data),
   )
 
 
 def _of_file(
-  where: str, source: weights.Weights, mesh: jax.sharding.Mesh
+  where: str, source: loading.Weights, mesh: jax.sharding.Mesh
 ) -> Classifier:
   """A classifier of another code base: whole, or the linear layer alone."""
   if where == source.where:
     return _imported(source)
-  file = checkpoints.read(where)
-  if checkpoints.kind_of(file) != "linear":
-    return _imported(weights.load(where, network="student", mesh=mesh))
-  head = checkpoints.load_probe(file)
+  file = files.read(where)
+  if files.kind_of(file) != "linear":
+    return _imported(loading.load(where, network="student", mesh=mesh))
+  head = files.load_probe(file)
   _, features, classes = head["kernel"].shape
   method = networks.probe_of(source.method.backbone, features, classes)
   params = checkpoint.combine(
@@ -252,11 +246,11 @@ def _of_file(
     width=method.feature_width,
   )
   return Classifier(
-    method, params, numbered(classes), weights.digest(params), where
+    method, params, numbered(classes), loading.digest(params), where
   )
 
 
-def _imported(found: weights.Weights) -> Classifier:
+def _imported(found: loading.Weights) -> Classifier:
   """Weights of another code base that end in a linear layer."""
   if not found.method.classifies:
     raise InputError(

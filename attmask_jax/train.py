@@ -14,19 +14,14 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from attmask_jax import (
-  Params,
-  checkpoint,
-  init_from,
-  metrics,
-  progress,
-  report,
-  train_step,
-)
+from attmask_jax import Params
 from attmask_jax import mesh as meshes
-from attmask_jax.epoch import Epoch
 from attmask_jax.errors import NotFiniteError, StoppedError
-from attmask_jax.run import Run, build
+from attmask_jax.runs import checkpoint, metrics, progress, report
+from attmask_jax.training import train_step
+from attmask_jax.training.epoch import Epoch
+from attmask_jax.training.setup import Run, build
+from attmask_jax.weights import init_from
 
 
 def train(

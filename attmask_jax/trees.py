@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from attmask_jax import Params, optim
+from attmask_jax import Params
+from attmask_jax.training import optim
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import optim
+from attmask_jax.training import optim
 
 _NAMES = [
   (

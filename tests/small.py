@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import mesh as meshes
-from attmask_jax import optim, run, train_step
+from attmask_jax.training import optim, setup, train_step
 from configs import tiny
 
 # Everything that the tiny config sets, so that tuning it changes no test. A
@@ -90,7 +90,7 @@ def use_devices(monkeypatch, count):
 
 def parts(config):
   """The run, its first state and its step, as the loop builds them."""
-  built = run.build(config)
+  built = setup.build(config)
   state, shardings = train_step.init_state(
     built.method, built.tx, built.mesh, seed=config.method.seed
   )

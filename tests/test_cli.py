@@ -12,8 +12,10 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import main
-from attmask_jax import checkpoint, epoch, evaluate, interchange, train, words
+from attmask_jax import evaluate, interchange, train, words
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
+from attmask_jax.runs import checkpoint
+from attmask_jax.training import epoch
 
 ROOT = pathlib.Path(main.__file__).parent
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"

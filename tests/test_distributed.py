@@ -9,7 +9,8 @@ import sys
 import pytest
 import small
 
-from attmask_jax import metrics, train
+from attmask_jax import train
+from attmask_jax.runs import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 

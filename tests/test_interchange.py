@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import evaluate, interchange, supervised, train, vit, weights
-from attmask_jax import export as exporting
-from attmask_jax import init_from as starts
+from attmask_jax import evaluate, interchange, supervised, train
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, classify
-from attmask_jax.torch_io import (
-  checkpoints,
+from attmask_jax.models import vit
+from attmask_jax.weights import export as exporting
+from attmask_jax.weights import init_from as starts
+from attmask_jax.weights import loading
+from attmask_jax.weights.torch_io import (
+  files,
   names,
   networks,
   pth,
@@ -55,7 +57,7 @@ def export(where, path, *, format, network="teacher", probe="", **options):
 
 
 def load(where, network="teacher", **options):
-  return weights.load(
+  return loading.load(
     str(where), network=network, mesh=meshes.make_mesh(), **options
   )
 
@@ -71,7 +73,7 @@ def same(got, want):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_full_checkpoint_there_and_back(trained, tmp_path, suffix, dtype):
   path = export(trained, tmp_path / f"a{suffix}", format="attmask", dtype=dtype)
-  file = checkpoints.read(str(path))
+  file = files.read(str(path))
   assert set(file.networks) == {"student", "teacher"}
   assert file.epoch == 2 and set(file.centers) == {"center", "center_patch"}
   for network in ("student", "teacher"):
@@ -127,7 +129,7 @@ def test_a_file_without_centers_goes_through(exported, tmp_path, caplog):
   center = pth.read(exported)["ibot_loss"]["center"]
   dino = lambda t: t.update(dino_loss={"center": t.pop("ibot_loss")["center"]})
   config.weights = changed(exported, tmp_path / "c.pth", dino)
-  assert set(checkpoints.read(config.weights).centers) == {"center"}
+  assert set(files.read(config.weights).centers) == {"center"}
   interchange.import_weights(config, str(tmp_path / "dino"))
   again = export(tmp_path / "dino", tmp_path / "d.pth", format="attmask")
   same(pth.read(again)["ibot_loss"], {"center": center})
@@ -172,14 +174,14 @@ def test_the_other_families(tmp_path, family, suffix):
   )
   params, teacher = bumped(params), bumped(teacher)
   known = dict(aux={}, config=config, digest="", step=0, where="x")
-  of = lambda tree, name: weights.Weights(
+  of = lambda tree, name: loading.Weights(
     method=method, params=tree, network=name, run_dir=None, **known
   )
   student = of(params, "student")
   other = of(teacher, "teacher") if teacher else student
   path = tmp_path / f"a{suffix}"
   exporting.export(str(path), student, other, format=family, epoch=4)
-  file = checkpoints.read(str(path))
+  file = files.read(str(path))
   assert file.epoch == 4
   # MAE's code bases say which epoch was the last, counted from 0.
   assert file.rest["epoch"] == (3 if family == "mae" else 4)
@@ -312,7 +314,7 @@ def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
   assert "going on after epoch 2" in caplog.text
   for tree, network in (("params", "student"), ("teacher", "teacher")):
     same(start.trees[tree], jax.device_get(load(trained, network).params))
-  centers = jax.device_get(weights.load_centers(load(trained)))
+  centers = jax.device_get(loading.load_centers(load(trained)))
   same(start.trees["aux"], centers)
   folder = tmp_path / "run"
   train.train(config, str(folder))
@@ -367,13 +369,13 @@ def test_whole_files_of_other_families_start_at_zero(tmp_path, family, caplog):
   config = tiny.get_config(family)
   method = METHODS[family].from_config(config, steps_per_epoch=1)
   params, teacher, _ = jax.device_get(method.init(jax.random.key(3)))
-  source = weights.Weights(
+  source = loading.Weights(
     method, params, {}, config, "", 0, "student", "x", None
   )
   path = tmp_path / "a.pth"
   teacher = source._replace(params=teacher or params)
   exporting.export(str(path), source, teacher, format=family, epoch=1)
-  assert checkpoints.read(str(path)).epoch == 1
+  assert files.read(str(path)).epoch == 1
   config.init_from = str(path)
   start, said = begun(config, caplog)
   assert start.epoch == 0 and "start values" not in said
@@ -382,14 +384,14 @@ def test_whole_files_of_other_families_start_at_zero(tmp_path, family, caplog):
 
 def test_positions_of_another_kind(trained, tmp_path, caplog):
   """Fixed ones are written out; a class token's place comes or goes."""
-  from attmask_jax import positions
+  from attmask_jax.models import positions
 
   config = tiny.get_config("mae")
   config.data.image_size = 16
   config.method.update(variant="16x2x2", patch_size=4)
   method = METHODS["mae"].from_config(config, steps_per_epoch=1)
   params = jax.device_get(method.init(jax.random.key(3))[0])
-  source = weights.Weights(
+  source = loading.Weights(
     method, params, {}, config, "", 0, "student", "x", None
   )
   path = str(tmp_path / "a.pth")
@@ -449,7 +451,7 @@ def test_positions_of_another_size(trained, tmp_path):
   with config.unlocked():
     config.init_resample = True
   table = starts.start(config, method, mesh).trees["params"]["backbone"]
-  from attmask_jax import positions
+  from attmask_jax.models import positions
 
   old = jax.device_get(load(trained).params["backbone"]["pos_embed"])
   want = positions.interpolate(old, 24, 24, 4, lead=1)
@@ -515,7 +517,7 @@ def test_a_file_is_in_memory_once(tmp_path):
   pth.write(path, {"state_dict": flat, "optimizer": {"state": moments}})
   size = sum(4 * x.size for x in jax.tree.leaves(tree))
   del tree, flat, moments
-  load_file = lambda: checkpoints.load(checkpoints.read(str(path)), "teacher")
+  load_file = lambda: files.load(files.read(str(path)), "teacher")
   load_file()  # what is made once
   tracemalloc.start()
   found = load_file()
@@ -530,7 +532,7 @@ def test_odd_notes_of_a_file(trained, tmp_path):
   flat, notes = tensors.read(path)
   for epoch in ("²", "5" * 5000, "-1", "x"):
     tensors.write(path, flat, notes | {"epoch": epoch})
-    assert checkpoints.read(str(path)).epoch == 0
+    assert files.read(str(path)).epoch == 0
     load(path)
 
 

@@ -8,8 +8,8 @@ import pytest
 import small
 
 from attmask_jax import mesh as meshes
-from attmask_jax import optim
 from attmask_jax.errors import InputError
+from attmask_jax.training import optim
 
 # Sums over the batch are taken in another order on every mesh: a few units in
 # the last place of float32 (6e-8 of losses of about 3), grown over 8 steps.

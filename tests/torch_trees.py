@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from attmask_jax import vit
 from attmask_jax.methods import METHODS, classify
-from attmask_jax.torch_io import names
+from attmask_jax.models import vit
+from attmask_jax.weights.torch_io import names
 from configs import tiny
 
 GRID = (8, 8)  # of the tiny configs

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import masking
+from attmask_jax.methods import masking
 
 # --- on the host ------------------------------------------------------------
 

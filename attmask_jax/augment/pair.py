@@ -5,7 +5,7 @@ sees, never by another crop: their patches stay the same places of the image.
 Recipes as in `augment`: called on `(image, rng)`, uint8 views come back.
 
 Source: the --aug-spatialconsistent-color and --aug-centercrop options of
-ExtreMA; its --aug-spatial is `augment_supervised.CropFlip`.
+ExtreMA; its --aug-spatial is `supervised.CropFlip`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from attmask_jax import augment, augment_supervised
+from attmask_jax.augment import supervised, transforms
 from attmask_jax.errors import InputError
 
 
@@ -36,8 +36,8 @@ class TwoColours:
 
   def __post_init__(self) -> None:
     """Refuses what cannot work, before the first image is read."""
-    augment_supervised.resampling(self.resample)
-    augment_supervised.check_scale(self.scale)
+    supervised.resampling(self.resample)
+    supervised.check_scale(self.scale)
     for name in ("jitter", "grey"):
       value = getattr(self, name)
       if not 0 <= value <= 1:
@@ -47,22 +47,24 @@ class TwoColours:
     self, image: Image.Image, rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
     """{"images": [2, H, W, 3] uint8}: for the student, for the teacher."""
-    image = augment.random_resized_crop(
+    image = transforms.random_resized_crop(
       image,
       rng,
       size=self.image_size,
       scale=self.scale,
-      resample=augment_supervised.resampling(self.resample),
+      resample=supervised.resampling(self.resample),
     )
-    image = augment.random_flip(image, rng)
-    colour = augment.Photometric(blur=0.0, jitter=self.jitter, grey=self.grey)
+    image = transforms.random_flip(image, rng)
+    colour = transforms.Photometric(
+      blur=0.0, jitter=self.jitter, grey=self.grey
+    )
     views = [np.asarray(colour(image, rng)) for _ in range(2)]
     return {"images": np.stack(views)}
 
 
 @dataclasses.dataclass(frozen=True)
 class CentreCrop:
-  """The central square, the same in every epoch: see `augment.eval_crop`.
+  """The central square, the same in every epoch: see `transforms.eval_crop`.
 
   Attributes:
     image_size: side in pixels.
@@ -74,12 +76,12 @@ class CentreCrop:
 
   def __post_init__(self) -> None:
     """Refuses an unknown filter."""
-    augment_supervised.resampling(self.resample)
+    supervised.resampling(self.resample)
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
     """{"images": [1, H, W, 3] uint8} of one RGB image."""
     del rng  # nothing is drawn
-    crop = augment.eval_crop(image, self.image_size, resample=self.resample)
+    crop = transforms.eval_crop(image, self.image_size, resample=self.resample)
     return {"images": np.asarray(crop)[None]}

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from attmask_jax import augment, randaugment
+from attmask_jax.augment import randaugment, transforms
 from attmask_jax.errors import InputError
 
 SMALL = 32  # images of up to that many pixels are shifted, not resized
@@ -68,16 +68,15 @@ def erase_box(
 
 
 def resampling(name: str) -> Image.Resampling:
-  """Filter by its name in configs, see `augment.RESAMPLE`.
+  """Filter by its name in configs, see `transforms.RESAMPLE`.
 
   Raises:
     InputError: it is unknown.
   """
-  if name not in augment.RESAMPLE:
-    raise InputError(
-      f'data.resample "{name}" is unknown: use {" or ".join(augment.RESAMPLE)}'
-    )
-  return augment.RESAMPLE[name]
+  if name not in transforms.RESAMPLE:
+    known = " or ".join(transforms.RESAMPLE)
+    raise InputError(f'data.resample "{name}" is unknown: use {known}')
+  return transforms.RESAMPLE[name]
 
 
 def check_scale(scale: tuple[float, float]) -> None:
@@ -117,14 +116,14 @@ class CropFlip:
     self, image: Image.Image, rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
     """{"images": [1, H, W, 3] uint8} of one RGB image."""
-    image = augment.random_resized_crop(
+    image = transforms.random_resized_crop(
       image,
       rng,
       size=self.image_size,
       scale=self.scale,
       resample=resampling(self.resample),
     )
-    return {"images": np.asarray(augment.random_flip(image, rng))[None]}
+    return {"images": np.asarray(transforms.random_flip(image, rng))[None]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,16 +179,16 @@ class Supervised:
     """
     size = self.image_size
     if size <= SMALL:
-      image = random_shift(augment.eval_whole(image, size), rng)
+      image = random_shift(transforms.eval_whole(image, size), rng)
     else:
-      image = augment.random_resized_crop(
+      image = transforms.random_resized_crop(
         image,
         rng,
         size=size,
         scale=self.scale,
         resample=resampling(self.resample),
       )
-    image = self._colour(augment.random_flip(image, rng), rng)
+    image = self._colour(transforms.random_flip(image, rng), rng)
     arrays = {"images": np.asarray(image)[None]}
     if self.erase_prob:
       arrays["erase"] = erase_box(size, size, rng, prob=self.erase_prob)
@@ -204,6 +203,6 @@ class Supervised:
         image, rng, **settings._asdict(), resample=resampling(self.resample)
       )
     x = self.jitter_strength
-    return augment.color_jitter(
+    return transforms.color_jitter(
       image, rng, brightness=x, contrast=x, saturation=x, hue=0.0
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from attmask_jax import augment
+from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def decode(file: Any) -> Image.Image:
   """
   try:
     with Image.open(file) as image:
-      return augment.to_rgb(image)
+      return transforms.to_rgb(image)
   except UnidentifiedImageError as err:
     raise BrokenImage("not an image in a format that Pillow knows") from err
   except Exception as err:

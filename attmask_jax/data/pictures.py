@@ -4,7 +4,7 @@ import os
 
 from PIL import Image, ImageSequence
 
-from attmask_jax import augment
+from attmask_jax.augment import transforms
 from attmask_jax.data import files
 from attmask_jax.errors import InputError
 
@@ -67,7 +67,7 @@ def _frames(path: str, every: int, limit: int) -> list[tuple[str, Image.Image]]:
         found = []
         for i, frame in enumerate(ImageSequence.Iterator(image)):
           if i % every == 0 and (not limit or len(found) < limit):
-            found.append((f"{name} {i}", augment.to_rgb(frame.copy())))
+            found.append((f"{name} {i}", transforms.to_rgb(frame.copy())))
         return found
   except Exception as error:  # Pillow's decoders have a dozen kinds
     raise InputError(f"{path} cannot be read: {error}") from error

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from attmask_jax import augment
+from attmask_jax.augment import transforms
 from attmask_jax.data.files import BrokenImage
 from attmask_jax.data.sources import Source
 from attmask_jax.errors import InputError
@@ -259,7 +259,7 @@ def eval_batches(
   threads: int = 0,
   prefetch: int = 2,
   max_broken: float = 0.01,
-  crop: Callable[[Image.Image, int], Image.Image] = augment.eval_crop,
+  crop: Callable[[Image.Image, int], Image.Image] = transforms.eval_crop,
 ) -> Generator[HostBatch, None, None]:
   """Images in order, with the evaluation crop, in full batches only.
 

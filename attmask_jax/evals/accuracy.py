@@ -15,11 +15,14 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params, augment, data, losses, progress
+from attmask_jax import Params, data
 from attmask_jax import mesh as meshes
+from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
 from attmask_jax.evals import inputs
 from attmask_jax.evals.features import HostBatch
+from attmask_jax.methods import losses
+from attmask_jax.runs import progress
 
 LogitsFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
 TOP5_CLASSES = 5  # fewer classes have no top-5
@@ -141,7 +144,7 @@ def crop_of(
   """
   # As small images are trained on: whole.
   whole = section.transform == "supervised" and section.image_size <= 32
-  return augment.eval_whole if whole else None
+  return transforms.eval_whole if whole else None
 
 
 class Evaluator:

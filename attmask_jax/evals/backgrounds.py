@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params, augment
+from attmask_jax import Params
+from attmask_jax.augment import transforms
 from attmask_jax.data import backgrounds, imagenet
 from attmask_jax.evals import accuracy
 from attmask_jax.evals.job import Job, Result, Table
@@ -56,7 +57,7 @@ def run(job: Job) -> Result:
 
     def whole(image: Image.Image, size: int, found: set = found) -> Image.Image:
       found.add(image.size)
-      return augment.eval_whole(image, size)
+      return transforms.eval_whole(image, size)
 
     name = variant.variant
     with job.batches(variant, desc=name, crop=whole) as batches:

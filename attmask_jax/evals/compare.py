@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import jax
 
-from attmask_jax import checkpoint, metrics, weights, words
+from attmask_jax import words
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing
 from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.runs import checkpoint, metrics
+from attmask_jax.weights import loading
 
 ACCURACIES = {"knn/top1": "k-NN top-1", "val/top1": "accuracy"}
 SHOWN_KEYS = 6  # differing config keys named in the notes
@@ -82,7 +84,7 @@ def read(folder: pathlib.Path, label: str) -> History:
       f"{folder} holds no run (no metrics.jsonl): give run directories in "
       "--config.evals.runs=A,B"
     )
-  config = checkpoint.flat_config(weights.read_config(folder))
+  config = checkpoint.flat_config(loading.read_config(folder))
   images, batch = config.get("data.images"), config.get("data.batch_size")
   per_epoch = max(int(images) // int(batch), 1) if images and batch else 1
   lines = metrics.read_metrics(path)

@@ -8,7 +8,8 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from attmask_jax import augment, data
+from attmask_jax import data
+from attmask_jax.augment import transforms
 from attmask_jax.data.pipeline import HostBatch
 from attmask_jax.errors import InputError
 
@@ -35,13 +36,13 @@ def batches(
     InputError: an unknown way to resample.
   """
   resample = config.data.eval_resample
-  if resample not in augment.RESAMPLE:
+  if resample not in transforms.RESAMPLE:
     raise InputError(
       f'data.eval_resample "{resample}" is unknown: use '
-      f"{', '.join(augment.RESAMPLE)}"
+      f"{', '.join(transforms.RESAMPLE)}"
     )
   if crop is None:
-    crop = functools.partial(augment.eval_crop, resample=resample)
+    crop = functools.partial(transforms.eval_crop, resample=resample)
   processes, devices = jax.process_count(), jax.local_device_count()
   chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
   # Equal numbers of batches on every process; -1 is a padding row.

@@ -17,10 +17,12 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from attmask_jax import data, progress, vit
+from attmask_jax import data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import cache, features, inputs
-from attmask_jax.weights import Weights
+from attmask_jax.models import vit
+from attmask_jax.runs import progress
+from attmask_jax.weights.loading import Weights
 
 
 class Table(NamedTuple):

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Params, masking, weights
+from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, drawing, inputs, pictures, visualize
 from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.methods import masking
+from attmask_jax.weights import loading
 
 POLICIES = ("attmask_high", "attmask_low", "random")
 
@@ -44,7 +46,7 @@ def run(job: Job) -> Result:
   inputs.every_class(source)
   guide = job.weights
   if evals.guide:
-    guide = weights.load(evals.guide, network="teacher", mesh=job.mesh)
+    guide = loading.load(evals.guide, network="teacher", mesh=job.mesh)
   cells = [(None, 0.0)]
   cells += [(p, r) for p in evals.policies for r in evals.ratios if r > 0]
   backbone = guide.method.backbone

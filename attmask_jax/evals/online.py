@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, data, masking, vit
+from attmask_jax import Params, data
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import (
@@ -22,6 +22,8 @@ from attmask_jax.evals import (
   reconstruct,
   visualize,
 )
+from attmask_jax.methods import masking
+from attmask_jax.models import vit
 
 
 def enabled(

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import data, progress
+from attmask_jax import data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import attention, drawing, features, pictures, visualize
 from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.runs import progress
 
 if TYPE_CHECKING:
   from matplotlib.artist import Artist

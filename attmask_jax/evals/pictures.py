@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params, augment, data, masking
+from attmask_jax import Params, data
 from attmask_jax import mesh as meshes
+from attmask_jax.augment import transforms
 from attmask_jax.data import pictures as picture_files
 from attmask_jax.errors import InputError
 from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.methods import masking
 
 # Pictures that go through the network at a time: bounds memory for large ones.
 CHUNK = 8
@@ -136,7 +138,7 @@ def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
     found.append(
       Picture(
         os.path.basename(source.describe(index)),
-        np.asarray(augment.eval_crop(image, size)),
+        np.asarray(transforms.eval_crop(image, size)),
         object_crop(source, index, size) if known else None,
       )
     )
@@ -146,7 +148,7 @@ def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
 def object_crop(source: Any, index: int, size: int) -> np.ndarray:
   """An image's object through the same crop as the image: [H, W] bool."""
   shape = Image.fromarray(source.object_mask(index).astype(np.uint8) * 255)
-  return np.asarray(augment.eval_crop(shape, size)) > 127
+  return np.asarray(transforms.eval_crop(shape, size)) > 127
 
 
 def fit(image: Image.Image, size: int, patch_size: int) -> np.ndarray:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from attmask_jax import Params, rollout
+from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.evals import attention, drawing, pictures
 from attmask_jax.evals.job import Job, Result, Table
 from attmask_jax.evals.pictures import Picture
+from attmask_jax.models import rollout
 
 EXPLAINED = ("token", "class")
 

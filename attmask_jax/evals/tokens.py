@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Params, data, vit
+from attmask_jax import Params, data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, knn
 from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.models import vit
 
 
 def check(job: Job) -> None:

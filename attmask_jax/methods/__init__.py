@@ -45,8 +45,8 @@ the transform of `data.transform` makes of an image: "multi_crop" gives images
 To make a new method: copy a file, add a line here, a config and a test; the
 loop stays as it is. `checks.own_fields` fills the fields of the dataclass from
 keys of the same name in the config's section `method`; a key without a field is
-for `from_config` to read. Ranges of numbers stand in `run.RANGES` and `PAIRS`,
-rules between values in `checks`. A new mask policy goes into the tuples of
+for `from_config` to read. Ranges of numbers stand in `setup.RANGES`, rules
+between values in `checks`. A new mask policy goes into the tuples of
 masking.py, and its name for pictures into evals/visualize.py.
 """
 

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from attmask_jax import Batch, Params, heads, losses, masking, rates, vit
-from attmask_jax.methods import checks
-from attmask_jax.views import flatten, row_ids, unflatten
+from attmask_jax import Batch, Params
+from attmask_jax.methods import checks, losses, masking
+from attmask_jax.models import heads, vit
+from attmask_jax.rows import flatten, gather, row_ids, unflatten
+from attmask_jax.training import schedules
 
 Scalars = dict[str, jax.Array]
 
@@ -213,13 +215,13 @@ class AttMask:
     The patch warm-up begins when masking does.
     """
     warmup, total = self.temp_warmup_epochs, self.epochs
-    patch = rates.warmup_table(
+    patch = schedules.warmup_table(
       *self.teacher_patch_temp,
       warmup=warmup,
       total=total,
       lead=self.mask_start_epoch,
     )
-    cls = rates.warmup_table(*self.teacher_temp, warmup=warmup, total=total)
+    cls = schedules.warmup_table(*self.teacher_temp, warmup=warmup, total=total)
     return cls, patch
 
   def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
@@ -391,7 +393,7 @@ class AttMask:
     tokens = self._tokens(params, images, mask, batch, rngs[0])
     wanted = tokens[:, :1]
     if self.uses_patches:
-      picked = masking.gather(tokens[:, 1:], hidden.ids)
+      picked = gather(tokens[:, 1:], hidden.ids)
       wanted = jnp.concatenate([wanted, picked], axis=1)
     z = self.head.apply(head, wanted, method="project")
     views = [unflatten(z[:, 0], b)]
@@ -460,7 +462,7 @@ class AttMask:
     total = losses.in_chunks(
       term,
       student_z,
-      masking.gather(teacher_z, hidden.ids),
+      gather(teacher_z, hidden.ids),
       hidden.valid,
       chunks=self.patch_loss_chunks,
     )

@@ -8,8 +8,9 @@ from typing import Any
 
 import ml_collections
 
-from attmask_jax import heads, masking
 from attmask_jax.errors import InputError
+from attmask_jax.methods import masking
+from attmask_jax.models import heads
 
 DTYPES = ("float32", "bfloat16")
 

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from attmask_jax import Batch, Params, losses, mixup, vit
+from attmask_jax import Batch, Params
+from attmask_jax.augment import mixup
 from attmask_jax.errors import InputError
-from attmask_jax.layers import layer_norm, trunc_normal
-from attmask_jax.methods import checks
-from attmask_jax.positions import DINO_OFFSET
+from attmask_jax.methods import checks, losses
+from attmask_jax.models import vit
+from attmask_jax.models.layers import layer_norm, trunc_normal
+from attmask_jax.models.positions import DINO_OFFSET
 
 MIX_TAG = 5  # last word of the key of the host's mixup draws
 EMBEDDING = "patch_embed|cls_token|pos_embed"  # before the first block

@@ -23,9 +23,10 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Batch, Params, heads, losses, masking, vit
-from attmask_jax.methods import checks
-from attmask_jax.views import row_ids, unflatten
+from attmask_jax import Batch, Params
+from attmask_jax.methods import checks, losses, masking
+from attmask_jax.models import heads, vit
+from attmask_jax.rows import row_ids, unflatten
 
 Scalars = dict[str, jax.Array]
 LITTLE = 0.1  # share of hidden patches below which guiding is warned of

@@ -24,9 +24,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from attmask_jax import Batch, Params, layers, losses, masking, vit
-from attmask_jax.decoder import Decoder
-from attmask_jax.methods import checks
+from attmask_jax import Batch, Params
+from attmask_jax.methods import checks, losses, masking
+from attmask_jax.models import layers, vit
+from attmask_jax.models.decoder import Decoder
+from attmask_jax.rows import gather
 
 Scalars = dict[str, jax.Array]
 
@@ -182,9 +184,7 @@ class Mae:
     pred = self.predict(params, images, order, batch, rng_drop)
     target = self.target(images)
     hidden = order[:, self.patches - self.n_hidden :]
-    loss = losses.pixel_loss(
-      masking.gather(pred, hidden), masking.gather(target, hidden)
-    )
+    loss = losses.pixel_loss(gather(pred, hidden), gather(target, hidden))
     share = jnp.asarray(self.n_hidden / self.patches, jnp.float32)
     return loss, ({}, {"loss": loss, "mask_ratio": share}, {})
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attmask_jax.rows import gather
+
 ATTENTION_POLICIES = ("attmask_high", "attmask_hint", "attmask_low")
 HOST_POLICIES = ("random", "block")
 # Of methods that gather visible patches and need one count for all images.
@@ -316,8 +318,3 @@ class Hidden(NamedTuple):
       "mask_ratio": jnp.mean(self.mask.astype(jnp.float32)),
       "masked_share": jnp.mean(masked.astype(jnp.float32)),
     }
-
-
-def gather(tokens: jax.Array, ids: jax.Array) -> jax.Array:
-  """Picks tokens per row: [R, N, D], [R, M] -> [R, M, D]."""
-  return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)

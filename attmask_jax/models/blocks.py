@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from attmask_jax import Params, layers
+from attmask_jax import Params
+from attmask_jax.models import layers
 
 REMAT = {
   "none": None,

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attmask_jax import layers, masking, positions, stack
+from attmask_jax.models import blocks, layers, positions
+from attmask_jax.rows import gather
 
 
 class Decoder(nn.Module):
@@ -23,8 +24,8 @@ class Decoder(nn.Module):
     positions: order of the fixed positions, "yx" or "xy".
     class_token: the encoder's runs through the decoder, too, at position 0.
     dtype: of matrix products.
-    scan: see `stack.apply`.
-    remat: see `stack.apply`.
+    scan: see `blocks.apply`.
+    remat: see `blocks.apply`.
     attention: see `vit.ViT`.
   """
 
@@ -68,13 +69,13 @@ class Decoder(nn.Module):
     cls, x = jnp.split(x.astype(jnp.float32), [lead], axis=1)
     hidden = jnp.broadcast_to(token, (b, n - x.shape[1], self.width))
     x = jnp.concatenate([x, hidden], axis=1)
-    x = masking.gather(x, jnp.argsort(order, axis=1))  # back to their places
+    x = gather(x, jnp.argsort(order, axis=1))  # back to their places
     x = x + jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
     x = jnp.concatenate([cls, x], axis=1)
     block = layers.Block(
       self.heads, 4.0, self.dtype, self.attention, "xavier", False, parent=None
     )
-    (x,), _ = stack.apply(
+    (x,), _ = blocks.apply(
       self, block, x, depth=self.depth, scan=self.scan, remat=self.remat
     )
     x = layers.layer_norm("norm")(x)

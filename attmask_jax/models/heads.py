@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from attmask_jax import layers
+from attmask_jax.models import layers
 
 ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),

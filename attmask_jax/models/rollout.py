@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attmask_jax import Params, vit
+from attmask_jax import Params
+from attmask_jax.models import vit
 
 FUSIONS = ("mean", "max", "min")
 ROW_SUMS = ("reference", "rows")

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from attmask_jax import Params, layers, masking, positions, stack
+from attmask_jax import Params
 from attmask_jax.errors import InputError
-from attmask_jax.positions import DINO_OFFSET
+from attmask_jax.models import blocks, layers, positions
+from attmask_jax.models.positions import DINO_OFFSET
+from attmask_jax.rows import gather
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -195,7 +197,7 @@ class ViT(nn.Module):
     x = x + table[:, self.lead :]
     if keep_ids is not None:
       rows, subsets, kept = keep_ids.shape
-      x = masking.gather(x, keep_ids.reshape(rows, -1))
+      x = gather(x, keep_ids.reshape(rows, -1))
       x = x.reshape(rows * subsets, kept, self.width)
     if self.lead:
       cls = self._class_token(len(x)) + table[:, :1]
@@ -212,7 +214,7 @@ class ViT(nn.Module):
       self.key_bias,
       parent=None,
     )
-    blocks, attention = stack.apply(
+    outputs, attention = blocks.apply(
       self,
       block,
       x,
@@ -225,12 +227,12 @@ class ViT(nn.Module):
       scan=self.scan,
       remat=self.remat,
     )
-    tokens = blocks[-1]
+    tokens = outputs[-1]
     if self.class_token == "readout":
       cls, row = self._read(tokens)
       tokens = jnp.concatenate([cls, tokens], axis=1)
       attention = row if want == "cls" else attention
-    return Output(layers.layer_norm("norm")(tokens), tokens, blocks, attention)
+    return Output(layers.layer_norm("norm")(tokens), tokens, outputs, attention)
 
   def _class_token(self, rows: int) -> jax.Array:
     """[R, 1, D], the same for all."""
@@ -284,7 +286,7 @@ def from_config(config: ml_collections.ConfigDict) -> ViT:
       f"{m.patch_size}: choose {down} or {down + m.patch_size} pixels"
     )
   for key, known in (
-    ("remat", tuple(stack.REMAT)),
+    ("remat", tuple(blocks.REMAT)),
     ("attention", layers.ATTENTION),
   ):
     if run[key] not in known:

@@ -18,7 +18,8 @@ from typing import Any
 from absl import logging
 from PIL import Image
 
-from attmask_jax import atomic, metrics
+from attmask_jax import atomic
+from attmask_jax.runs import metrics
 
 MAX_POINTS = 500  # of a curve; longer ones are averaged in bins
 MAX_PICTURE_BYTES = 1_000_000  # larger pictures are shown as JPEG

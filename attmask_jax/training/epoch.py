@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from attmask_jax import mesh as meshes
-from attmask_jax import metrics
 from attmask_jax.evals import clusters
+from attmask_jax.runs import metrics
 
 
 class Epoch:

@@ -7,18 +7,13 @@ import jax
 import ml_collections
 import optax
 
-from attmask_jax import (
-  augment,
-  augment_pair,
-  augment_supervised,
-  data,
-  optim,
-  rates,
-)
+from attmask_jax import data
 from attmask_jax import mesh as meshes
+from attmask_jax.augment import pair, supervised, transforms
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, online
 from attmask_jax.methods import METHODS
+from attmask_jax.training import optim, schedules
 
 # Config keys that hold several numbers; the command line takes any tuple.
 PAIRS = (
@@ -77,11 +72,11 @@ RANGES = {
   "run.threads": (0, INFINITE),
 }
 TRANSFORMS = {
-  "multi_crop": augment.MultiCrop,
-  "crop_flip": augment_supervised.CropFlip,
-  "supervised": augment_supervised.Supervised,
-  "two_colours": augment_pair.TwoColours,
-  "centre_crop": augment_pair.CentreCrop,
+  "multi_crop": transforms.MultiCrop,
+  "crop_flip": supervised.CropFlip,
+  "supervised": supervised.Supervised,
+  "two_colours": pair.TwoColours,
+  "centre_crop": pair.CentreCrop,
 }
 LISTS = ("method.mask_ratio", "method.mask_ratio_var", "evals.knn_ks")
 
@@ -104,7 +99,7 @@ class Run(NamedTuple):
   config: ml_collections.ConfigDict
   mesh: jax.sharding.Mesh
   method: Any
-  schedules: rates.Schedules
+  schedules: schedules.Schedules
   tx: optax.GradientTransformationExtraArgs
   train_source: data.Source
   val_source: data.Source | None
@@ -136,7 +131,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
       f"data.batch_size {batch_size} is larger than the training set of "
       f"{len(train_source)} images: lower it or add images"
     )
-  schedules = rates.Schedules.from_config(
+  rates = schedules.Schedules.from_config(
     config, steps_per_epoch=steps_per_epoch
   )
   method = METHODS[config.method.name].from_config(
@@ -161,7 +156,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     config,
     mesh,
     method,
-    schedules,
+    rates,
     tx,
     train_source,
     val_source,

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from flax import struct
 
-from attmask_jax import Batch, Params, optim
+from attmask_jax import Batch, Params
 from attmask_jax import mesh as meshes
+from attmask_jax.training import optim
 
 Step = Callable[..., tuple["TrainState", Params, Params]]
 
@@ -155,8 +156,8 @@ def make_step(
 ) -> Step:
   """Compiled (state, batch, scalars) -> state, metrics, per_image.
 
-  The state is donated. `scalars` holds `rates.Schedules.at` and `method.at` of
-  the step, traced. Metrics are [] float32 over the global batch; per_image
+  The state is donated. `scalars` holds `Schedules.at` and `method.at` of the
+  step, traced. Metrics are [] float32 over the global batch; per_image
   values [B] stay split over the devices like the batch.
   """
 

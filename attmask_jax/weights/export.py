@@ -9,10 +9,12 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, vit
+from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.classify import BN_EPS
-from attmask_jax.torch_io import (
+from attmask_jax.models import vit
+from attmask_jax.weights.loading import Weights
+from attmask_jax.weights.torch_io import (
   fixed,
   hf_config,
   layouts,
@@ -21,7 +23,6 @@ from attmask_jax.torch_io import (
   tables,
   tensors,
 )
-from attmask_jax.weights import Weights
 
 DTYPES = {
   "float32": np.dtype(np.float32),

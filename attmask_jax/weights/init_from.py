@@ -9,9 +9,11 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, positions, trees, weights
+from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import checkpoints, fixed
+from attmask_jax.models import positions
+from attmask_jax.weights import loading
+from attmask_jax.weights.torch_io import files, fixed
 
 POSITIONS = "backbone/pos_embed"
 Leaves = dict[str, Any]  # by path
@@ -42,15 +44,15 @@ def start(
   values of learned ones.
 
   Raises:
-    InputError: see `weights.load`; or a backbone that does not fit.
+    InputError: see `loading.load`; or a backbone that does not fit.
   """
   where = config.init_from
   options = dict(
     mesh=mesh, heads=config.heads, allow_missing=config.allow_missing
   )
   given = {
-    "params": weights.load(where, network="student", **options),
-    "teacher": weights.load(where, network="teacher", **options),
+    "params": loading.load(where, network="student", **options),
+    "teacher": loading.load(where, network="teacher", **options),
   }
   wanted = jax.eval_shape(method.init, jax.random.key(0))
   wanted = dict(zip(("params", "teacher", "aux"), wanted, strict=True))
@@ -109,9 +111,9 @@ def _training_state(
   Only AttMask's says with its centres that it is one: of a file with the
   networks of MAE or ExtreMA, nobody knows what the schedules were.
   """
-  if not checkpoints.is_file(config.init_from):
+  if not files.is_file(config.init_from):
     return 0
-  file = checkpoints.read(config.init_from)
+  file = files.read(config.init_from)
   centers = {
     name: value
     for name, value in file.centers.items()
@@ -143,7 +145,7 @@ def _training_state(
   return file.epoch
 
 
-def _positions(source: weights.Weights, method: Any, resample: bool) -> Leaves:
+def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
   """Start values of learned positions: {path: table}, {} without any.
 
   Raises:

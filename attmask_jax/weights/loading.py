@@ -12,11 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import Params, checkpoint, optim, trees
+from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
-from attmask_jax.torch_io import checkpoints, networks
+from attmask_jax.runs import checkpoint
+from attmask_jax.training import optim
+from attmask_jax.weights.torch_io import files, networks
 
 # Which tree of a run; "untrained" is the one before the first step.
 NETWORKS = ("teacher", "student", "untrained")
@@ -65,7 +67,7 @@ def load(
       the teacher.
     mesh: devices that get a copy.
     heads: of a file's attention, 0 = by convention.
-    allow_missing: see `checkpoints.load`, of files.
+    allow_missing: see `files.load`, of files.
 
   Raises:
     InputError: nothing there, no such network, or arrays that do not fit the
@@ -80,8 +82,8 @@ def load(
       "no weights given: set --config.weights to a run directory, a "
       "checkpoint of one, or a .pth or .safetensors file"
     )
-  if checkpoints.is_file(where):
-    file = checkpoints.read(where)
+  if files.is_file(where):
+    file = files.read(where)
     options = dict(heads=heads, allow_missing=allow_missing)
     return _of_file(file, network, mesh, options)
   run_dir, step = _locate(pathlib.Path(where).expanduser())
@@ -122,7 +124,7 @@ def method_of(config: ml_collections.ConfigDict) -> Any:
 
 
 def _of_file(
-  file: checkpoints.File,
+  file: files.File,
   network: str,
   mesh: jax.sharding.Mesh,
   options: dict[str, Any],
@@ -130,7 +132,7 @@ def _of_file(
   """Weights of another code base's file."""
   network = network or "teacher"
   wanted = "student" if network == "student" else "teacher"
-  found = checkpoints.load(file, wanted, **options)
+  found = files.load(file, wanted, **options)
   params, aux = found.params, found.aux
   if network == "untrained":
     rng = jax.random.key(0)

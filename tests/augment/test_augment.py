@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from attmask_jax import augment
+from attmask_jax.augment import transforms
 
 
 def _rng(seed: int = 0) -> np.random.Generator:
@@ -42,7 +42,7 @@ def _plain(colour: tuple[int, int, int], side: int = 4) -> Image.Image:
   ],
 )
 def test_every_mode_becomes_rgb(mode: str, value: int, want: tuple) -> None:
-  image = augment.to_rgb(Image.new(mode, (3, 2), value))
+  image = transforms.to_rgb(Image.new(mode, (3, 2), value))
   assert image.mode == "RGB"
   assert image.size == (3, 2)
   assert image.getpixel((1, 1)) == want
@@ -53,7 +53,7 @@ def test_palette_with_transparency(recwarn: pytest.WarningsRecorder) -> None:
   image.putpalette([10, 20, 30, 200, 100, 50])
   image.putpixel((1, 0), 1)
   image.info["transparency"] = b"\x00\xff"
-  image = augment.to_rgb(image)
+  image = transforms.to_rgb(image)
   assert image.getpixel((0, 0)) == (10, 20, 30)
   assert image.getpixel((1, 0)) == (200, 100, 50)
   assert not recwarn.list
@@ -74,7 +74,7 @@ def test_exif_rotation(
   exif[0x0112] = orientation
   stored.save(tmp_path / "x.png", exif=exif)
   with Image.open(tmp_path / "x.png") as image:
-    upright = augment.to_rgb(image)
+    upright = transforms.to_rgb(image)
   assert upright.size == ((2, 3) if orientation in (6, 8) else (3, 2))
   assert upright.getpixel(corner) == (255, 0, 0)
 
@@ -84,7 +84,7 @@ def test_garbage_in_the_exif_header_is_ignored(
 ) -> None:
   _plain((9, 9, 9)).save(tmp_path / "x.png", exif=b"Exif\x00\x00garbage!")
   with Image.open(tmp_path / "x.png") as image:
-    assert augment.to_rgb(image).getpixel((0, 0)) == (9, 9, 9)
+    assert transforms.to_rgb(image).getpixel((0, 0)) == (9, 9, 9)
 
 
 # --- geometry ---------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_garbage_in_the_exif_header_is_ignored(
 def test_crop_boxes_have_the_asked_area_and_aspect() -> None:
   rng = _rng()
   boxes = [
-    augment.crop_box(500, 400, rng, scale=(0.1, 0.4)) for _ in range(4000)
+    transforms.crop_box(500, 400, rng, scale=(0.1, 0.4)) for _ in range(4000)
   ]
   left, top, right, bottom = np.array(boxes).T
   assert left.min() >= 0 and top.min() >= 0
@@ -120,7 +120,7 @@ def test_crop_boxes_have_the_asked_area_and_aspect() -> None:
   ],
 )
 def test_crop_falls_back_to_the_centre(size: tuple, want: tuple) -> None:
-  assert augment.crop_box(*size, _rng(), scale=(0.9, 1.0)) == want
+  assert transforms.crop_box(*size, _rng(), scale=(0.9, 1.0)) == want
 
 
 def test_crop_comes_before_the_resize() -> None:
@@ -131,9 +131,9 @@ def test_crop_comes_before_the_resize() -> None:
   image = Image.fromarray(pixels)
   checked = 0
   for seed in range(200):
-    box = augment.crop_box(64, 64, _rng(seed), scale=(0.05, 0.1))
+    box = transforms.crop_box(64, 64, _rng(seed), scale=(0.05, 0.1))
     if box[2] == 32:
-      crop = augment.random_resized_crop(
+      crop = transforms.random_resized_crop(
         image, _rng(seed), size=48, scale=(0.05, 0.1)
       )
       assert not np.asarray(crop).any()
@@ -146,7 +146,7 @@ def test_flip_mirrors_half_of_the_images() -> None:
   rng = _rng()
   mirrored = np.asarray(image)[:, ::-1]
   flips = sum(
-    np.array_equal(augment.random_flip(image, rng), mirrored)
+    np.array_equal(transforms.random_flip(image, rng), mirrored)
     for _ in range(1000)
   )
   assert 420 < flips < 580  # 500 +- 5 standard deviations of 15.8
@@ -159,7 +159,7 @@ def test_eval_crop_resizes_then_cuts_the_centre(
   size: int, shorter: int
 ) -> None:
   image = _noise(300, 200)
-  got = np.asarray(augment.eval_crop(image, size))
+  got = np.asarray(transforms.eval_crop(image, size))
   longer = int(shorter * 300 / 200)
   want = np.asarray(image.resize((longer, shorter), Image.Resampling.BICUBIC))
   top, left = round((shorter - size) / 2), round((longer - size) / 2)
@@ -173,7 +173,7 @@ def test_eval_crop_resizes_then_cuts_the_centre(
 def test_hue_turns_the_circle_and_wraps(shift: float) -> None:
   colours = [(250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 30, 60)]
   for colour in colours:
-    got = augment.shift_hue(_plain(colour), shift).getpixel((0, 0))
+    got = transforms.shift_hue(_plain(colour), shift).getpixel((0, 0))
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     want = colorsys.hsv_to_rgb((h + int(shift * 255) / 255) % 1, s, v)
     # Two steps of the 8-bit hue (rounding; it wraps at 256, not 255), each
@@ -189,7 +189,7 @@ def test_hue_of_every_pixel_by_a_plain_loop() -> None:
     for x in range(9):
       want[y, x, 0] = (hsv[y, x, 0] - 25) % 256  # int(-0.1 * 255) = -25
   want = Image.frombytes("HSV", (9, 7), want.astype(np.uint8).tobytes())
-  got = augment.shift_hue(image, -0.1)
+  got = transforms.shift_hue(image, -0.1)
   np.testing.assert_array_equal(got, want.convert("RGB"))
 
 
@@ -214,8 +214,8 @@ def test_jitter_blends_by_the_drawn_factors_in_the_drawn_order() -> None:
       elif step == 2:
         want = ImageEnhance.Color(want).enhance(factors[2])
       else:
-        want = augment.shift_hue(want, turn)
-    got = augment.color_jitter(image, _rng(seed))
+        want = transforms.shift_hue(want, turn)
+    got = transforms.color_jitter(image, _rng(seed))
     np.testing.assert_array_equal(got, want)
     orders.add(tuple(order))
   assert len(orders) > 12  # of 24
@@ -225,7 +225,7 @@ def test_brightness_alone_by_hand() -> None:
   rng = _rng(3)
   rng.permutation(4)
   factor = rng.uniform(0.6, 1.4)
-  got = augment.color_jitter(
+  got = transforms.color_jitter(
     _plain((40, 100, 250)), _rng(3), contrast=0, saturation=0, hue=0
   )
   want = [min(int(factor * c), 255) for c in (40, 100, 250)]
@@ -233,12 +233,12 @@ def test_brightness_alone_by_hand() -> None:
 
 
 def test_grey_is_the_luma() -> None:
-  got = augment.to_grey(_plain((200, 100, 50))).getpixel((0, 0))
+  got = transforms.to_grey(_plain((200, 100, 50))).getpixel((0, 0))
   assert got == (round(0.299 * 200 + 0.587 * 100 + 0.114 * 50),) * 3
 
 
 def test_solarise_inverts_from_the_threshold() -> None:
-  got = augment.solarise(_plain((127, 128, 255))).getpixel((0, 0))
+  got = transforms.solarise(_plain((127, 128, 255))).getpixel((0, 0))
   assert got == (127, 127, 0)
 
 
@@ -248,7 +248,7 @@ def test_blur_radius_is_a_standard_deviation_in_pixels() -> None:
   dot[19:22, 19:22] = 255
   radius = _rng(1).uniform(0.1, 2.0)
   assert radius > 1
-  got = np.asarray(augment.gaussian_blur(Image.fromarray(dot), _rng(1)))
+  got = np.asarray(transforms.gaussian_blur(Image.fromarray(dot), _rng(1)))
   weight = got[..., 0].astype(float)
   spread = np.sum(weight * (np.arange(41) - 20) ** 2) / weight.sum()
   # Variances add: 2/3 of the 3-pixel square; 8 bits cut the tails short.
@@ -258,9 +258,9 @@ def test_blur_radius_is_a_standard_deviation_in_pixels() -> None:
 # --- recipe -----------------------------------------------------------------
 
 
-def _recipe(**changes: object) -> augment.MultiCrop:
+def _recipe(**changes: object) -> transforms.MultiCrop:
   sizes = dict(image_size=24, local_size=12, local_crops=3) | changes
-  return augment.MultiCrop(**sizes)
+  return transforms.MultiCrop(**sizes)
 
 
 def test_multi_crop_shapes_and_repeatability() -> None:
@@ -286,14 +286,14 @@ def test_multi_crop_takes_images_smaller_than_the_crops() -> None:
 @pytest.mark.parametrize(
   ("colour", "blur", "solarise"),
   [
-    (augment.FIRST_GLOBAL, 1.0, 0.0),
-    (augment.OTHER_GLOBAL, 0.1, 0.2),
-    (augment.LOCAL, 0.5, 0.0),
+    (transforms.FIRST_GLOBAL, 1.0, 0.0),
+    (transforms.OTHER_GLOBAL, 0.1, 0.2),
+    (transforms.LOCAL, 0.5, 0.0),
   ],
 )
 def test_how_often_each_colour_step_happens(
   monkeypatch: pytest.MonkeyPatch,
-  colour: augment.Photometric,
+  colour: transforms.Photometric,
   blur: float,
   solarise: float,
 ) -> None:
@@ -311,7 +311,7 @@ def test_how_often_each_colour_step_happens(
       calls.append(name)
       return image
 
-    monkeypatch.setattr(augment, name, step)
+    monkeypatch.setattr(transforms, name, step)
   image, rng = _plain((0, 0, 0)), _rng()
   order = list(counts)
   for _ in range(2000):
@@ -334,7 +334,7 @@ def test_each_view_gets_its_own_recipe(
   def view(
     image: Image.Image,
     rng: np.random.Generator,
-    colour: augment.Photometric,
+    colour: transforms.Photometric,
     *,
     size: int,
     scale: tuple[float, float],
@@ -342,27 +342,27 @@ def test_each_view_gets_its_own_recipe(
     seen.append((colour, size, scale))
     return np.zeros((size, size, 3), np.uint8)
 
-  monkeypatch.setattr(augment, "random_view", view)
+  monkeypatch.setattr(transforms, "random_view", view)
   recipe = _recipe(
     global_crops=3, global_scale=(0.3, 1), local_scale=(0.1, 0.3)
   )
   recipe(_noise(30, 30), _rng())
   assert seen == [
-    (augment.FIRST_GLOBAL, 24, (0.3, 1)),
-    (augment.OTHER_GLOBAL, 24, (0.3, 1)),
-    (augment.OTHER_GLOBAL, 24, (0.3, 1)),
-    *[(augment.LOCAL, 12, (0.1, 0.3))] * 3,
+    (transforms.FIRST_GLOBAL, 24, (0.3, 1)),
+    (transforms.OTHER_GLOBAL, 24, (0.3, 1)),
+    (transforms.OTHER_GLOBAL, 24, (0.3, 1)),
+    *[(transforms.LOCAL, 12, (0.1, 0.3))] * 3,
   ]
 
 
 def test_colour_strength_reaches_every_view() -> None:
-  grey = augment.MultiCrop(
+  grey = transforms.MultiCrop(
     image_size=8, local_size=4, local_crops=2, jitter=0.0, grey=1.0
   )
   crops = grey(_noise(16, 16), _rng())
   for views in crops.values():
     assert (views == views[..., :1]).all()
-  sharp = augment.MultiCrop(
+  sharp = transforms.MultiCrop(
     image_size=16, local_crops=0, jitter=0.0, grey=0.0, blur_radius=0.1
   )
   soft = dataclasses.replace(sharp, blur_radius=4.0)

@@ -6,8 +6,9 @@ import pytest
 import small
 from PIL import Image, ImageEnhance
 
-from attmask_jax import augment, augment_pair, vit
+from attmask_jax.augment import pair, transforms
 from attmask_jax.errors import InputError
+from attmask_jax.models import vit
 from configs import tiny
 
 
@@ -16,9 +17,9 @@ def test_golden_primitives(golden, monkeypatch):
   image, size = Image.fromarray(file["in/image"]), int(file["cfg/size"])
   top, left, height, width = file["in/crop_ijhw"].tolist()
   recorded_box = lambda *_, **__: (left, top, left + width, top + height)
-  monkeypatch.setattr(augment, "crop_box", recorded_box)
-  crop = augment.random_resized_crop(
-    image, None, size=size, scale=(0.2, 1.0), resample=augment.BILINEAR
+  monkeypatch.setattr(transforms, "crop_box", recorded_box)
+  crop = transforms.random_resized_crop(
+    image, None, size=size, scale=(0.2, 1.0), resample=transforms.BILINEAR
   )
   same = lambda got, key: np.testing.assert_array_equal(
     np.asarray(got), file[f"out/{key}"]
@@ -31,15 +32,15 @@ def test_golden_primitives(golden, monkeypatch):
     def random(self):
       return 0.0
 
-  same(augment.random_flip(crop, Always()), "hflip")
+  same(transforms.random_flip(crop, Always()), "hflip")
   bright, contrast, saturation, hue = file["in/factors"].tolist()
   same(ImageEnhance.Brightness(crop).enhance(bright), "brightness")
   same(ImageEnhance.Contrast(crop).enhance(contrast), "contrast")
   same(ImageEnhance.Color(crop).enhance(saturation), "saturation")
-  same(augment.shift_hue(crop, hue), "hue")
+  same(transforms.shift_hue(crop, hue), "hue")
   # Recorded after the jitter.
   jittered = Image.fromarray(file["out/jitter"])
-  same(augment.to_grey(jittered), "grayscale")
+  same(transforms.to_grey(jittered), "grayscale")
 
   class Recorded:
     """Draws the recorded order and factors."""
@@ -53,7 +54,7 @@ def test_golden_primitives(golden, monkeypatch):
       assert low <= value <= high
       return float(value)
 
-  same(augment.color_jitter(crop, Recorded()), "jitter")
+  same(transforms.color_jitter(crop, Recorded()), "jitter")
   got = np.asarray(vit.normalize_images(jnp.asarray(file["out/jitter"])))
   np.testing.assert_allclose(
     got.transpose(2, 0, 1), file["out/normalized"], rtol=1e-4, atol=2e-5
@@ -68,17 +69,17 @@ def gradient():
 
 
 def test_views_share_their_geometry():
-  pair = augment_pair.TwoColours(image_size=16, jitter=0.0, grey=0.0)
+  views_of = pair.TwoColours(image_size=16, jitter=0.0, grey=0.0)
   crops = []
   for seed in range(8):
-    views = pair(gradient(), np.random.default_rng(seed))["images"]
+    views = views_of(gradient(), np.random.default_rng(seed))["images"]
     assert views.shape == (2, 16, 16, 3) and views.dtype == np.uint8
     np.testing.assert_array_equal(views[0], views[1])
     crops.append(views[0].tobytes())
   assert len(set(crops)) == 8
   # Mirrored about half of the time: then red rises.
   rising = [
-    np.diff(pair(gradient(), np.random.default_rng(s))["images"][0, 5, :, 0]
+    np.diff(views_of(gradient(), np.random.default_rng(s))["images"][0, 5, :, 0]
             .astype(int)).sum() > 0
     for s in range(300)
   ]  # fmt: skip
@@ -89,12 +90,10 @@ def test_views_share_their_geometry():
 def test_area_of_the_crop(scale):
   size, wide, high = 32, 60, 40
   changes = {} if scale == (0.2, 1.0) else {"scale": scale}  # the default
-  pair = augment_pair.TwoColours(
-    image_size=size, jitter=0.0, grey=0.0, **changes
-  )
+  views_of = pair.TwoColours(image_size=size, jitter=0.0, grey=0.0, **changes)
   areas = []
   for seed in range(300):
-    view = pair(gradient(), np.random.default_rng(seed))["images"][0] * 1.0
+    view = views_of(gradient(), np.random.default_rng(seed))["images"][0] * 1.0
     # Colours are places, 245 levels from the first pixel to the last, and the
     # outermost centres of a crop lie 31 / 32 of its side apart.
     across = np.ptp(view[..., 0]) * (wide - 1) / 245 * size / (size - 1)
@@ -109,13 +108,13 @@ def test_area_of_the_crop(scale):
 def test_filter_of_the_crop(resample):
   pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3))
   image = Image.fromarray(pixels.astype(np.uint8))
-  pair = augment_pair.TwoColours(
+  views_of = pair.TwoColours(
     image_size=16, resample=resample, jitter=0.0, grey=0.0
   )
   for seed in range(4):
-    got = pair(image, np.random.default_rng(seed))["images"][1]
+    got = views_of(image, np.random.default_rng(seed))["images"][1]
     rng = np.random.default_rng(seed)
-    crop = image.crop(augment.crop_box(60, 40, rng, scale=(0.2, 1.0)))
+    crop = image.crop(transforms.crop_box(60, 40, rng, scale=(0.2, 1.0)))
     pillow = Image.Resampling[resample.upper()]
     want = np.asarray(crop.resize((16, 16), pillow))
     assert np.array_equal(got, want) or np.array_equal(got, want[:, ::-1])
@@ -131,8 +130,8 @@ def test_ranges_of_the_jitter():
       bounds.append((low, high))
       return super().uniform(low, high)
 
-  pair = augment_pair.TwoColours(image_size=8, jitter=1.0)
-  pair(gradient(), Spy(np.random.PCG64(0)))
+  views_of = pair.TwoColours(image_size=8, jitter=1.0)
+  views_of(gradient(), Spy(np.random.PCG64(0)))
   one = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
   assert bounds[:2] == [(0.2, 1.0), (np.log(3 / 4), np.log(4 / 3))]
   np.testing.assert_allclose(bounds[-8:], one + one)
@@ -140,33 +139,33 @@ def test_ranges_of_the_jitter():
 
 def test_grey_comes_after_the_jitter(monkeypatch):
   red = Image.new("RGB", (8, 8), (255, 0, 0))
-  monkeypatch.setattr(augment, "color_jitter", lambda image, rng: red)
-  pair = augment_pair.TwoColours(image_size=8, jitter=1.0, grey=1.0)
-  views = pair(gradient(), np.random.default_rng(0))["images"]
+  monkeypatch.setattr(transforms, "color_jitter", lambda image, rng: red)
+  views_of = pair.TwoColours(image_size=8, jitter=1.0, grey=1.0)
+  views = views_of(gradient(), np.random.default_rng(0))["images"]
   assert (views == 76).all()  # 0.299 * 255
 
 
 def test_views_are_coloured_alone():
-  pair = augment_pair.TwoColours(image_size=16)
-  first = pair(gradient(), np.random.default_rng(1))["images"]
-  again = pair(gradient(), np.random.default_rng(1))["images"]
+  views_of = pair.TwoColours(image_size=16)
+  first = views_of(gradient(), np.random.default_rng(1))["images"]
+  again = views_of(gradient(), np.random.default_rng(1))["images"]
   np.testing.assert_array_equal(first, again)
   grey, same = [], 0
   for seed in range(400):
-    views = pair(gradient(), np.random.default_rng(seed))["images"]
+    views = views_of(gradient(), np.random.default_rng(seed))["images"]
     grey += [bool((v == v[..., :1]).all()) for v in views]
     same += bool((views[0] == views[1]).all())
   assert 0.15 < np.mean(grey) < 0.25  # p = 0.2
   # Both plain, or both grey without jitter: (0.2 * 0.8)^2 + (0.2 * 0.2)^2.
   assert 0.005 < same / 400 < 0.06
-  only_grey = augment_pair.TwoColours(image_size=8, jitter=0.0, grey=1.0)
+  only_grey = pair.TwoColours(image_size=8, jitter=0.0, grey=1.0)
   views = only_grey(gradient(), np.random.default_rng(0))["images"]
   assert (views == views[..., :1]).all() and (views[0] == views[1]).all()
 
 
 def test_centre_crop_by_hand():
   image = gradient()
-  crop = augment_pair.CentreCrop(image_size=28)
+  crop = pair.CentreCrop(image_size=28)
   got = crop(image, None)["images"]
   # Shorter side 28 * 256 / 224 = 32; the other 48; the middle 28 x 28.
   whole = image.resize((48, 32), Image.Resampling.BILINEAR)
@@ -177,13 +176,13 @@ def test_centre_crop_by_hand():
 @pytest.mark.parametrize(
   "recipe, changes, match",
   [
-    (augment_pair.TwoColours, {"jitter": 1.5}, "data.jitter 1.5"),
-    (augment_pair.TwoColours, {"grey": -0.1}, "data.grey -0.1"),
-    (augment_pair.TwoColours, {"resample": "x"}, '"x" is unknown'),
-    (augment_pair.TwoColours, {"scale": (0.2, 1.5)}, "data.scale"),
-    (augment_pair.TwoColours, {"scale": (0.0, 1.0)}, "data.scale"),
-    (augment_pair.TwoColours, {"scale": (0.5, 0.2)}, "data.scale"),
-    (augment_pair.CentreCrop, {"resample": "x"}, '"x" is unknown'),
+    (pair.TwoColours, {"jitter": 1.5}, "data.jitter 1.5"),
+    (pair.TwoColours, {"grey": -0.1}, "data.grey -0.1"),
+    (pair.TwoColours, {"resample": "x"}, '"x" is unknown'),
+    (pair.TwoColours, {"scale": (0.2, 1.5)}, "data.scale"),
+    (pair.TwoColours, {"scale": (0.0, 1.0)}, "data.scale"),
+    (pair.TwoColours, {"scale": (0.5, 0.2)}, "data.scale"),
+    (pair.CentreCrop, {"resample": "x"}, '"x" is unknown'),
   ],
 )
 def test_what_cannot_be_drawn(recipe, changes, match):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from attmask_jax import augment, augment_supervised, randaugment
+from attmask_jax.augment import randaugment, supervised, transforms
 from attmask_jax.data import pipeline, shapes
 from attmask_jax.errors import InputError
 
-RECIPE = augment.MultiCrop(image_size=8, local_crops=0, global_crops=1)
+RECIPE = transforms.MultiCrop(image_size=8, local_crops=0, global_crops=1)
 NEAREST = Image.Resampling.NEAREST
 
 
@@ -146,7 +146,7 @@ def test_shear_and_translation_pixel_by_pixel(sign: int) -> None:
 def test_rotation_is_about_the_centre_and_fills() -> None:
   pixels = np.zeros((41, 41, 3), np.uint8)
   pixels[19:22, 34:37] = 255  # to the right: 15 px from the centre
-  got = _run("Rotate", Image.fromarray(pixels), 10, 1, augment.BICUBIC)
+  got = _run("Rotate", Image.fromarray(pixels), 10, 1, transforms.BICUBIC)
   y, x = np.nonzero(got.min(axis=2) > 200)
   # Anticlockwise by 30 degrees.
   assert abs(x.mean() - 20 - 15 * math.cos(math.pi / 6)) < 0.5
@@ -166,7 +166,7 @@ def test_how_often_and_how_strongly_each_operation_is_done(
     def run(
       image: Image.Image, value: float, *paint: object, name: str = name
     ) -> Image.Image:
-      assert paint == ((124, 116, 104), augment.BICUBIC)
+      assert paint == ((124, 116, 104), transforms.BICUBIC)
       done.append((name, value))
       return image
 
@@ -216,7 +216,7 @@ def test_magnitude_zero_changes_nothing_that_has_a_strength() -> None:
   changed = {
     name
     for name in randaugment.OPS
-    if not np.array_equal(_run(name, image, 0, 1, augment.BICUBIC), image)
+    if not np.array_equal(_run(name, image, 0, 1, transforms.BICUBIC), image)
   }
   # Posterising keeps four bits at most.
   assert changed == {"AutoContrast", "Equalize", "Invert", "Posterize"}
@@ -259,7 +259,7 @@ def test_a_string_that_is_not_understood(text: str, message: str) -> None:
 
 def test_erased_boxes_have_the_asked_share_and_aspect() -> None:
   rng = _rng()
-  boxes = [augment_supervised.erase_box(200, 300, rng) for _ in range(8000)]
+  boxes = [supervised.erase_box(200, 300, rng) for _ in range(8000)]
   boxes = np.array(boxes)
   assert boxes.shape == (8000, 4) and boxes.dtype == np.int32
   some = boxes.any(axis=1)
@@ -285,12 +285,12 @@ def test_erased_boxes_have_the_asked_share_and_aspect() -> None:
 
 
 def test_nothing_is_erased_where_nothing_fits() -> None:
-  box = augment_supervised.erase_box(
+  box = supervised.erase_box(
     50, 50, _rng(), prob=1.0, area=(1.0, 1.0), aspect=(1.0, 1.0)
   )
   assert not box.any()
-  assert not augment_supervised.erase_box(50, 50, _rng(), prob=0.0).any()
-  assert augment_supervised.erase_box(50, 50, _rng(), prob=1.0).any()
+  assert not supervised.erase_box(50, 50, _rng(), prob=0.0).any()
+  assert supervised.erase_box(50, 50, _rng(), prob=1.0).any()
 
 
 # --- recipes ----------------------------------------------------------------
@@ -299,13 +299,13 @@ def test_nothing_is_erased_where_nothing_fits() -> None:
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
 def test_probe_recipe_crops_then_flips(resample: str) -> None:
   image, flips = _noise(50, 40), 0
-  recipe = augment_supervised.CropFlip(24, (0.2, 0.6), resample)
+  recipe = supervised.CropFlip(24, (0.2, 0.6), resample)
   for seed in range(20):
     got = recipe(image, _rng(seed))["images"]
     assert got.shape == (1, 24, 24, 3) and got.dtype == np.uint8
-    box = augment.crop_box(50, 40, _rng(seed), scale=(0.2, 0.6))
+    box = transforms.crop_box(50, 40, _rng(seed), scale=(0.2, 0.6))
     want = np.asarray(
-      image.crop(box).resize((24, 24), augment.RESAMPLE[resample])
+      image.crop(box).resize((24, 24), transforms.RESAMPLE[resample])
     )
     flipped = np.array_equal(got[0], want[:, ::-1])
     assert flipped or np.array_equal(got[0], want)
@@ -313,16 +313,16 @@ def test_probe_recipe_crops_then_flips(resample: str) -> None:
   assert 3 < flips < 17
 
 
-def _plain_recipe(**changes: object) -> augment_supervised.Supervised:
+def _plain_recipe(**changes: object) -> supervised.Supervised:
   fields = dict(
     image_size=40, rand_augment="", jitter_strength=0.0, erase_prob=0.0
   )
-  return augment_supervised.Supervised(**fields | changes)
+  return supervised.Supervised(**fields | changes)
 
 
 def test_large_images_are_cropped_as_the_probe_does() -> None:
   image = _noise(60, 50)
-  want = augment_supervised.CropFlip(40, resample="bicubic")
+  want = supervised.CropFlip(40, resample="bicubic")
   for seed in range(5):
     got = _plain_recipe()(image, _rng(seed))
     assert set(got) == {"images"}
@@ -362,22 +362,22 @@ def test_colour_jitter_only_without_rand_augment(
     calls.append(options)
     return image
 
-  monkeypatch.setattr(augment, "color_jitter", jitter)
+  monkeypatch.setattr(transforms, "color_jitter", jitter)
   image = _noise(60, 50)
   _plain_recipe(jitter_strength=0.3)(image, _rng())
   strength = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0)
   assert calls == [strength]
-  augment_supervised.Supervised(image_size=40)(image, _rng())
+  supervised.Supervised(image_size=40)(image, _rng())
   assert len(calls) == 1
 
 
 def test_rand_augment_and_erasing_follow_the_crop() -> None:
   image = _noise(60, 50)
-  recipe = augment_supervised.Supervised(40, erase_prob=1.0, rand_augment="")
+  recipe = supervised.Supervised(40, erase_prob=1.0, rand_augment="")
   got = recipe(image, _rng(2))
   assert got["erase"].shape == (4,) and got["erase"].dtype == np.int32
   assert got["erase"].any() and got["erase"].max() <= 40
-  assert set(augment_supervised.Supervised(40)(image, _rng())) == set(got)
+  assert set(supervised.Supervised(40)(image, _rng())) == set(got)
   # Invert alone: whatever the crop, its negative.
   always = _plain_recipe(rand_augment="rand-m0-p1-n1-inc1")
   inverted = 0
@@ -398,13 +398,11 @@ def test_rand_augment_and_erasing_follow_the_crop() -> None:
 )
 def test_wrong_settings_stop_at_once(changes: dict, message: str) -> None:
   with pytest.raises(InputError, match=message):
-    augment_supervised.Supervised(**changes)
+    supervised.Supervised(**changes)
 
 
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (0.6, 0.2), (0.5, 1.2)])
-@pytest.mark.parametrize(
-  "recipe", [augment_supervised.CropFlip, augment_supervised.Supervised]
-)
+@pytest.mark.parametrize("recipe", [supervised.CropFlip, supervised.Supervised])
 def test_crops_that_cannot_be_stop_at_once(recipe, scale) -> None:
   shown = re.escape(f"data.scale {scale} must be two shares")
   with pytest.raises(InputError, match=shown):
@@ -417,12 +415,12 @@ def test_crops_that_cannot_be_stop_at_once(recipe, scale) -> None:
 
 def test_small_images_are_evaluated_whole() -> None:
   image = _noise(32, 32)
-  np.testing.assert_array_equal(augment.eval_whole(image, 32), image)
+  np.testing.assert_array_equal(transforms.eval_whole(image, 32), image)
   want = image.resize((24, 24), Image.Resampling.BICUBIC)
-  np.testing.assert_array_equal(augment.eval_whole(image, 24), want)
+  np.testing.assert_array_equal(transforms.eval_whole(image, 24), want)
   source = shapes.Shapes(4, size=32, seed=0, split="val")
   (batch,) = pipeline.eval_batches(
-    source, image_size=32, batch_size=4, crop=augment.eval_whole
+    source, image_size=32, batch_size=4, crop=transforms.eval_whole
   )
   for i in range(4):
     np.testing.assert_array_equal(batch["images"][i], source.load(i))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attmask_jax import losses, mesh, mixup
+from attmask_jax import mesh
+from attmask_jax.augment import mixup
+from attmask_jax.methods import losses
 
 NO_BOX = np.zeros(4, np.int32)
 COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce")

@@ -14,15 +14,15 @@ import statistics
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 import jax
 import numpy as np
 
 from attmask_jax import mesh as meshes
-from attmask_jax import optim, rates, train_step
 from attmask_jax.methods import METHODS
+from attmask_jax.training import optim, schedules, train_step
 from configs import extrema
 
 CASES = {
@@ -52,8 +52,8 @@ def program(variant: str, batch: int, case: dict[str, float]):
   images = rng.integers(0, 256, (batch, 1, size, size, 3), dtype=np.uint8)
   rows = np.arange(batch, dtype=np.int32)
   data = {"images": images, "index": rows, "position": rows, "label": rows}
-  schedules = rates.Schedules.from_config(config, steps_per_epoch=10)
-  scalars = meshes.put(mesh, schedules.at(1) | method.at(1))
+  rates = schedules.Schedules.from_config(config, steps_per_epoch=10)
+  scalars = meshes.put(mesh, rates.at(1) | method.at(1))
   data = meshes.shard(mesh, data)
   compiled = step.lower(state, data, scalars).compile()
   return compiled, state, data, scalars

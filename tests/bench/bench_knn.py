@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASSES, KS, TEMP = 1000, (10, 20, 100, 200), 0.07
 
 

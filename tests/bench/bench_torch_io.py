@@ -3,7 +3,7 @@
 python tests/bench_torch_io.py [--variant base] [--suffix .pth]
 
 Writes a ViT with random weights, reads the file's tensors, and loads it as
-evaluations do (`weights.load`, with one device). Each of these runs in a
+evaluations do (`loading.load`, with one device). Each of these runs in a
 process of its own; the memory is the operating system's peak of that process
 less what it had before.
 """
@@ -18,14 +18,16 @@ import tempfile
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 import numpy as np
 
 from attmask_jax import mesh as meshes
-from attmask_jax import trees, vit, weights
-from attmask_jax.torch_io import names, networks, pth, tables, tensors
+from attmask_jax import trees
+from attmask_jax.models import vit
+from attmask_jax.weights import loading
+from attmask_jax.weights.torch_io import names, networks, pth, tables, tensors
 
 PARTS = ("write", "read", "load")
 
@@ -59,7 +61,7 @@ def child(part: str, path: str, *, variant: str) -> None:
   elif part == "read":
     given = kind.read(path)
   else:
-    given = weights.load(path, network="teacher", mesh=mesh).params
+    given = loading.load(path, network="teacher", mesh=mesh).params
   seconds, more = time.perf_counter() - start, peak() - before
   assert jax.tree.leaves(given)
   size = pathlib.Path(path).stat().st_size / 2**20

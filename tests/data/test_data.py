@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attmask_jax import augment, errors
+from attmask_jax import errors
+from attmask_jax.augment import transforms
 from attmask_jax.data import cifar, pipeline, shapes, sources
 
-RECIPE = augment.MultiCrop(
+RECIPE = transforms.MultiCrop(
   image_size=16, local_size=8, local_crops=1, global_crops=2
 )
 
@@ -483,7 +484,7 @@ def test_evaluation_in_order_with_a_padded_end(indices: list | None) -> None:
   assert merged["label"][:used].tolist() == [i % 8 for i in chosen]
   assert set(merged["index"][used:]) == set(merged["label"][used:]) == {-1}
   for row, i in enumerate(chosen):
-    want = augment.eval_crop(source.load(i), 24)
+    want = transforms.eval_crop(source.load(i), 24)
     np.testing.assert_array_equal(merged["images"][row], want)
   assert merged["images"].dtype == np.uint8
 
@@ -515,7 +516,7 @@ def test_imagenet_photographs(
   source = sources.build(config, "train")
   assert len(source) == 45
   pipe = pipeline.TrainPipeline(
-    source, augment.MultiCrop(local_crops=2), batch_size=45, seed=0
+    source, transforms.MultiCrop(local_crops=2), batch_size=45, seed=0
   )
   (batch,) = pipe.batches(0, 1)
   assert batch["images"].shape == (45, 2, 224, 224, 3)

@@ -9,13 +9,7 @@ import pytest
 
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.evals import (
-  accuracy,
-  backgrounds,
-  fewshot,
-  knn,
-  masked,
-)
+from attmask_jax.evals import accuracy, backgrounds, fewshot, knn, masked
 from attmask_jax.evals.features import Features
 
 RNG = np.random.default_rng(0)

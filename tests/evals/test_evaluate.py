@@ -10,10 +10,11 @@ import pytest
 import small
 from PIL import Image
 
-from attmask_jax import evaluate, supervised, train, weights
+from attmask_jax import evaluate, supervised, train
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import features
+from attmask_jax.weights import loading
 from configs import evals
 
 
@@ -345,14 +346,14 @@ def test_data_that_do_not_do(trained, tmp_path):
 
 def test_digest_knows_names_and_values(trained):
   mesh = meshes.make_mesh()
-  one = weights.load(str(trained), network="teacher", mesh=mesh)
-  same = weights.load(
+  one = loading.load(str(trained), network="teacher", mesh=mesh)
+  same = loading.load(
     f"{trained}/checkpoints/{small.TOTAL_STEPS}", network="teacher", mesh=mesh
   )
   assert one.digest == same.digest
   tree = {"a": np.zeros(3), "b": np.ones(3)}
   digests = {
-    weights.digest(t)
+    loading.digest(t)
     for t in (tree, {"a": np.zeros(3), "c": np.ones(3)},
               {"a": np.ones(3), "b": np.zeros(3)},
               {"a": np.zeros(3), "b": np.ones(3, "f4")})

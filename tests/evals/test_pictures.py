@@ -10,21 +10,14 @@ import pytest
 import small
 from PIL import Image
 
-from attmask_jax import data, masking
+from attmask_jax import data
 from attmask_jax import mesh as meshes
 from attmask_jax.data import shapes
 from attmask_jax.errors import InputError
-from attmask_jax.evals import (
-  attention,
-  drawing,
-  masks,
-  overlap,
-  pca,
-  pictures,
-)
+from attmask_jax.evals import attention, drawing, masks, overlap, pca, pictures
 from attmask_jax.evals.job import Job
-from attmask_jax.methods import METHODS
-from attmask_jax.weights import Weights
+from attmask_jax.methods import METHODS, masking
+from attmask_jax.weights.loading import Weights
 from configs import evals as evals_config
 
 

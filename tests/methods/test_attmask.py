@@ -9,20 +9,14 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import (
-  epoch,
-  heads,
-  masking,
-  metrics,
-  optim,
-  rates,
-  train_step,
-  views,
-  vit,
-)
 from attmask_jax import mesh as meshes
+from attmask_jax import rows
 from attmask_jax.errors import InputError
-from attmask_jax.methods import attmask
+from attmask_jax.methods import attmask, masking
+from attmask_jax.models import heads, vit
+from attmask_jax.runs import metrics
+from attmask_jax.training import epoch, optim, train_step
+from attmask_jax.training.schedules import Schedules
 
 # Tolerances of the recorded runs: tests/golden/attmask/README.md.
 LOSSES, ATTENTION, PARAMETERS, GRADIENT_NORMS = 5e-5, 1e-5, 5e-6, 1e-3
@@ -69,7 +63,7 @@ def build(file, scenario):
     temp_warmup_epochs=own("warmup_temp_epochs"),
     center_momentum=cfg("center_momentum"),
   )
-  schedules = rates.Schedules(
+  schedules = Schedules(
     lr=own("lr"),
     min_lr=cfg("min_lr"),
     warmup_epochs=own("warmup_epochs"),
@@ -207,7 +201,7 @@ def test_golden_train_steps(golden, scenario):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hide(method, teacher, batch, scalars):
-  attention = method.look(teacher, views.flatten(batch["images"])).attention
+  attention = method.look(teacher, rows.flatten(batch["images"])).attention
   hidden = method.hide(attention, batch, jax.random.key(0), scalars)
   return attention, hidden.mask
 
@@ -217,7 +211,7 @@ def check_masks(file, scenario, method, state, batch, scalars, t):
     return
   attention, mask = hide(method, state.teacher, batch, scalars)
   want = file[f"out/{scenario}/cls_attention"][t]
-  want = views.flatten(image_major(want))
+  want = rows.flatten(image_major(want))
   np.testing.assert_allclose(attention, want, rtol=0, atol=ATTENTION)
   masks = file[f"out/{scenario}/masks"][t].swapaxes(0, 1)
   np.testing.assert_array_equal(mask, masks.reshape(mask.shape))
@@ -375,9 +369,9 @@ def test_patch_loss_in_chunks_is_the_same():
 def test_draws_follow_the_position_and_not_the_place_in_the_batch():
   method = small(mask_prob=0.5, mask="attmask_hint", show_max=0.5)
   batch = small_batch(method, b=8)
-  rows = views.flatten(batch["images"]).astype(np.float32)
+  flat = rows.flatten(batch["images"]).astype(np.float32)
   scalars = {"n_mask": np.int32(6), "n_show": np.int32(2)}
-  score = jax.random.normal(jax.random.key(5), (len(rows), 16))
+  score = jax.random.normal(jax.random.key(5), (len(flat), 16))
   hide = lambda s, position: (
     method.hide(s, {"position": position}, jax.random.key(3), scalars).mask
   )

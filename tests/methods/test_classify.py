@@ -8,20 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attmask_jax import (
-  checkpoint,
-  evaluate,
-  mesh,
-  optim,
-  rates,
-  supervised,
-  train_step,
-  vit,
-  weights,
-)
+from attmask_jax import evaluate, mesh, supervised
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 from attmask_jax.methods.classify import Classify
+from attmask_jax.models import vit
+from attmask_jax.runs import checkpoint
+from attmask_jax.training import optim, schedules, train_step
+from attmask_jax.weights import loading
 from configs import evals, tiny
 
 
@@ -84,7 +78,7 @@ def test_golden_linear_probe(golden, avgpool):
     last_blocks=cfg["n"],
     avgpool=avgpool,
   )
-  schedule = rates.Schedules(
+  schedule = schedules.Schedules(
     lr=cfg["lr"] * cfg["bs"] / 256,
     min_lr=0.0,
     warmup_epochs=0,
@@ -234,7 +228,7 @@ def test_one_device_and_eight_agree():
 
 
 def test_learning_rates_of_fine_tuning_by_hand():
-  schedule = rates.Schedules(
+  schedule = schedules.Schedules(
     lr=1.0, min_lr=0.1, warmup_epochs=2, weight_decay=(0.05, 0.05),
     momentum=(0.9, 0.9), freeze_epochs=0, epochs=8, steps_per_epoch=3,
     schedule="late_epoch_cosine", warmup_lr=0.2,
@@ -265,7 +259,7 @@ def completed(family, name, **changes):
   theirs = tiny.get_config(family)
   theirs.data.update(shapes_train=8, shapes_val=8)
   method = METHODS[theirs.method.name].from_config(theirs, steps_per_epoch=1)
-  source = weights.Weights(
+  source = loading.Weights(
     method, {}, {}, theirs, "0" * 16, 0, "teacher", "nowhere", None
   )
   config = evals.get_config(name)

@@ -5,58 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from recorded_classifiers import Given, mae_method, under, weights_of
 
-from attmask_jax import mesh, mixup, optim, rates, train_step, vit
+from attmask_jax import mesh
 from attmask_jax.methods.classify import Classify
+from attmask_jax.models import vit
+from attmask_jax.training import optim, schedules, train_step
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # golden/{mae,extrema}/README.md
-
-
-class Given(Classify):
-  """Normalised images and soft targets from the batch, where it has them."""
-
-  def _mix(self, batch, rng, scalars):
-    targets = batch.get("targets")
-    if targets is None:
-      targets = mixup.soft_targets(
-        batch["label"], self.num_classes, smoothing=self.smoothing
-      )
-    return batch["images"][:, 0], targets
-
-
-def weights_of(tensors, *, fixed):
-  """A recorded classifier: backbone and head, our layout."""
-  tree = reference.tree(
-    {k: v for k, v in tensors.items() if "running" not in k and "num" not in k}
-  )
-  head = {k: v[None] for k, v in tree.pop("head").items()}
-  if "fc_norm" in tree:
-    head["norm"] = tree.pop("fc_norm")
-  if fixed:
-    tree.pop("pos_embed", None)
-  # Downstream nothing uses the encoder's final norm; ours keeps it, untouched.
-  width = tree["patch_embed"]["bias"].shape
-  tree.setdefault("norm", {"scale": np.ones(width), "bias": np.zeros(width)})
-  return {"backbone": tree, "head": head}
-
-
-def under(file, prefix):
-  return {k[len(prefix) :]: file[k] for k in file if k.startswith(prefix)}
-
-
-def mae_method(file, cls_token=False, **changes):
-  cfg = lambda name: file[f"cfg/{name}"].item()
-  backbone = vit.ViT(
-    cfg("dim"), cfg("depth"), cfg("heads"), cfg("patch"), cfg("img"),
-    class_token="input" if cls_token else "none", positions="yx",
-    key_bias=False,
-  )  # fmt: skip
-  fields = dict(
-    num_classes=cfg("ncls"), epochs=3, steps_per_epoch=1,
-    image_size=cfg("img"), batch_size=4, raw=True, frozen=False,
-    avgpool=0 if cls_token else 1, decay_tokens=False,
-  )  # fmt: skip
-  return Given(backbone, **fields | changes)
 
 
 @pytest.mark.parametrize("variant", ["gap", "cls"])
@@ -106,7 +62,7 @@ def schedule_of(cfg, lr, **changes):
     weight_decay=(0.0, 0.0), momentum=(1.0, 1.0), freeze_epochs=0,
     epochs=cfg("epochs"), steps_per_epoch=1,
   )  # fmt: skip
-  return rates.Schedules(**fields | changes)
+  return schedules.Schedules(**fields | changes)
 
 
 def test_golden_mae_fine_tuning(golden):
@@ -242,7 +198,7 @@ def test_golden_extrema_linear_probe(golden):
     }
     for x, y in zip(images, file["in/target"], strict=True)
   ]
-  schedule = rates.Schedules(
+  schedule = schedules.Schedules(
     lr=cfg("lr"), min_lr=0.0, warmup_epochs=cfg("warmup_epochs"),
     weight_decay=(0.0, 0.0), momentum=(1.0, 1.0), freeze_epochs=0,
     epochs=cfg("epochs"), steps_per_epoch=cfg("iters_per_epoch"),

@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import (
-  heads,
-  losses,
-  masking,
-  mesh,
-  optim,
-  rates,
-  train_step,
-  vit,
-)
+from attmask_jax import mesh
 from attmask_jax.errors import InputError
-from attmask_jax.methods import extrema
+from attmask_jax.methods import extrema, losses, masking
+from attmask_jax.models import heads, vit
+from attmask_jax.training import optim, schedules, train_step
 from configs import tiny
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # tests/golden/extrema/README.md
@@ -159,7 +152,7 @@ def test_golden_masks(golden, monkeypatch):
 def test_golden_schedules(golden):
   file = golden("extrema/schedules.npz")
   cfg = lambda name: file[f"cfg/pretrain/{name}"].item()
-  schedule = rates.Schedules(
+  schedule = schedules.Schedules(
     lr=cfg("base_lr") * cfg("batch_size") / 256,
     min_lr=cfg("min_lr"),
     warmup_epochs=cfg("warmup_epochs"),
@@ -187,7 +180,7 @@ def test_golden_training_steps(golden):
   file = golden("extrema/train_steps.npz")
   cfg = lambda name: file[f"cfg/{name}"].item()
   method = method_of(file, GivenSubsets)
-  schedule = rates.Schedules(
+  schedule = schedules.Schedules(
     lr=cfg("lr"),
     min_lr=cfg("min_lr"),
     warmup_epochs=cfg("warmup_epochs"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attmask_jax import losses
+from attmask_jax.methods import losses
 
 TOLERANCE = 2e-5  # tests/golden/attmask/README.md
 

@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import (
-  losses,
-  masking,
-  mesh,
-  optim,
-  rates,
-  train_step,
-  vit,
-)
+from attmask_jax import mesh
 from attmask_jax.errors import InputError
 from attmask_jax.evals import knn
-from attmask_jax.methods import mae
+from attmask_jax.methods import losses, mae, masking
+from attmask_jax.models import vit
+from attmask_jax.rows import gather
+from attmask_jax.training import optim, schedules, train_step
 from configs import tiny
 
 FORWARD, TRAINED = 2e-5, 1e-4  # tests/golden/mae/README.md
@@ -102,9 +97,7 @@ def test_golden_targets(golden):
     close(losses.pixel_loss(pred, target), file[f"out/loss_all_{name}"])
     # Every image hides as many patches as the others.
     hidden = jnp.asarray([np.flatnonzero(mask) for mask in file["in/mask"]])
-    got = losses.pixel_loss(
-      masking.gather(pred, hidden), masking.gather(target, hidden)
-    )
+    got = losses.pixel_loss(gather(pred, hidden), gather(target, hidden))
     close(got, file[f"out/loss_{name}"])
 
 
@@ -140,7 +133,7 @@ def test_golden_training_steps(golden, variant):
   cfg = lambda name: file[f"cfg/{name}"].item()
   forward = golden("mae/pretrain_forward.npz")
   method = method_of(forward, variant, GivenOrder)
-  schedule = rates.Schedules(
+  schedule = schedules.Schedules(
     lr=cfg("scaled_lr"),
     min_lr=cfg("min_lr"),
     warmup_epochs=cfg("warmup_epochs"),
@@ -347,7 +340,9 @@ def test_golden_schedules(golden):
     total = int(epochs * steps)
     where = file["in/full_index"] if case == "full" else range(total)
     got = [
-      rates.cosine(int(i), base=base, final=final, warmup=warmup, total=total)
+      schedules.cosine(
+        int(i), base=base, final=final, warmup=warmup, total=total
+      )
       for i in where
     ]
     want = file[f"out/{case}"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attmask_jax import masking
+from attmask_jax.methods import masking
 
 
 def cases(file):

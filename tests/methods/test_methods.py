@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import optim
 from attmask_jax.methods import METHODS
+from attmask_jax.training import optim
 
 PRETRAINING = sorted(set(METHODS) - {"classify"})
 DECLARED = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import heads
+from attmask_jax.models import heads
 
 TOLERANCE = 1e-5  # tests/golden/attmask/README.md
 

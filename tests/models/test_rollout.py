@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import reference
 from PIL import Image
-from test_classify_golden import mae_method, under, weights_of
+from recorded_classifiers import mae_method, under, weights_of
 
-from attmask_jax import evaluate, masking, rollout, train
+from attmask_jax import evaluate, train
 from attmask_jax.errors import InputError
 from attmask_jax.evals import reconstruct
 from attmask_jax.evals import rollout as evaluation
+from attmask_jax.methods import masking
 from attmask_jax.methods.mae import Mae
+from attmask_jax.models import rollout
 from configs import evals
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # golden/mae/README.md

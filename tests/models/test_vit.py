@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import layers, positions, stack, vit
 from attmask_jax.errors import InputError
+from attmask_jax.models import blocks, layers, positions, vit
 from configs import common
 
 
@@ -169,7 +169,7 @@ def test_golden_drop_path(golden):
   file = golden("mae/finetune_extras.npz")
   draws = jnp.asarray(file["in/droppath/u"]).reshape(1, 1, -1)
   # Two blocks: the first never drops, the last has the rate.
-  scales = stack.branch_scales(
+  scales = blocks.branch_scales(
     jnp.tile(draws, (2, 2, 1)), file["cfg/droppath_p"].item()
   )
   assert (scales[0] == 1).all()

@@ -17,10 +17,12 @@ import pytest
 import small
 from PIL import Image
 
-from attmask_jax import checkpoint, data, metrics, train, train_step
+from attmask_jax import data, train
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
+from attmask_jax.runs import checkpoint, metrics
+from attmask_jax.training import train_step
 
-MAIN = pathlib.Path(__file__).parents[1] / "main.py"
+MAIN = pathlib.Path(__file__).parents[2] / "main.py"
 WALL_CLOCK = {"train/img_per_s", "train/data_wait"}
 # One device or eight: sums in another order, see test_mesh.py; the numbers
 # that are logged are sums of such sums.

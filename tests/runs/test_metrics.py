@@ -14,8 +14,8 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from attmask_jax import metrics, progress
 from attmask_jax.errors import InputError
+from attmask_jax.runs import metrics, progress
 
 
 def lines(path):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attmask_jax import report
 from attmask_jax.errors import InputError
 from attmask_jax.evals import compare
 from attmask_jax.evals.job import Job
+from attmask_jax.runs import report
 
 CONFIG = {
   "data.images": 40,

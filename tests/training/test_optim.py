@@ -7,7 +7,8 @@ import optax
 import pytest
 import reference
 
-from attmask_jax import optim, rates
+from attmask_jax.training import optim
+from attmask_jax.training.schedules import Schedules, cosine
 
 TOLERANCE = 2e-6  # tests/golden/attmask/README.md
 
@@ -162,7 +163,7 @@ def test_golden_schedules(golden):
   file = golden("attmask/schedules.npz")
   for run in runs(file):
     cfg = lambda name, run=run: file[f"cfg/{run}/{name}"].item()
-    schedules = rates.Schedules(
+    schedules = Schedules(
       lr=cfg("lr") * (cfg("bs") * cfg("world")) / 256.0,
       min_lr=cfg("min_lr"),
       warmup_epochs=cfg("warmup_epochs"),
@@ -183,7 +184,7 @@ def test_golden_schedules(golden):
 
 
 def test_first_step_has_no_learning_rate_and_the_peak_holds_twice():
-  at = lambda i: rates.cosine(i, base=2.0, final=0.0, warmup=4, total=8)
+  at = lambda i: cosine(i, base=2.0, final=0.0, warmup=4, total=8)
   assert [at(i) for i in range(5)] == [0.0, 2 / 3, 4 / 3, 2.0, 2.0]
   assert at(7) > 0
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import optim, rates, train
+from attmask_jax import train
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
+from attmask_jax.training import optim
+from attmask_jax.training.schedules import Schedules
 
 SMALL = ("attmask", "hint", "ibot", "dino", "mae", "extrema")
 ARGUMENTS = {  # the first is the default
@@ -73,7 +75,7 @@ def recipe(name):
 
 def build(config, steps=STEPS):
   """The method and the schedules that a config describes."""
-  schedules = rates.Schedules.from_config(config, steps_per_epoch=steps)
+  schedules = Schedules.from_config(config, steps_per_epoch=steps)
   method = METHODS[config.method.name].from_config(
     config, steps_per_epoch=steps
   )
@@ -155,7 +157,7 @@ def test_evaluations_have_a_name_and_every_key_of_one(name):
   else:
     assert name.startswith(config.evals.name)
   if trains:
-    schedules = rates.Schedules.from_config(config, steps_per_epoch=STEPS)
+    schedules = Schedules.from_config(config, steps_per_epoch=STEPS)
     assert np.isfinite(schedules.at(schedules.total_steps - 1)["lr"])
     optim.Optimizer.from_config(config)
   student = name in ("reconstruct", "finetune_extrema")
@@ -381,7 +383,7 @@ def supervised_schedule(name, batch, steps, epochs, warmup, lr):
   """The config, once its schedule is as published."""
   config = recipe("evals").get_config(name)
   assert config.data.batch_size == batch and IMAGENET // batch == steps
-  schedules = rates.Schedules.from_config(config, steps_per_epoch=steps)
+  schedules = Schedules.from_config(config, steps_per_epoch=steps)
   assert (schedules.epochs, schedules.warmup_epochs) == (epochs, warmup)
   peak = schedules.values(warmup * steps)["lr"]
   assert peak == pytest.approx(lr, rel=1e-9)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import masking, metrics, optim, progress, train, train_step
-from attmask_jax import run as runs
+from attmask_jax import train
 from attmask_jax.errors import InputError
-from attmask_jax.methods import METHODS, attmask
+from attmask_jax.methods import METHODS, attmask, masking
+from attmask_jax.runs import metrics, progress
+from attmask_jax.training import optim, train_step
+from attmask_jax.training import setup as runs
 
 # Sums are taken in another order: a few units in the last place of float32,
 # grown over 4 steps. See test_mesh.py.

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import lazy, pickling, pth, tensors
+from attmask_jax.weights.torch_io import lazy, pickling, pth, tensors
 
 RNG = np.random.default_rng(0)
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64,

@@ -12,12 +12,13 @@ import reference
 from conftest import GOLDEN
 from torch_trees import back, filled, same, trees
 
-from attmask_jax import heads, vit, weights
 from attmask_jax import mesh as meshes
 from attmask_jax.evals import knn
 from attmask_jax.methods import classify, mae
-from attmask_jax.torch_io import (
-  checkpoints,
+from attmask_jax.models import heads, vit
+from attmask_jax.weights import loading
+from attmask_jax.weights.torch_io import (
+  files,
   layouts,
   names,
   networks,
@@ -202,7 +203,7 @@ def loaded(tmp_path, tensors, num_heads, key="model", **rest):
   """What evaluations get of a file with these tensors."""
   pth.write(tmp_path / "a.pth", {key: tensors} | rest)
   mesh = meshes.make_mesh(devices=jax.devices()[:1])
-  return weights.load(
+  return loading.load(
     str(tmp_path / "a.pth"), network="teacher", mesh=mesh, heads=num_heads
   )
 
@@ -321,7 +322,7 @@ def test_golden_mae_checkpoint(golden, golden_root):
     np.testing.assert_allclose(again[name], want[name], rtol=0, atol=2e-6)
   file = golden("mae/knn.npz")
   mesh = meshes.make_mesh(devices=jax.devices()[:1])
-  found = weights.load(
+  found = loading.load(
     str(golden_root / "mae" / "checkpoint.pth"), network="teacher",
     mesh=mesh, heads=layout.heads,
   )  # fmt: skip
@@ -330,7 +331,7 @@ def test_golden_mae_checkpoint(golden, golden_root):
   np.testing.assert_allclose(
     cls, file["out/checkpoint_features_raw"], rtol=1e-4, atol=2e-5
   )
-  assert checkpoints.read(golden_root / "mae" / "checkpoint.pth").epoch == 2
+  assert files.read(golden_root / "mae" / "checkpoint.pth").epoch == 2
 
 
 def test_golden_features_of_the_mae_checkpoint(golden):

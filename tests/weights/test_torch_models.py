@@ -13,12 +13,13 @@ import ml_collections
 import numpy as np
 import pytest
 
-from attmask_jax import export, positions, vit
 from attmask_jax import mesh as meshes
 from attmask_jax.methods.classify import Classify
 from attmask_jax.methods.mae import Decoder, Mae
-from attmask_jax.torch_io import networks
-from attmask_jax.weights import Weights, load
+from attmask_jax.models import positions, vit
+from attmask_jax.weights import export
+from attmask_jax.weights.loading import Weights, load
+from attmask_jax.weights.torch_io import networks
 
 NEEDED = ("torch", "timm", "transformers")
 pytestmark = pytest.mark.skipif(

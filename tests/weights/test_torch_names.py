@@ -17,9 +17,9 @@ from torch_trees import (
   without_key_bias,
 )
 
-from attmask_jax import positions
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import layouts, names, tables
+from attmask_jax.models import positions
+from attmask_jax.weights.torch_io import layouts, names, tables
 
 SEPARATE = dict(shared_head=False, shared_head_teacher=False)
 TREES = {

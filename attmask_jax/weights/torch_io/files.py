@@ -11,11 +11,19 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, optim, trees, words
+from attmask_jax import Params, trees, words
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import layouts, names, networks, pth, tables, tensors
-from attmask_jax.torch_io.lazy import ARRAYS, Tensor
-from attmask_jax.torch_io.unpickling import shown
+from attmask_jax.training import optim
+from attmask_jax.weights.torch_io import (
+  layouts,
+  names,
+  networks,
+  pth,
+  tables,
+  tensors,
+)
+from attmask_jax.weights.torch_io.lazy import ARRAYS, Tensor
+from attmask_jax.weights.torch_io.unpickling import shown
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 SHOWN = 5  # names in a message

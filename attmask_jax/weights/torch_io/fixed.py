@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import positions
 from attmask_jax.errors import InputError
+from attmask_jax.models import positions
 
 
 def table(

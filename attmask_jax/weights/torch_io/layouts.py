@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from attmask_jax import vit
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import sizes, tables
-from attmask_jax.torch_io.lazy import ARRAYS
-from attmask_jax.torch_io.names import Table, Tensors
-from attmask_jax.torch_io.unpickling import shown
+from attmask_jax.models import vit
+from attmask_jax.weights.torch_io import sizes, tables
+from attmask_jax.weights.torch_io.lazy import ARRAYS
+from attmask_jax.weights.torch_io.names import Table, Tensors
+from attmask_jax.weights.torch_io.unpickling import shown
 
 # ExtreMA's two encoders, and the networks of ours that they are.
 _ENCODERS = {"base_encoder.": "student", "momentum_encoder.": "teacher"}

@@ -22,8 +22,8 @@ import numpy as np
 
 from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import fixed
-from attmask_jax.torch_io.lazy import Tensor
+from attmask_jax.weights.torch_io import fixed
+from attmask_jax.weights.torch_io.lazy import Tensor
 
 Tensors = Mapping[str, np.ndarray | Tensor]
 Change = Callable[[np.ndarray], np.ndarray]

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from attmask_jax import Params, heads, vit
-from attmask_jax.decoder import Decoder
+from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.attmask import AttMask
 from attmask_jax.methods.classify import Classify
 from attmask_jax.methods.extrema import ExtreMA
 from attmask_jax.methods.mae import Mae
-from attmask_jax.positions import DINO_OFFSET
-from attmask_jax.torch_io.layouts import Layout
+from attmask_jax.models import heads, vit
+from attmask_jax.models.decoder import Decoder
+from attmask_jax.models.positions import DINO_OFFSET
+from attmask_jax.weights.torch_io.layouts import Layout
 
 NAME = "imported"  # of the method, in the config of such weights
 # What a classifier reads: blocks' class tokens, mean patch, final norm or not.

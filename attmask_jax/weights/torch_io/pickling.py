@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from attmask_jax.torch_io.unpickling import STORAGES, Refused
+from attmask_jax.weights.torch_io.unpickling import STORAGES, Refused
 
 NAMES = {dtype: name for name, dtype in STORAGES.items()}
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import lazy as laziness
-from attmask_jax.torch_io import pickling, unpickling
-from attmask_jax.torch_io.unpickling import Refused, shown
+from attmask_jax.weights.torch_io import lazy as laziness
+from attmask_jax.weights.torch_io import pickling, unpickling
+from attmask_jax.weights.torch_io.unpickling import Refused, shown
 
 Opaque = unpickling.Opaque
 MAX_PICKLE_BYTES = 2**24  # that of a ViT-G training state is a twentieth

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from attmask_jax import vit
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io import fixed, names
-from attmask_jax.torch_io.names import Constant, Table, Tensors
+from attmask_jax.models import vit
+from attmask_jax.weights.torch_io import fixed, names
+from attmask_jax.weights.torch_io.names import Constant, Table, Tensors
 
 _HEADS = {v["width"]: v["heads"] for v in vit.VARIANTS.values()}
 

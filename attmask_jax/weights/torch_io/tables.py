@@ -8,7 +8,7 @@ compares it.
 
 import dataclasses
 
-from attmask_jax.torch_io.names import Constant, Row, Table
+from attmask_jax.weights.torch_io.names import Constant, Row, Table
 
 Rows = tuple[Row, ...]
 PROTOTYPES = ("shared", "separate", "class_only")

@@ -13,8 +13,8 @@ import numpy as np
 
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
-from attmask_jax.torch_io.lazy import Tensor
-from attmask_jax.torch_io.unpickling import shown
+from attmask_jax.weights.torch_io.lazy import Tensor
+from attmask_jax.weights.torch_io.unpickling import shown
 
 
 def _package(path: str | os.PathLike[str]) -> types.ModuleType:

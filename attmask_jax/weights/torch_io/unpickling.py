@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from attmask_jax.torch_io.lazy import ARRAYS, Tensor
+from attmask_jax.weights.torch_io.lazy import ARRAYS, Tensor
 
 STORAGES = {
   "DoubleStorage": np.dtype(np.float64),

@@ -1,0 +1,1 @@
+"""Augmentation: on the host with Pillow, and mixing on the device."""

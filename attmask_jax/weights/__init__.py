@@ -1,0 +1,1 @@
+"""Trained weights: loading, start values, import and export."""
