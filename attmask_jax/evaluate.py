@@ -122,7 +122,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
       config.weights,
       network=config.network,
       mesh=mesh,
-      heads=config.heads,
+      num_heads=config.num_heads,
       allow_missing=config.allow_missing,
     )
     if "backbone" not in source.params:

@@ -22,7 +22,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   """Writes a .pth or .safetensors file as a checkpoint of this program.
 
   Args:
-    config: weights, heads and allow_missing are read.
+    config: weights, num_heads and allow_missing are read.
     output: a new directory; it can then be named as `config.weights`.
 
   Raises:
@@ -39,7 +39,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   if folder.exists() and any(folder.iterdir()):
     raise InputError(f"{folder} is not empty: give a new directory")
   file = files.read(config.weights)
-  options = dict(heads=config.heads, allow_missing=config.allow_missing)
+  options = dict(num_heads=config.num_heads, allow_missing=config.allow_missing)
   found = {
     name: files.load(file, name, **options) for name in ("student", "teacher")
   }
@@ -81,7 +81,7 @@ def export_weights(
   """Writes weights for another code base, see `export.export`.
 
   Args:
-    config: weights, heads and allow_missing are read; network and probe (a
+    config: weights, num_heads and allow_missing are read; network and probe (a
       trained one) by formats that hold one network.
     output: .pth or .safetensors file; must not exist.
     format: one of `export.FORMATS`.
@@ -103,7 +103,7 @@ def export_weights(
     config.weights,
     network=network,
     mesh=mesh,
-    heads=config.heads,
+    num_heads=config.num_heads,
     allow_missing=config.allow_missing,
   )
   if format in export.PAIRS:

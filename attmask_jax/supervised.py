@@ -117,7 +117,10 @@ def _backbone(
   """The pretrained parameters that the classifier takes up."""
   own = dict(source.params["backbone"])
   own.pop("mask_token", None)
-  theirs, lead = source.method.backbone, int(section.class_token == "input")
+  theirs, num_prefix_tokens = (
+    source.method.backbone,
+    int(section.class_token == "input"),
+  )
   if section.class_token == "none":  # fine-tuning of ExtreMA drops its reader
     own = {
       name: x
@@ -129,9 +132,13 @@ def _backbone(
       table = positions.sin_cos(
         (theirs.grid,) * 2, theirs.width, theirs.positions
       )
-      own["pos_embed"] = jnp.pad(table, ((0, 0), (lead, 0), (0, 0)))
-    elif theirs.lead > lead:  # the class token's, which is dropped
-      own["pos_embed"] = own["pos_embed"][:, theirs.lead :]
+      own["pos_embed"] = jnp.pad(
+        table, ((0, 0), (num_prefix_tokens, 0), (0, 0))
+      )
+    elif (
+      theirs.num_prefix_tokens > num_prefix_tokens
+    ):  # the class token's, which is dropped
+      own["pos_embed"] = own["pos_embed"][:, theirs.num_prefix_tokens :]
   return own
 
 

@@ -29,7 +29,7 @@ def attmask() -> ml_collections.ConfigDict:
   config.init_from = ""  # weights to start from, see docs/pytorch.md
   config.init_epoch = True  # go on after their epoch: whole AttMask runs alone
   config.init_resample = False  # give their positions the size of our images
-  config.heads = 0  # of attention, where a weight file is of no known size
+  config.num_heads = 0  # of attention, where a weight file is of no known size
   config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin
   config.method = method()
   config.data = data()
@@ -184,7 +184,7 @@ def evaluation(name: str, **settings: object) -> ml_collections.ConfigDict:
   # teacher | student | untrained; "" = teacher, of a fine-tuning the student.
   # reconstruct and finetune_extrema take the student.
   config.network = ""
-  config.heads = 0  # of attention, where a weight file is of no known size
+  config.num_heads = 0  # of attention, where a weight file is of no known size
   config.allow_missing = ""  # A,B: tensors of a weight file, or how they begin
   # Of a linear probe: masked, backgrounds, tokens, rollout with
   # evals.explain=class, and export.

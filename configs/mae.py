@@ -48,9 +48,11 @@ import ml_collections
 from configs import common
 
 
-def _decoder(width: int, depth: int, heads: int = 0) -> dict[str, int]:
+def _decoder(width: int, depth: int, num_heads: int = 0) -> dict[str, int]:
   """heads = 0: width / 64."""
-  return dict(decoder_width=width, decoder_depth=depth, decoder_heads=heads)
+  return dict(
+    decoder_width=width, decoder_depth=depth, decoder_num_heads=num_heads
+  )
 
 
 _SMALL = dict(variant="small", **_decoder(192, 4))
@@ -107,7 +109,7 @@ def mae() -> ml_collections.ConfigDict:
     show_max=0.1,  # hints come from this share of most attended patches
     decoder_width=192,
     decoder_depth=4,
-    decoder_heads=0,  # 0 = width / 64
+    decoder_num_heads=0,  # 0 = width / 64
     decoder_class_token=False,  # the decoder sees the encoder's (official)
     norm_target=True,  # pixels normalised per patch
     target_layout="chw",  # values of a patch: chw | hwc (official)

@@ -89,7 +89,7 @@ def mae() -> ml_collections.ConfigDict:
     patch_size=4,
     decoder_width=64,
     decoder_depth=2,
-    decoder_heads=2,
+    decoder_num_heads=2,
   )
   config.optim.update(epochs=10, lr_per_256=4e-3, warmup_epochs=1)
   return _shapes(config, scale=(0.4, 1.0))

@@ -54,7 +54,7 @@ FAMILIES = {
   "mae": {
     "method.decoder_width": 16,
     "method.decoder_depth": 1,
-    "method.decoder_heads": 2,
+    "method.decoder_num_heads": 2,
     "data.scale": (0.4, 1.0),
   },
   "extrema": {

@@ -97,7 +97,7 @@ def test_a_backbone_alone(trained, tmp_path, caplog):
   for name, form in (("a.pth", "attmask"), ("b.pth", "timm"), ("c.pth", "hf")):
     path = export(trained, tmp_path / name, format=form, backbone_only=True)
     # A flat file does not say how many heads there are: 8 wide is unusual.
-    found = load(path, heads=2)
+    found = load(path, num_heads=2)
     assert list(found.params) == ["backbone"]
     same(found.params["backbone"], teacher.params["backbone"])
   assert set(pth.read(tmp_path / "a.pth")) == {"state_dict", "heads"}
@@ -113,7 +113,7 @@ def test_formats_of_two_networks_hold_both(trained, tmp_path, network):
     same(load(path, name).params, load(trained, name).params)
   bare = export(trained, tmp_path / "b.pth", format="timm", network=network)
   want = load(trained, network).params["backbone"]
-  same(load(bare, heads=2).params["backbone"]["norm"], want["norm"])
+  same(load(bare, num_heads=2).params["backbone"]["norm"], want["norm"])
 
 
 def test_a_file_without_centers_goes_through(exported, tmp_path, caplog):
@@ -155,7 +155,7 @@ def test_import_is_a_checkpoint_of_ours(trained, exported, tmp_path, capsys):
 
 OFFICIAL = dict(
   class_token=True, decoder_class_token=True, position_order="xy",
-  target_layout="hwc", target_variance="unbiased", decoder_heads=4,
+  target_layout="hwc", target_variance="unbiased", decoder_num_heads=4,
 )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_the_other_families(tmp_path, family, suffix):
   same(load(path, "teacher").params, teacher or params)
   if family == "mae":
     found = load(path, "student").method
-    assert found.decoder.heads == (4 if official else 2)
+    assert found.decoder.num_heads == (4 if official else 2)
     assert found.decoder.class_token == official
     assert found.target_layout == ("hwc" if official else "chw")
     other = {"chw": "hwc", "hwc": "chw"}[method.target_layout]
@@ -409,7 +409,7 @@ def test_positions_of_another_kind(trained, tmp_path, caplog):
     begun(small.config(sizes | large), caplog)
   large["init_resample"] = True
   start, _ = begun(small.config(sizes | large), caplog)
-  want = positions.interpolate(got, 24, 24, 4, lead=1)
+  want = positions.interpolate(got, 24, 24, 4, num_prefix_tokens=1)
   np.testing.assert_allclose(
     start.trees["params"]["backbone"]["pos_embed"], want, atol=1e-6
   )
@@ -454,7 +454,7 @@ def test_positions_of_another_size(trained, tmp_path):
   from attmask_jax.models import positions
 
   old = jax.device_get(load(trained).params["backbone"]["pos_embed"])
-  want = positions.interpolate(old, 24, 24, 4, lead=1)
+  want = positions.interpolate(old, 24, 24, 4, num_prefix_tokens=1)
   np.testing.assert_allclose(table["pos_embed"], want, atol=1e-6)
   wide = small.config({"method.variant": "24x2x2", "init_from": str(path),
                        "heads": 2})  # fmt: skip

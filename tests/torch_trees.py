@@ -9,7 +9,7 @@ from attmask_jax.weights.torch_io import names
 from configs import tiny
 
 GRID = (8, 8)  # of the tiny configs
-SMALL = dict(width=16, depth=2, heads=2, patch_size=4, image_size=16)
+SMALL = dict(width=16, depth=2, num_heads=2, patch_size=4, image_size=16)
 
 
 def filled(shapes, dtype=np.float32):

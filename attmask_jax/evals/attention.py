@@ -155,9 +155,9 @@ def _draw(
     keep: share of the attention that the region holds.
     title: whose attention it is.
   """
-  heads = len(rows[0][1])
-  lines = -(-heads // HEADS_PER_LINE)
-  per_line = -(-heads // lines)
+  num_heads = len(rows[0][1])
+  lines = -(-num_heads // HEADS_PER_LINE)
+  per_line = -(-num_heads // lines)
   first = ["Image", "Mean over\nheads", f"{100 * keep:g} % of the\nattention"]
   aspects, headings, labels = [], {}, []
   for number, (picture, _, _) in enumerate(rows):
@@ -166,7 +166,7 @@ def _draw(
     labels += [picture.name] + [""] * (lines - 1)
     for line in range(lines):
       if lines > 1 or number == 0:
-        names = range(line * per_line, min(heads, (line + 1) * per_line))
+        names = range(line * per_line, min(num_heads, (line + 1) * per_line))
         headings[number * lines + line] = [
           *(first if line == 0 else [""] * 3),
           *(f"Head {i + 1}" for i in names),

@@ -103,8 +103,8 @@ def _hidden(
     return masking.attention_mask(attention, policy=policy, n_mask=n_mask)
   keys = masking.row_keys(jax.random.key(seed), index)
   n = attention.shape[1]
-  draws = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-  return masking.rank(draws) < n_mask
+  noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+  return masking.rank(noise) < n_mask
 
 
 def check(job: Job) -> None:

@@ -219,7 +219,7 @@ class AttMask:
       *self.teacher_patch_temp,
       warmup=warmup,
       total=total,
-      lead=self.mask_start_epoch,
+      delay=self.mask_start_epoch,
     )
     cls = schedules.warmup_table(*self.teacher_temp, warmup=warmup, total=total)
     return cls, patch
@@ -265,9 +265,9 @@ class AttMask:
     rng_mask, rng_global, rng_local = jax.random.split(rng, 3)
     images = vit.normalize_images(batch["images"])
     b = images.shape[0]
-    whole = self.look(teacher, flatten(images))
-    hidden = self.hide(whole.attention, batch, rng_mask, scalars)
-    student = self._student(
+    whole = self.teacher_forward(teacher, flatten(images))
+    hidden = self.select_masks(whole.attention, batch, rng_mask, scalars)
+    student = self.student_forward(
       params, images, batch, hidden, (rng_global, rng_local)
     )
 
@@ -339,12 +339,12 @@ class AttMask:
     logits = self.teacher_head.apply(head, z, method="cls_logits")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-  def look(self, teacher: Params, rows: jax.Array) -> Teacher:
+  def teacher_forward(self, teacher: Params, rows: jax.Array) -> Teacher:
     """Whole images [R, H, W, 3] through the teacher, without drop path."""
     out = self.backbone.apply(
       {"params": teacher["backbone"]},
       rows,
-      want="cls" if self.by_attention else "none",
+      return_attention="cls" if self.by_attention else "none",
     )
     tokens = out.tokens if self.uses_patches else out.tokens[:, :1]
     head = {"params": teacher["head"]}
@@ -355,7 +355,7 @@ class AttMask:
       attention = jnp.mean(out.attention, axis=1)  # over heads
     return Teacher(z, logits, attention)
 
-  def hide(
+  def select_masks(
     self,
     attention: jax.Array | None,
     batch: Batch,
@@ -379,7 +379,7 @@ class AttMask:
     )
     return masking.Hidden.of(mask, self.max_hidden)
 
-  def _student(
+  def student_forward(
     self,
     params: Params,
     images: jax.Array,
@@ -415,13 +415,17 @@ class AttMask:
     rng: jax.Array,
   ) -> jax.Array:
     """[B, V, H, W, 3] through the student's backbone: [B * V, L, D]."""
-    draws = None
+    drop_path_noise = None
     if self.backbone.drop_path:
       rows = row_ids(batch["position"], images.shape[1])
-      draws = vit.drop_path_draws(rng, rows, depth=self.backbone.depth)
+      drop_path_noise = vit.sample_drop_path_noise(
+        rng, rows, depth=self.backbone.depth
+      )
     backbone = {"params": params["backbone"]}
     rows = flatten(images)
-    return self.backbone.apply(backbone, rows, mask, draws=draws).tokens
+    return self.backbone.apply(
+      backbone, rows, mask, drop_path_noise=drop_path_noise
+    ).tokens
 
   def _patch_loss(
     self,

@@ -243,13 +243,13 @@ def mae(config: ml_collections.ConfigDict) -> None:
       "method.decoder_class_token is on and method.class_token is off: the "
       "decoder's class token is the encoder's, set both alike"
     )
-  heads = m.decoder_heads or max(m.decoder_width // 64, 1)
-  fits = m.decoder_width % 4 == 0 and m.decoder_width % heads == 0
+  num_heads = m.decoder_num_heads or max(m.decoder_width // 64, 1)
+  fits = m.decoder_width % 4 == 0 and m.decoder_width % num_heads == 0
   if m.decoder_depth < 1 or m.decoder_width < 1 or not fits:
     raise InputError(
       f"a decoder of width {m.decoder_width}, {m.decoder_depth} blocks and "
-      f"{heads} heads cannot be: the width must be positive and divide by 4 "
-      "and by the heads, and there must be a block"
+      f"{num_heads} heads cannot be: the width must be positive and divide by "
+      "4 and by the heads, and there must be a block"
     )
 
 

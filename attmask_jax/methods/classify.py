@@ -325,15 +325,18 @@ class Classify:
     self, weights: Params, images: jax.Array, batch: Batch, rng: jax.Array
   ) -> jax.Array:
     """Features in training: [B, H, W, 3] -> [B, F], drop path included."""
-    draws = None
+    drop_path_noise = None
     if self.frozen:
       weights = jax.lax.stop_gradient(weights)
     elif self.backbone.drop_path:
-      draws = vit.drop_path_draws(
+      drop_path_noise = vit.sample_drop_path_noise(
         rng, batch["position"], depth=self.backbone.depth
       )
     features = functools.partial(
-      vit.features, self.backbone, weights["backbone"], draws=draws
+      vit.features,
+      self.backbone,
+      weights["backbone"],
+      drop_path_noise=drop_path_noise,
     )
     return vit.embed(
       features,

@@ -181,7 +181,9 @@ class ExtreMA:
     whole = self.backbone.apply(
       {"params": teacher["backbone"]},
       images[:, -1],
-      want="cls" if self.mask in masking.ATTENTION_POLICIES else "none",
+      return_attention="cls"
+      if self.mask in masking.ATTENTION_POLICIES
+      else "none",
     )
     head = {"params": teacher["head"]}
     target = self.projector.apply(head, whole.tokens[:, 0])  # [B, C]
@@ -230,8 +232,8 @@ class ExtreMA:
     if self.mask != "random":
       # What may be seen comes by attention: deal it out at random.
       keys = masking.row_keys(rng_deal, position)
-      draws = jax.vmap(lambda key: jax.random.uniform(key, (m * k,)))(keys)
-      seen = jnp.take_along_axis(seen, jnp.argsort(draws, axis=1), axis=1)
+      noise = jax.vmap(lambda key: jax.random.uniform(key, (m * k,)))(keys)
+      seen = jnp.take_along_axis(seen, jnp.argsort(noise, axis=1), axis=1)
     return seen.reshape(-1, m, k)
 
   def seen(self, keep_ids: jax.Array | None) -> jax.Array:
@@ -272,12 +274,17 @@ class ExtreMA:
   ) -> jax.Array:
     """What each subset says of the teacher's vector: [B, M, C]."""
     subsets = 1 if keep_ids is None else keep_ids.shape[1]
-    draws = None
+    drop_path_noise = None
     if self.backbone.drop_path:
       rows = row_ids(batch["position"], subsets)
-      draws = vit.drop_path_draws(rng, rows, depth=self.backbone.depth)
+      drop_path_noise = vit.sample_drop_path_noise(
+        rng, rows, depth=self.backbone.depth
+      )
     out = self.backbone.apply(
-      {"params": params["backbone"]}, images, keep_ids=keep_ids, draws=draws
+      {"params": params["backbone"]},
+      images,
+      keep_ids=keep_ids,
+      drop_path_noise=drop_path_noise,
     )
     z = self.projector.apply({"params": params["head"]}, out.tokens[:, 0])
     z = self.predictor.apply({"params": params["predictor"]}, z)

@@ -83,7 +83,7 @@ class Mae:
     decoder = Decoder(
       width=m.decoder_width,
       depth=m.decoder_depth,
-      heads=m.decoder_heads or max(m.decoder_width // 64, 1),
+      num_heads=m.decoder_num_heads or max(m.decoder_width // 64, 1),
       pixels=3 * m.patch_size**2,
       positions=m.position_order,
       class_token=m.decoder_class_token,
@@ -231,9 +231,9 @@ class Mae:
     rng: jax.Array | None = None,
   ) -> jax.Array:
     """Pixels of all patches from the visible ones: [B, N, 3 P^2]."""
-    draws = None
+    drop_path_noise = None
     if batch is not None and self.backbone.drop_path:
-      draws = vit.drop_path_draws(
+      drop_path_noise = vit.sample_drop_path_noise(
         rng, batch["position"], depth=self.backbone.depth
       )
     visible = order[:, : self.patches - self.n_hidden]
@@ -241,11 +241,11 @@ class Mae:
       {"params": params["backbone"]},
       images,
       keep_ids=visible[:, None],
-      draws=draws,
+      drop_path_noise=drop_path_noise,
     )
     tokens = encoded.tokens
     if not self.decoder.class_token:  # where there is one, it ends here
-      tokens = tokens[:, self.backbone.lead :]
+      tokens = tokens[:, self.backbone.num_prefix_tokens :]
     return self.decoder.apply(
       {"params": params["decoder"]}, tokens, order, self._grid
     )

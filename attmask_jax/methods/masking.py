@@ -194,16 +194,16 @@ def attention_mask(
   if keys is None:
     return mask
   n = scores.shape[-1]
-  draws = jax.vmap(lambda key: jax.random.uniform(key, (n + 1,)))(keys)
-  mask &= draws[:, :1] <= probability
+  noise = jax.vmap(lambda key: jax.random.uniform(key, (n + 1,)))(keys)
+  mask &= noise[:, :1] <= probability
   if policy == "attmask_hint":
-    mask &= ~reveal(place, draws[:, 1:], n_show=n_show, n_eligible=n_eligible)
+    mask &= ~reveal(place, noise[:, 1:], n_show=n_show, n_eligible=n_eligible)
   return mask
 
 
 def reveal(
   place: jax.Array,
-  draws: jax.Array,
+  noise: jax.Array,
   *,
   n_show: jax.Array | int,
   n_eligible: int,
@@ -212,7 +212,7 @@ def reveal(
 
   Args:
     place: [R, N] int32, rank of attention.
-    draws: [R, N] uniform in [0, 1).
+    noise: [R, N] uniform in [0, 1).
     n_show: patches to reveal.
     n_eligible: size of the eligible set.
 
@@ -220,7 +220,7 @@ def reveal(
     [R, N] bool, True = revealed (whether or not it was hidden).
   """
   eligible = place < n_eligible
-  lottery = rank(jnp.where(eligible, draws, -1.0))
+  lottery = rank(jnp.where(eligible, noise, -1.0))
   return eligible & (lottery < n_show)
 
 
@@ -252,11 +252,11 @@ def visible_first(
       many of the hidden ones; never more than may be visible.
   """
   n = grid[0] * grid[1]
-  draws = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+  noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
   if policy == "random":
-    priority = draws
+    priority = noise
   elif policy == "block":
-    priority = masks + draws
+    priority = masks + noise
   elif policy == "grid":
     priority = jnp.broadcast_to(jnp.asarray(_bayer(grid)), (len(keys), n))
   elif policy == "attmask_low":
@@ -267,7 +267,7 @@ def visible_first(
     # More would tie, and the first places of the image win every tie.
     n_show = min(int(show_max * n_hidden), n - n_hidden)
     hints = reveal(
-      rank(scores), draws, n_show=n_show, n_eligible=int(n * show_max)
+      rank(scores), noise, n_show=n_show, n_eligible=int(n * show_max)
     )
     priority = jnp.where(hints, -jnp.inf, priority)
   return jnp.argsort(priority, axis=-1, stable=True).astype(jnp.int32)

@@ -18,19 +18,19 @@ REMAT = {
 }
 
 
-def branch_scales(draws: jax.Array, drop_path: float) -> jax.Array:
+def branch_scales(drop_path_noise: jax.Array, drop_path: float) -> jax.Array:
   """What stochastic depth multiplies residual branches by, 0 or 1 / kept.
 
   Args:
-    draws: [depth, 2, R] uniform in [0, 1).
+    drop_path_noise: [depth, 2, R] uniform in [0, 1).
     drop_path: rate of the last block, see `apply`.
 
   Returns:
     [depth, 2, R] float32; the mean over draws is 1.
   """
-  rates = np.linspace(0, drop_path, len(draws), dtype=np.float32)
+  rates = np.linspace(0, drop_path, len(drop_path_noise), dtype=np.float32)
   rates = jnp.asarray(rates)[:, None, None]
-  return jnp.where(draws >= rates, 1 / (1 - rates), 0.0)
+  return jnp.where(drop_path_noise >= rates, 1 / (1 - rates), 0.0)
 
 
 def apply(
@@ -40,9 +40,9 @@ def apply(
   *,
   depth: int,
   drop_path: float = 0.0,
-  draws: jax.Array | None = None,
+  drop_path_noise: jax.Array | None = None,
   last: int = 1,
-  want: str = "none",
+  return_attention: str = "none",
   logit_bias: jax.Array | None = None,
   scan: bool = True,
   remat: str = "none",
@@ -56,11 +56,12 @@ def apply(
     depth: number of blocks.
     drop_path: stochastic-depth rate of the last block; block i of n uses
       `drop_path * i / (n - 1)`.
-    draws: [depth, 2, R] uniform in [0, 1), or None for no stochastic depth.
+    drop_path_noise: [depth, 2, R] uniform in [0, 1), or None for no stochastic
+      depth.
     last: how many block outputs to return, 1 to depth; those blocks are
       unrolled, since their outputs are kept.
-    want: attention of the last block, see `layers.Attention`; "all" is "full"
-      of every block, which unrolls them.
+    return_attention: attention of the last block, see `layers.Attention`; "all"
+      is "full" of every block, which unrolls them.
     logit_bias: [depth, R, A, L, L] or None, see `layers.Attention`.
     scan: scan over the other blocks, or unroll them.
     remat: one of REMAT, what the backward pass recomputes.
@@ -78,8 +79,8 @@ def apply(
     raise ValueError(f"last {last} must lie between 1 and depth {depth}")
   weights = module.param("blocks", init)
   keep = None
-  if draws is not None and drop_path > 0:
-    keep = branch_scales(draws, drop_path)
+  if drop_path_noise is not None and drop_path > 0:
+    keep = branch_scales(drop_path_noise, drop_path)
 
   def body(x: jax.Array, layer: tuple[Params, *tuple[jax.Array | None, ...]]):
     return block.apply({"params": layer[0]}, x, *layer[1:])[0], None
@@ -87,7 +88,7 @@ def apply(
   if remat != "none":
     body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
   stacked, scanned = (weights, keep, logit_bias), depth - last
-  if not scan or want == "all":
+  if not scan or return_attention == "all":
     scanned = 0
   if scanned:
     first = jax.tree.map(lambda a: a[:scanned], stacked)
@@ -95,13 +96,17 @@ def apply(
   outputs, attention = [], []
   for i in range(scanned, depth):
     layer = jax.tree.map(lambda a, i=i: a[i], stacked)
-    if want == "all" or (i == depth - 1 and want != "none"):
-      one = "full" if want == "all" else want
-      x, found = block.apply({"params": layer[0]}, x, *layer[1:], want=one)
+    if return_attention == "all" or (
+      i == depth - 1 and return_attention != "none"
+    ):
+      one = "full" if return_attention == "all" else return_attention
+      x, found = block.apply(
+        {"params": layer[0]}, x, *layer[1:], return_attention=one
+      )
       attention.append(found)
     else:
       x, _ = body(x, layer)
     outputs.append(x)
-  if want == "all":
+  if return_attention == "all":
     return tuple(outputs[-last:]), jnp.stack(attention)
   return tuple(outputs[-last:]), attention[0] if attention else None

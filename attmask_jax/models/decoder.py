@@ -19,7 +19,7 @@ class Decoder(nn.Module):
   Attributes:
     width: D'; divides by 4 and over the heads.
     depth: blocks.
-    heads: of its attention.
+    num_heads: of its attention.
     pixels: values per patch, 3 P^2.
     positions: order of the fixed positions, "yx" or "xy".
     class_token: the encoder's runs through the decoder, too, at position 0.
@@ -31,7 +31,7 @@ class Decoder(nn.Module):
 
   width: int
   depth: int
-  heads: int
+  num_heads: int
   pixels: int
   positions: str = "yx"
   class_token: bool = False
@@ -65,15 +65,21 @@ class Decoder(nn.Module):
     )(tokens)  # fmt: skip
     token = self.param("mask_token", layers.clipped_normal, (1, 1, self.width))
     b, n = order.shape
-    lead = int(self.class_token)
-    cls, x = jnp.split(x.astype(jnp.float32), [lead], axis=1)
+    num_prefix_tokens = int(self.class_token)
+    cls, x = jnp.split(x.astype(jnp.float32), [num_prefix_tokens], axis=1)
     hidden = jnp.broadcast_to(token, (b, n - x.shape[1], self.width))
     x = jnp.concatenate([x, hidden], axis=1)
     x = gather(x, jnp.argsort(order, axis=1))  # back to their places
     x = x + jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
     x = jnp.concatenate([cls, x], axis=1)
     block = layers.Block(
-      self.heads, 4.0, self.dtype, self.attention, "xavier", False, parent=None
+      self.num_heads,
+      4.0,
+      self.dtype,
+      self.attention,
+      "xavier",
+      False,
+      parent=None,
     )
     (x,), _ = blocks.apply(
       self, block, x, depth=self.depth, scan=self.scan, remat=self.remat
@@ -85,4 +91,4 @@ class Decoder(nn.Module):
       kernel_init=layers.linear_init("xavier"),
       name="head",
     )
-    return head(x[:, lead:]).astype(jnp.float32)
+    return head(x[:, num_prefix_tokens:]).astype(jnp.float32)

@@ -119,7 +119,7 @@ class Qkv(nn.Module):
 class Attention(nn.Module):
   """Multi-head self-attention with a fused [q | k | v] projection."""
 
-  heads: int
+  num_heads: int
   dtype: Any
   implementation: str
   initial: str = "normal"
@@ -127,21 +127,25 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, *, want: str, logit_bias: jax.Array | None = None
+    self,
+    x: jax.Array,
+    *,
+    return_attention: str,
+    logit_bias: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
     """[R, L, D] -> [R, L, D], attention.
 
     Args:
       x: tokens.
-      want: which weights to return, float32: "none"; "cls" [R, A, L - 1], the
-        first token's on the others; "received" [R, A, L], the mean over all
-        tokens; "full" [R, A, L, L].
+      return_attention: which weights to return, float32: "none"; "cls"
+        [R, A, L - 1], the first token's on the others; "received" [R, A, L],
+        the mean over all tokens; "full" [R, A, L, L].
       logit_bias: [R, A, L, L] float32 added to the scaled logits; at 0 it does
         nothing but have their gradient.
     """
     rows, tokens, d = x.shape
     qkv = Qkv(self.dtype, self.initial, self.key_bias, name="qkv")(x)
-    qkv = qkv.reshape(rows, tokens, 3, self.heads, d // self.heads)
+    qkv = qkv.reshape(rows, tokens, 3, self.num_heads, d // self.num_heads)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [R, L, A, D/A]
     out = jax.nn.dot_product_attention(
       q, k, v, logit_bias, implementation=self._implementation()
@@ -149,20 +153,20 @@ class Attention(nn.Module):
     out = nn.Dense(
       d, dtype=self.dtype, kernel_init=linear_init(self.initial), name="proj"
     )(out.reshape(rows, tokens, d))
-    if want == "none":
+    if return_attention == "none":
       return out, None
     # The fused kernels return no weights, and masking needs one row of them.
-    queries = q[:, :1] if want == "cls" else q
+    queries = q[:, :1] if return_attention == "cls" else q
     logits = jnp.einsum(
       "rqad,rkad->raqk", queries, k, preferred_element_type=jnp.float32
     )
-    logits = logits * (d // self.heads) ** -0.5
+    logits = logits * (d // self.num_heads) ** -0.5
     if logit_bias is not None:
       logits = logits + logit_bias
     weights = jax.nn.softmax(logits, axis=-1)
-    if want == "received":
+    if return_attention == "received":
       return out, jnp.mean(weights, axis=2)
-    return out, weights[:, :, 0, 1:] if want == "cls" else weights
+    return out, weights[:, :, 0, 1:] if return_attention == "cls" else weights
 
   def _implementation(self) -> str:
     if self.implementation != "auto":
@@ -200,7 +204,7 @@ def layer_norm(name: str) -> nn.LayerNorm:
 class Block(nn.Module):
   """Pre-norm transformer block; the residual stream stays float32."""
 
-  heads: int
+  num_heads: int
   mlp_ratio: float
   dtype: Any
   implementation: str
@@ -214,11 +218,11 @@ class Block(nn.Module):
     keep: jax.Array | None = None,
     logit_bias: jax.Array | None = None,
     *,
-    want: str = "none",
+    return_attention: str = "none",
   ) -> tuple[jax.Array, jax.Array | None]:
     """[R, L, D] -> ([R, L, D], attention); keep [2, R] scales the branches.
 
-    For logit_bias and want see `Attention`.
+    For logit_bias and return_attention see `Attention`.
     """
 
     def residual(x: jax.Array, y: jax.Array, branch: int) -> jax.Array:
@@ -226,13 +230,17 @@ class Block(nn.Module):
       return x + (y if keep is None else y * keep[branch][:, None, None])
 
     y, attention = Attention(
-      self.heads,
+      self.num_heads,
       self.dtype,
       self.implementation,
       self.initial,
       self.key_bias,
       name="attn",
-    )(layer_norm("norm1")(x), want=want, logit_bias=logit_bias)
+    )(
+      layer_norm("norm1")(x),
+      return_attention=return_attention,
+      logit_bias=logit_bias,
+    )
     x = residual(x, y, 0)
     hidden = int(x.shape[-1] * self.mlp_ratio)
     y = Mlp(hidden, self.dtype, self.initial, name="mlp")(
@@ -247,7 +255,7 @@ class ClassAttention(nn.Module):
   Source: the class-attention layers of CaiT (arXiv:2103.17239).
   """
 
-  heads: int
+  num_heads: int
   dtype: Any
   initial: str
 
@@ -260,13 +268,13 @@ class ClassAttention(nn.Module):
     dense = functools.partial(
       nn.Dense, d, dtype=self.dtype, kernel_init=linear_init(self.initial)
     )
-    split = lambda x: x.reshape(rows, -1, self.heads, d // self.heads)
+    split = lambda x: x.reshape(rows, -1, self.num_heads, d // self.num_heads)
     q = split(dense(name="q")(cls))
     k, v = split(dense(name="k")(tokens)), split(dense(name="v")(tokens))
     logits = jnp.einsum(
       "rqad,rkad->raqk", q, k, preferred_element_type=jnp.float32
     )
-    weights = jax.nn.softmax(logits * (d // self.heads) ** -0.5, axis=-1)
+    weights = jax.nn.softmax(logits * (d // self.num_heads) ** -0.5, axis=-1)
     out = jnp.einsum("raqk,rkad->rqad", weights.astype(v.dtype), v)
     out = dense(name="proj")(out.reshape(rows, 1, d))
     return out, weights[:, :, 0, 1:]
@@ -275,7 +283,7 @@ class ClassAttention(nn.Module):
 class ReadoutBlock(nn.Module):
   """One class-attention block with layer scale; patches stay as they are."""
 
-  heads: int
+  num_heads: int
   mlp_ratio: float
   dtype: Any
   initial: str
@@ -291,7 +299,7 @@ class ReadoutBlock(nn.Module):
     scales = [self.param(f"gamma_{i}", constant, (d,)) for i in (1, 2)]
     tokens = layer_norm("norm1")(jnp.concatenate([cls, patches], axis=1))
     y, attention = ClassAttention(
-      self.heads, self.dtype, self.initial, name="attn"
+      self.num_heads, self.dtype, self.initial, name="attn"
     )(tokens[:, :1], tokens)
     cls = cls + scales[0][None, None] * y.astype(jnp.float32)
     mlp = Mlp(int(d * self.mlp_ratio), self.dtype, self.initial, name="mlp")

@@ -65,29 +65,29 @@ def interpolate(
   width: int,
   patch_size: int,
   *,
-  lead: int = 1,
+  num_prefix_tokens: int = 1,
   offset: float = DINO_OFFSET,
 ) -> jax.Array:
   """Position table for an image of height x width pixels.
 
   Args:
-    table: [1, lead + S*S, D], other tokens' slots first.
+    table: [1, num_prefix_tokens + S*S, D], other tokens' slots first.
     height: image height in pixels.
     width: image width in pixels.
     patch_size: patch side in pixels.
-    lead: slots in front of the patches'.
+    num_prefix_tokens: slots in front of the patches'.
     offset: see `bicubic_weights`.
 
   Returns:
-    [1, lead + N, D]. A square image with as many patches as the table gets the
-    table itself; any other, non-square ones with the same count included, is
-    resampled.
+    [1, num_prefix_tokens + N, D]. A square image with as many patches as the
+    table gets the table itself; any other, non-square ones with the same count
+    included, is resampled.
   """
   _, tokens, d = table.shape
   grid = (height // patch_size, width // patch_size)
-  if grid[0] * grid[1] == tokens - lead and height == width:
+  if grid[0] * grid[1] == tokens - num_prefix_tokens and height == width:
     return table
-  side = round((tokens - lead) ** 0.5)
+  side = round((tokens - num_prefix_tokens) ** 0.5)
   rows, columns = (
     jnp.asarray(bicubic_weights(side, g, offset), jnp.float32) for g in grid
   )
@@ -95,8 +95,8 @@ def interpolate(
     "ys,xt,std->yxd",
     rows,
     columns,
-    table[0, lead:].reshape(side, side, d),
+    table[0, num_prefix_tokens:].reshape(side, side, d),
     precision=jax.lax.Precision.HIGHEST,
   )
   patches = patches.reshape(1, -1, d)
-  return jnp.concatenate([table[:, :lead], patches], axis=1)
+  return jnp.concatenate([table[:, :num_prefix_tokens], patches], axis=1)

@@ -103,13 +103,17 @@ def _without_weak(links: jax.Array, discard: float, protect: bool) -> jax.Array:
 
 
 def relevance(
-  rolled: jax.Array, *, lead: int, mean: bool, row: jax.Array | None = None
+  rolled: jax.Array,
+  *,
+  num_prefix_tokens: int,
+  mean: bool,
+  row: jax.Array | None = None,
 ) -> jax.Array:
   """What each patch counts, over the largest: [B, N]; nan where all are 0.
 
   Args:
     rolled: [B, L, L], see `roll`.
-    lead: tokens in front of the patches, 0 or 1.
+    num_prefix_tokens: tokens in front of the patches, 0 or 1.
     mean: explain the mean patch, else the class token.
     row: [B, N] attention of a class token that reads the patches after all
       blocks, or None.
@@ -117,9 +121,9 @@ def relevance(
   if row is not None:
     values = jnp.einsum("bn,bnm->bm", row, rolled)
   elif mean:
-    values = jnp.mean(rolled[:, lead:, lead:], axis=1)
+    values = jnp.mean(rolled[:, num_prefix_tokens:, num_prefix_tokens:], axis=1)
   else:
-    values = rolled[:, 0, lead:]
+    values = rolled[:, 0, num_prefix_tokens:]
   return values / jnp.max(values, axis=-1, keepdims=True)
 
 
@@ -148,23 +152,25 @@ def attention_rollout(
   """
   if mean is None:
     mean = backbone.class_token == "none"
-  lead = backbone.lead
+  num_prefix_tokens = backbone.num_prefix_tokens
 
   def one(image: jax.Array) -> jax.Array:
     image = vit.normalize_images(image[None])
     apply = functools.partial(backbone.apply, {"params": params}, image)
-    attention, row = apply(want="all").attention, None
+    attention, row = apply(return_attention="all").attention, None
     if backbone.class_token == "readout" and not mean:
-      row = apply(want="cls").attention[:, :, None]  # [1, A, 1, N]
+      row = apply(return_attention="cls").attention[:, :, None]  # [1, A, 1, N]
       row = fuse(row, fusion)[:, 0]
     rolled = roll(
       fuse(attention, fusion),
       discard=discard,
       layer=layer,
-      protect=bool(lead),
+      protect=bool(num_prefix_tokens),
       row_sums=row_sums,
     )
-    return relevance(rolled, lead=lead, mean=mean, row=row)[0]
+    return relevance(
+      rolled, num_prefix_tokens=num_prefix_tokens, mean=mean, row=row
+    )[0]
 
   # One by one: the maps of all blocks of a large network fill memory.
   return jax.lax.map(one, images)
@@ -189,7 +195,7 @@ def logit_gradients(
   backbone = method.backbone.clone(attention="xla")
   images = vit.normalize_images(images)
   params = weights["backbone"]
-  out = backbone.apply({"params": params}, images, want="all")
+  out = backbone.apply({"params": params}, images, return_attention="all")
 
   def score(bias: jax.Array) -> jax.Array:
     x = vit.embed(
@@ -247,6 +253,8 @@ def gradient_rollout(
       protect=False,
       row_sums=row_sums,
     )
-    return relevance(rolled, lead=backbone.lead, mean=mean, row=row)[0]
+    return relevance(
+      rolled, num_prefix_tokens=backbone.num_prefix_tokens, mean=mean, row=row
+    )[0]
 
   return jax.lax.map(one, images)

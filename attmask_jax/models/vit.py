@@ -28,12 +28,12 @@ MEANS = (1, 3)  # values of `avgpool` that take the mean patch alone
 
 # depth, width and heads of the published sizes.
 VARIANTS = {
-  "tiny": dict(width=192, depth=12, heads=3),
-  "small": dict(width=384, depth=12, heads=6),
-  "base": dict(width=768, depth=12, heads=12),
-  "large": dict(width=1024, depth=24, heads=16),
-  "huge": dict(width=1280, depth=32, heads=16),
-  "giant": dict(width=1664, depth=48, heads=16),
+  "tiny": dict(width=192, depth=12, num_heads=3),
+  "small": dict(width=384, depth=12, num_heads=6),
+  "base": dict(width=768, depth=12, num_heads=12),
+  "large": dict(width=1024, depth=24, num_heads=16),
+  "huge": dict(width=1280, depth=32, num_heads=16),
+  "giant": dict(width=1664, depth=48, num_heads=16),
 }
 
 
@@ -76,7 +76,7 @@ def denormalize_images(images: jax.Array) -> jax.Array:
   return images * std + mean
 
 
-def drop_path_draws(
+def sample_drop_path_noise(
   key: jax.Array, rows: jax.Array, *, depth: int
 ) -> jax.Array:
   """Uniform draws for stochastic depth, one stream per row: [depth, 2, R].
@@ -99,12 +99,12 @@ class ViT(nn.Module):
   Attributes:
     width: D.
     depth: number of blocks.
-    heads: A; divides D.
+    num_heads: A; divides D.
     patch_size: P in pixels.
     image_size: side in pixels that the position table is made for.
     mlp_ratio: hidden width of the MLP over D.
     drop_path: stochastic-depth rate of the last block; block i of n uses
-      `drop_path * i / (n - 1)`. Active only when draws are given.
+      `drop_path * i / (n - 1)`. Active only when noise is given.
     dtype: of the matrix products; all else is float32.
     scan: scan over stacked blocks (compiles faster) or unroll them.
     remat: "none", "full" or "dots": what the backward pass recomputes.
@@ -125,7 +125,7 @@ class ViT(nn.Module):
 
   width: int
   depth: int
-  heads: int
+  num_heads: int
   patch_size: int = 16
   image_size: int = 224
   mlp_ratio: float = 4.0
@@ -144,7 +144,7 @@ class ViT(nn.Module):
   layer_scale: float = 0.1
 
   @property
-  def lead(self) -> int:
+  def num_prefix_tokens(self) -> int:
     """Tokens in front of the patches in `Output.blocks`."""
     return int(self.class_token == "input")
 
@@ -160,9 +160,9 @@ class ViT(nn.Module):
     mask: jax.Array | None = None,
     *,
     keep_ids: jax.Array | None = None,
-    draws: jax.Array | None = None,
+    drop_path_noise: jax.Array | None = None,
     last: int = 1,
-    want: str = "none",
+    return_attention: str = "none",
     logit_bias: jax.Array | None = None,
   ) -> Output:
     """Forward pass.
@@ -173,10 +173,10 @@ class ViT(nn.Module):
         before positions are added.
       keep_ids: [R, V, M] int32, the only patches to see, in V subsets of each
         image: rows become R * V, image-major. None = all of them.
-      draws: [depth, 2, R * V] uniform in [0, 1) from `drop_path_draws`, or
-        None for no stochastic depth.
+      drop_path_noise: [depth, 2, R * V] uniform in [0, 1) from
+        `sample_drop_path_noise`, or None for no stochastic depth.
       last: how many block outputs to return, 1 to depth.
-      want: "none", "cls", "full" or "all": see `Output.attention`.
+      return_attention: "none", "cls", "full" or "all": see `Output.attention`.
       logit_bias: [depth, R * V, A, L, L], see `layers.Attention`: for pictures
         that need the gradient of the attention's logits.
     """
@@ -193,20 +193,24 @@ class ViT(nn.Module):
         "mask_token", nn.initializers.zeros, (1, 1, self.width)
       )
       x = jnp.where(mask[:, :, None], token, x)
-    table = self._positions(height, width)  # [1, lead + N, D]
-    x = x + table[:, self.lead :]
+    table = self._positions(height, width)  # [1, num_prefix_tokens + N, D]
+    x = x + table[:, self.num_prefix_tokens :]
     if keep_ids is not None:
       rows, subsets, kept = keep_ids.shape
       x = gather(x, keep_ids.reshape(rows, -1))
       x = x.reshape(rows * subsets, kept, self.width)
-    if self.lead:
+    if self.num_prefix_tokens:
       cls = self._class_token(len(x)) + table[:, :1]
       x = jnp.concatenate([cls, x], axis=1)
-    through = "received" if want == "cls" and not self.lead else want
-    if self.class_token == "readout" and want == "cls":
+    through = (
+      "received"
+      if return_attention == "cls" and not self.num_prefix_tokens
+      else return_attention
+    )
+    if self.class_token == "readout" and return_attention == "cls":
       through = "none"
     block = layers.Block(
-      self.heads,
+      self.num_heads,
       self.mlp_ratio,
       self.dtype,
       self.attention,
@@ -220,9 +224,9 @@ class ViT(nn.Module):
       x,
       depth=self.depth,
       drop_path=self.drop_path,
-      draws=draws,
+      drop_path_noise=drop_path_noise,
       last=last,
-      want=through,
+      return_attention=through,
       logit_bias=logit_bias,
       scan=self.scan,
       remat=self.remat,
@@ -231,7 +235,7 @@ class ViT(nn.Module):
     if self.class_token == "readout":
       cls, row = self._read(tokens)
       tokens = jnp.concatenate([cls, tokens], axis=1)
-      attention = row if want == "cls" else attention
+      attention = row if return_attention == "cls" else attention
     return Output(layers.layer_norm("norm")(tokens), tokens, outputs, attention)
 
   def _class_token(self, rows: int) -> jax.Array:
@@ -240,19 +244,19 @@ class ViT(nn.Module):
     return jnp.broadcast_to(cls, (rows, 1, self.width))
 
   def _positions(self, height: int, width: int) -> jax.Array:
-    """[1, lead + N, D] for an image of this size."""
+    """[1, num_prefix_tokens + N, D] for an image of this size."""
     if self.positions != "learned":
       grid = height // self.patch_size, width // self.patch_size
       table = jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
-      return jnp.pad(table, ((0, 0), (self.lead, 0), (0, 0)))
-    shape = (1, self.lead + self.grid**2, self.width)
+      return jnp.pad(table, ((0, 0), (self.num_prefix_tokens, 0), (0, 0)))
+    shape = (1, self.num_prefix_tokens + self.grid**2, self.width)
     table = self.param("pos_embed", layers.trunc_normal(), shape)
     return positions.interpolate(
       table,
       height,
       width,
       self.patch_size,
-      lead=self.lead,
+      num_prefix_tokens=self.num_prefix_tokens,
       offset=self.grid_offset,
     )
 
@@ -261,7 +265,7 @@ class ViT(nn.Module):
     cls = self._class_token(len(patches))
     for i in range(self.readout_layers):
       cls, row = layers.ReadoutBlock(
-        self.heads,
+        self.num_heads,
         self.mlp_ratio,
         self.dtype,
         self.initial,
@@ -319,13 +323,13 @@ def variant_size(variant: str) -> dict[str, int]:
       f'method.variant "{variant}" is unknown: use one of '
       f'{", ".join(VARIANTS)} or WIDTHxDEPTHxHEADS such as "192x6x3"'
     )
-  width, depth, heads = map(int, parts)
-  if width % heads:
+  width, depth, num_heads = map(int, parts)
+  if width % num_heads:
     raise InputError(
-      f"method.variant {variant}: width {width} does not divide over {heads} "
-      f"heads, choose {width // heads * heads}"
+      f"method.variant {variant}: width {width} does not divide over "
+      f"{num_heads} heads, choose {width // num_heads * num_heads}"
     )
-  return dict(width=width, depth=depth, heads=heads)
+  return dict(width=width, depth=depth, num_heads=num_heads)
 
 
 def features(
@@ -335,7 +339,7 @@ def features(
   *,
   last: int = 1,
   norm: bool = True,
-  draws: jax.Array | None = None,
+  drop_path_noise: jax.Array | None = None,
   logit_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Features of whole images.
@@ -346,7 +350,7 @@ def features(
     images: [B, H, W, 3], uint8 or normalised.
     last: class tokens of that many last blocks, oldest first.
     norm: apply the final norm to each of them.
-    draws: for stochastic depth, see `ViT`.
+    drop_path_noise: for stochastic depth, see `ViT`.
     logit_bias: see `ViT`.
 
   Returns:
@@ -356,7 +360,11 @@ def features(
   """
   images = normalize_images(images)
   out = backbone.apply(
-    {"params": params}, images, draws=draws, last=last, logit_bias=logit_bias
+    {"params": params},
+    images,
+    drop_path_noise=drop_path_noise,
+    last=last,
+    logit_bias=logit_bias,
   )
   final = functools.partial(
     layers.layer_norm(None).apply, {"params": params["norm"]}
@@ -367,8 +375,8 @@ def features(
     cls, patches = jnp.split(out.raw, [1], axis=1)
     return final(cls)[:, 0], final(patches)
   blocks = [final(x) for x in out.blocks]
-  patches = blocks[-1][:, backbone.lead :]
-  if not backbone.lead:
+  patches = blocks[-1][:, backbone.num_prefix_tokens :]
+  if not backbone.num_prefix_tokens:
     return None, patches
   return jnp.concatenate([x[:, 0] for x in blocks], axis=-1), patches
 
@@ -378,7 +386,9 @@ def class_attention(
 ) -> jax.Array:
   """Last attention to each patch: [B, H, W, 3] -> [B, A, N], see `Output`."""
   images = normalize_images(images)
-  return backbone.apply({"params": params}, images, want="cls").attention
+  return backbone.apply(
+    {"params": params}, images, return_attention="cls"
+  ).attention
 
 
 def pool(

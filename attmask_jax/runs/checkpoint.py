@@ -24,7 +24,7 @@ ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
 # Sections and keys that may change when a run continues.
 FREE_KEYS = (
   "run.", "evals.", "data.path", "data.eval_resample", "weights", "probe",
-  "init_", "heads", "allow_missing",
+  "init_", "num_heads", "allow_missing",
 )  # fmt: skip
 IMAGES = "data.images"  # beside the config's own keys: size of the training set
 

@@ -37,24 +37,24 @@ def cosine(
 
 
 def warmup_table(
-  start: float, end: float, *, warmup: int, total: int, lead: int = 0
+  start: float, end: float, *, warmup: int, total: int, delay: int = 0
 ) -> np.ndarray:
-  """Value per epoch: `lead` epochs at start, a linear warm-up, then end.
+  """Value per epoch: `delay` epochs at start, a linear warm-up, then end.
 
   Returns:
-    [total] float64; `end` is reached at epoch lead + warmup - 1.
+    [total] float64; `end` is reached at epoch delay + warmup - 1.
 
   Raises:
-    InputError: lead and warm-up are longer than the run.
+    InputError: delay and warm-up are longer than the run.
   """
-  rest = total - lead - warmup
+  rest = total - delay - warmup
   if rest < 0:
     raise InputError(
-      f"a warm-up of {warmup} epochs after {lead} does not fit optim.epochs "
+      f"a warm-up of {warmup} epochs after {delay} does not fit optim.epochs "
       f"{total}: lower method.temp_warmup_epochs or train longer"
     )
   ramp = np.linspace(start, end, warmup)
-  return np.concatenate([np.full(lead, start), ramp, np.full(rest, end)])
+  return np.concatenate([np.full(delay, start), ramp, np.full(rest, end)])
 
 
 def smooth_cosine(

@@ -86,9 +86,9 @@ def export(
   elif format == "mae":
     found["epoch"] = epoch - 1  # of the last epoch, counted from 0
   flat, notes = _flatten(found)
-  said = {"heads": teacher.method.backbone.heads}
+  said = {"heads": teacher.method.backbone.num_heads}
   if hasattr(student.method, "decoder"):
-    said["decoder_heads"] = student.method.decoder.heads
+    said["decoder_heads"] = student.method.decoder.num_heads
   if format == "hf":
     if file.name != "model.safetensors":
       logging.warning(
@@ -315,7 +315,7 @@ def _trunk(weights: Weights) -> Params:
       (network.grid,) * 2,
       network.width,
       network.positions,
-      lead=network.lead,
+      num_prefix_tokens=network.num_prefix_tokens,
     )
   return backbone
 

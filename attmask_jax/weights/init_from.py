@@ -48,7 +48,7 @@ def start(
   """
   where = config.init_from
   options = dict(
-    mesh=mesh, heads=config.heads, allow_missing=config.allow_missing
+    mesh=mesh, num_heads=config.num_heads, allow_missing=config.allow_missing
   )
   given = {
     "params": loading.load(where, network="student", **options),
@@ -158,12 +158,26 @@ def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
   if old is None:
     logging.info("fixed positions are the start values of learned ones")
     order = theirs.positions
-    old = fixed.table((theirs.grid,) * 2, theirs.width, order, lead=theirs.lead)
+    old = fixed.table(
+      (theirs.grid,) * 2,
+      theirs.width,
+      order,
+      num_prefix_tokens=theirs.num_prefix_tokens,
+    )
   # A class token that only one of the two has: its position is 0, as in fixed
   # tables, or is left out.
-  old = jnp.asarray(old)[:, max(theirs.lead - ours.lead, 0) :]
-  old = jnp.pad(old, ((0, 0), (max(ours.lead - theirs.lead, 0), 0), (0, 0)))
-  tokens = ours.lead + ours.grid**2
+  old = jnp.asarray(old)[
+    :, max(theirs.num_prefix_tokens - ours.num_prefix_tokens, 0) :
+  ]
+  old = jnp.pad(
+    old,
+    (
+      (0, 0),
+      (max(ours.num_prefix_tokens - theirs.num_prefix_tokens, 0), 0),
+      (0, 0),
+    ),
+  )
+  tokens = ours.num_prefix_tokens + ours.grid**2
   if old.shape[1:] == (tokens, ours.width):
     return {POSITIONS: old}
   if not resample or old.shape[2] != ours.width:
@@ -175,6 +189,11 @@ def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
     )
   side, p = ours.image_size, ours.patch_size
   table = positions.interpolate(
-    old, side, side, p, lead=ours.lead, offset=ours.grid_offset
+    old,
+    side,
+    side,
+    p,
+    num_prefix_tokens=ours.num_prefix_tokens,
+    offset=ours.grid_offset,
   )
   return {POSITIONS: table}

@@ -55,7 +55,7 @@ def load(
   *,
   network: str,
   mesh: jax.sharding.Mesh,
-  heads: int = 0,
+  num_heads: int = 0,
   allow_missing: str | Sequence[str] = "",
 ) -> Weights:
   """Reads the weights that `config.weights` names.
@@ -66,7 +66,7 @@ def load(
     network: one of NETWORKS, or "": the student of a fine-tuned network, else
       the teacher.
     mesh: devices that get a copy.
-    heads: of a file's attention, 0 = by convention.
+    num_heads: of a file's attention, 0 = by convention.
     allow_missing: see `files.load`, of files.
 
   Raises:
@@ -84,7 +84,7 @@ def load(
     )
   if files.is_file(where):
     file = files.read(where)
-    options = dict(heads=heads, allow_missing=allow_missing)
+    options = dict(num_heads=num_heads, allow_missing=allow_missing)
     return _of_file(file, network, mesh, options)
   run_dir, step = _locate(pathlib.Path(where).expanduser())
   config = read_config(run_dir)

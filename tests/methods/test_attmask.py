@@ -37,7 +37,7 @@ def build(file, scenario):
     backbone=vit.ViT(
       width=cfg("dim"),
       depth=cfg("depth"),
-      heads=cfg("heads"),
+      num_heads=cfg("heads"),
       patch_size=cfg("patch"),
       image_size=cfg("img"),
       drop_path=cfg("drop_path"),
@@ -201,8 +201,10 @@ def test_golden_train_steps(golden, scenario):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hide(method, teacher, batch, scalars):
-  attention = method.look(teacher, rows.flatten(batch["images"])).attention
-  hidden = method.hide(attention, batch, jax.random.key(0), scalars)
+  attention = method.teacher_forward(
+    teacher, rows.flatten(batch["images"])
+  ).attention
+  hidden = method.select_masks(attention, batch, jax.random.key(0), scalars)
   return attention, hidden.mask
 
 
@@ -373,7 +375,9 @@ def test_draws_follow_the_position_and_not_the_place_in_the_batch():
   scalars = {"n_mask": np.int32(6), "n_show": np.int32(2)}
   score = jax.random.normal(jax.random.key(5), (len(flat), 16))
   hide = lambda s, position: (
-    method.hide(s, {"position": position}, jax.random.key(3), scalars).mask
+    method.select_masks(
+      s, {"position": position}, jax.random.key(3), scalars
+    ).mask
   )
   whole = hide(score, batch["position"])
   order = np.array([6, 1, 4, 3])
@@ -390,7 +394,7 @@ def test_views_of_an_image_are_cleared_independently():
   score = jnp.zeros((2000, 16))
   batch = {"position": jnp.arange(1000)}
   scalars = {"n_mask": np.int32(6), "n_show": np.int32(0)}
-  mask = method.hide(score, batch, jax.random.key(0), scalars).mask
+  mask = method.select_masks(score, batch, jax.random.key(0), scalars).mask
   masked = np.asarray(mask.any(-1)).reshape(1000, 2)
   both = (masked[:, 0] & masked[:, 1]).mean()
   assert abs(both - 0.25) < 5 * (0.25 * 0.75 / 1000) ** 0.5

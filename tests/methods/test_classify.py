@@ -29,7 +29,9 @@ class OfTokens(Classify):
 
 
 def backbone(width=10, depth=3, **changes):
-  sizes = dict(width=width, depth=depth, heads=2, patch_size=4, image_size=8)
+  sizes = dict(
+    width=width, depth=depth, num_heads=2, patch_size=4, image_size=8
+  )
   return vit.ViT(**sizes | changes)
 
 
@@ -73,7 +75,7 @@ def test_golden_linear_probe(golden, avgpool):
   out = lambda name: file[f"out/avgpool{avgpool}/{name}"]
   method = classifier(
     OfTokens,
-    backbone=backbone(width=cfg["dim"], depth=cfg["n"], heads=1),
+    backbone=backbone(width=cfg["dim"], depth=cfg["n"], num_heads=1),
     num_classes=cfg["classes"],
     last_blocks=cfg["n"],
     avgpool=avgpool,

@@ -44,7 +44,7 @@ def method_of(file, variant="gap", cls=mae.Mae):
   backbone = vit.ViT(
     width=cfg("dim"),
     depth=cfg("depth"),
-    heads=cfg("heads"),
+    num_heads=cfg("heads"),
     patch_size=cfg("patch"),
     image_size=cfg("img"),
     class_token="input" if cfg(f"{variant}/cls") else "none",
@@ -307,7 +307,7 @@ def test_decoder_of_the_official_release_reads_the_class_token():
     (dict(variant="30x2x2"), "variant is 30: choose 28 or 32"),
     (dict(decoder_width=0), "a decoder of width 0.*must be positive"),
     (dict(decoder_width=30), "a decoder of width 30"),
-    (dict(decoder_heads=5), "5 heads cannot be"),
+    (dict(decoder_num_heads=5), "5 heads cannot be"),
     (dict(decoder_depth=0), "0 blocks"),
     (dict(decoder_class_token=True), "class_token is off"),
     (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),

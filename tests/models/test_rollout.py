@@ -42,7 +42,7 @@ def test_golden_rollout(golden, fusion):
       rolled = rollout.roll(
         rollout.fuse(attention, fusion), discard=float(ratio), layer=layer
       )
-      got = rollout.relevance(rolled, lead=1, mean=False)[0]
+      got = rollout.relevance(rolled, num_prefix_tokens=1, mean=False)[0]
       want = file[f"out/{kind}/{fusion}/{ratio:.2f}"]
       np.testing.assert_allclose(square(got), want, **CLOSE)
 
@@ -54,7 +54,7 @@ def test_golden_gradient_rollout(golden):
   )
   for ratio in file["cfg/ratios"]:
     rolled = rollout.roll(fused, discard=float(ratio), protect=False)
-    got = rollout.relevance(rolled, lead=1, mean=False)[0]
+    got = rollout.relevance(rolled, num_prefix_tokens=1, mean=False)[0]
     want = file[f"out/grad_rollout/{ratio:.2f}"]
     np.testing.assert_allclose(square(got), want, **CLOSE)
 
@@ -117,7 +117,7 @@ def trained(tmp_path_factory, quick_compiler):
     "method.patch_size": 4,
     "method.decoder_width": 16,
     "method.decoder_depth": 1,
-    "method.decoder_heads": 2,
+    "method.decoder_num_heads": 2,
     "data.image_size": 16,
     "data.shapes_train": 32,
     "data.shapes_val": 16,

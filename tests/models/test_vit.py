@@ -17,7 +17,7 @@ def recorded(golden):
   model = vit.ViT(
     width=int(file["cfg/dim"]),
     depth=int(file["cfg/depth"]),
-    heads=int(file["cfg/heads"]),
+    num_heads=int(file["cfg/heads"]),
     patch_size=int(file["cfg/patch"]),
     image_size=int(file["cfg/img"]),
   )
@@ -38,7 +38,7 @@ def test_golden_forward(recorded, name, scan):
   file, model, variables = recorded
   model = model.clone(scan=scan)
   images = reference.nhwc(file[f"in/{name}"])
-  out = model.apply(variables, images, want="full")
+  out = model.apply(variables, images, return_attention="full")
   if name == "big":
     close(out.tokens[:, 0], file["out/big/tokens_cls"], TOKENS)
     close(out.tokens[:, -1], file["out/big/tokens_last"], TOKENS)
@@ -56,7 +56,9 @@ def test_golden_masked(recorded, name):
   file, model, variables = recorded
   mask = file["in/mask" if name == "global" else f"in/{name}_mask"]
   images = reference.nhwc(file[f"in/{name}"])
-  out = model.apply(variables, images, mask.reshape(len(mask), -1), want="cls")
+  out = model.apply(
+    variables, images, mask.reshape(len(mask), -1), return_attention="cls"
+  )
   close(out.tokens, file[f"out/{name}_masked/tokens"], TOKENS)
   if name == "global":
     want = file["out/global_masked/cls_attention"]
@@ -66,7 +68,7 @@ def test_golden_masked(recorded, name):
 def test_golden_last_blocks_and_class_row(recorded):
   file, model, variables = recorded
   images = reference.nhwc(file["in/global"])
-  out = model.apply(variables, images, last=2, want="cls")
+  out = model.apply(variables, images, last=2, return_attention="cls")
   want = file["out/global/last_selfattention_cls"]
   close(out.attention, want, ATTENTION)
   norm = {"params": variables["params"]["norm"]}
@@ -126,10 +128,10 @@ def test_scan_and_remat_change_nothing(remat, last):
   model = vit.ViT(24, 3, 2, 4, 16, drop_path=0.3, scan=False)
   images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
   variables = model.init(jax.random.key(1), images)
-  draws = vit.drop_path_draws(jax.random.key(2), jnp.arange(2), depth=3)
+  draws = vit.sample_drop_path_noise(jax.random.key(2), jnp.arange(2), depth=3)
 
   def loss(variables, model):
-    out = model.apply(variables, images, draws=draws, last=last)
+    out = model.apply(variables, images, drop_path_noise=draws, last=last)
     return sum(jnp.sum(b**2) for b in out.blocks)
 
   want = jax.grad(loss)(variables, model)
@@ -147,7 +149,7 @@ def test_drop_path_by_hand(monkeypatch):
   # Block i has rate 0, .2, .4, .6. Draws just below a rate drop the branch.
   draws = np.array([0.0, 0.19, 0.41, 0.59], np.float32)
   draws = jnp.broadcast_to(draws[:, None, None], (depth, 2, 1))
-  got = model.apply(variables, images, draws=draws).blocks[0]
+  got = model.apply(variables, images, drop_path_noise=draws).blocks[0]
   survivors = {0: 1.0, 2: 1 / (1 - 0.4)}
 
   def no_blocks(module, block, x, **options):
@@ -178,9 +180,9 @@ def test_golden_drop_path(golden):
     close(got, file["out/droppath"], 1e-6)
 
 
-def test_drop_path_draws_follow_the_row_and_not_its_place():
+def test_sample_drop_path_noise_follow_the_row_and_not_its_place():
   key = jax.random.key(0)
-  draws = vit.drop_path_draws(key, jnp.array([5, 7, 5]), depth=2)
+  draws = vit.sample_drop_path_noise(key, jnp.array([5, 7, 5]), depth=2)
   np.testing.assert_array_equal(draws[..., 0], draws[..., 2])
   assert not np.array_equal(draws[..., 0], draws[..., 1])
 
@@ -245,7 +247,7 @@ def test_bad_sizes(change, words):
 
 def test_published_sizes():
   model = vit.from_config(common.attmask())
-  assert (model.width, model.depth, model.heads) == (384, 12, 6)
+  assert (model.width, model.depth, model.num_heads) == (384, 12, 6)
   assert model.grid == 14
 
 
@@ -262,7 +264,7 @@ def reading(golden):
   model = vit.ViT(
     width=cfg("embed_dim"),
     depth=cfg("depth"),
-    heads=cfg("num_heads"),
+    num_heads=cfg("num_heads"),
     patch_size=cfg("patch_size"),
     image_size=cfg("img_size"),
     class_token="readout",
@@ -278,13 +280,13 @@ def test_golden_class_attention_encoder(reading):
   file, model, variables, images = reading
   table = positions.sin_cos((model.grid,) * 2, model.width, "xy")
   close(table, file["sd/pos_embed"], 1e-7)
-  out = model.apply(variables, images, want="cls")
+  out = model.apply(variables, images, return_attention="cls")
   close(out.blocks[-1], file["out/full/patch_tokens"], 2e-5)
   close(out.tokens, file["out/full/norm_tokens"], 2e-5)
   last = model.readout_layers - 1
   close(out.raw[:, :1], file[f"out/full/cls_after_ca{last}"], 2e-5)
   # The class token attends to itself, too, so a row sums to less than 1.
-  assert out.attention.shape == (len(images), model.heads, model.grid**2)
+  assert out.attention.shape == (len(images), model.num_heads, model.grid**2)
   assert 0.5 < float(out.attention.sum(-1).max()) < 1
   cls, patches = vit.features(model, variables["params"], images)
   close(cls, file["out/full/feature"], 2e-5)
@@ -308,7 +310,7 @@ def test_golden_visible_patches_only(golden, variant):
   model = vit.ViT(
     width=cfg("dim"),
     depth=cfg("depth"),
-    heads=cfg("heads"),
+    num_heads=cfg("heads"),
     patch_size=cfg("patch"),
     image_size=cfg("img"),
     class_token="input" if variant == "cls" else "none",
@@ -322,7 +324,7 @@ def test_golden_visible_patches_only(golden, variant):
   ids = shuffle[:, : file[f"out/{variant}/visible_size"].item()]
   out = model.apply(variables, images, keep_ids=jnp.asarray(ids)[:, None])
   want = file[f"out/{variant}/latent_visible"]
-  close(out.tokens[:, model.lead :], want, 2e-5)
+  close(out.tokens[:, model.num_prefix_tokens :], want, 2e-5)
 
 
 def test_a_key_bias_that_is_off_gets_no_gradient():
@@ -341,8 +343,8 @@ def test_attention_received_without_a_class_token():
   )
   images = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
   variables = model.init(jax.random.key(1), images)
-  full = model.apply(variables, images, want="full").attention
-  received = model.apply(variables, images, want="cls").attention
+  full = model.apply(variables, images, return_attention="full").attention
+  received = model.apply(variables, images, return_attention="cls").attention
   want = np.asarray(full).sum(axis=2) / 9  # over queries
   close(received, want, 1e-6)
 

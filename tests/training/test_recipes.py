@@ -304,7 +304,7 @@ def test_published_settings_of_mae(arg):
   assert encoder.class_token == ("input" if cls else "none")
   assert (encoder.patch_size, encoder.drop_path) == (patch, 0)
   d = method.decoder
-  assert (d.width, d.depth, d.heads) == decoder
+  assert (d.width, d.depth, d.num_heads) == decoder
   assert (method.norm_target, method.mask) == (norm, "random")
   official = arg.startswith("official")
   assert method.n_hidden == {16: 147, 14: 192}[patch]
@@ -320,8 +320,12 @@ def test_published_settings_of_mae(arg):
     else ("crop_flip", (0.08, 1.0), "bilinear")
   )
 
-  width, depth, heads, own, whole = MAE_SIZES[variant]
-  assert (encoder.width, encoder.depth, encoder.heads) == (width, depth, heads)
+  width, depth, num_heads, own, whole = MAE_SIZES[variant]
+  assert (encoder.width, encoder.depth, encoder.num_heads) == (
+    width,
+    depth,
+    num_heads,
+  )
   params, _, _ = jax.eval_shape(method.init, jax.random.key(0))
   key_biases = width * depth
   got = size_of(params["backbone"]) - key_biases - cls * width

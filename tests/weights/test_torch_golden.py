@@ -63,7 +63,7 @@ def cfg_of(file):
 def network(layout):
   """The backbone that a layout describes."""
   return vit.ViT(
-    layout.width, layout.depth, layout.heads, layout.patch_size,
+    layout.width, layout.depth, layout.num_heads, layout.patch_size,
     layout.image_size, class_token=layout.class_token,
     positions=layout.positions, key_bias=layout.key_bias,
     readout_layers=layout.readout_layers,
@@ -117,7 +117,7 @@ def test_golden_names_and_sizes(golden, case):
   name, prefix = case.split()
   file = golden(name)
   cfg, tensors = dict(cfg_of(file)), under(file, prefix)
-  layout = layouts.recognise(tensors, heads=cfg["heads"])
+  layout = layouts.recognise(tensors, num_heads=cfg["heads"])
   assert layout.kind == RECORDED[case]
   for key, value in cfg.items():
     # The common cfg names parts that only some of these files hold.
@@ -145,7 +145,7 @@ def test_golden_names_and_sizes(golden, case):
 
 
 def converted(tensors, num_heads):
-  layout = layouts.recognise(tensors, heads=num_heads)
+  layout = layouts.recognise(tensors, num_heads=num_heads)
   shapes = shapes_from(layout)
   got = names.to_ours(tensors, layout.table, shapes)
   assert got.missing == [] and got.unexpected == []
@@ -179,7 +179,7 @@ def test_golden_attmask_head(golden, variant):
   # A trunk beside it, as in every checkpoint.
   trunk = filled({"backbone": trees("attmask")[0]["backbone"]})
   tensors |= names.to_theirs(trunk, tables.backbone("backbone."))
-  layout = layouts.recognise(tensors, heads=2)
+  layout = layouts.recognise(tensors, num_heads=2)
   assert layout.prototypes == variant
   assert layout.out_dim == cfg("out_dim")
   assert layout.head_hidden == cfg("hidden")
@@ -204,7 +204,7 @@ def loaded(tmp_path, tensors, num_heads, key="model", **rest):
   pth.write(tmp_path / "a.pth", {key: tensors} | rest)
   mesh = meshes.make_mesh(devices=jax.devices()[:1])
   return loading.load(
-    str(tmp_path / "a.pth"), network="teacher", mesh=mesh, heads=num_heads
+    str(tmp_path / "a.pth"), network="teacher", mesh=mesh, num_heads=num_heads
   )
 
 
@@ -286,7 +286,7 @@ def test_golden_attmask_checkpoint(golden, which):
   keys = [k.removeprefix("module.") for k in file[f"out/{which}_keys"].tolist()]
   tensors = networks[which]
   assert sorted(tensors) == sorted(keys)
-  layout = layouts.recognise(tensors, heads=cfg["heads"])
+  layout = layouts.recognise(tensors, num_heads=cfg["heads"])
   for key, value in cfg.items():
     assert getattr(layout, key) == value, key
   shapes = shapes_from(layout)
@@ -324,7 +324,7 @@ def test_golden_mae_checkpoint(golden, golden_root):
   mesh = meshes.make_mesh(devices=jax.devices()[:1])
   found = loading.load(
     str(golden_root / "mae" / "checkpoint.pth"), network="teacher",
-    mesh=mesh, heads=layout.heads,
+    mesh=mesh, num_heads=layout.num_heads,
   )  # fmt: skip
   images = reference.nhwc(file["in/images"])
   cls, _ = found.method.features(found.params, images, norm=False)
@@ -355,7 +355,7 @@ def test_golden_extrema_checkpoint(golden, which):
   obj, networks = checkpoint("extrema/checkpoint.pth")
   file = golden("extrema/checkpoint_forward.npz")
   cfg = dict(cfg_of(file))
-  layout = layouts.recognise(networks[which], heads=cfg["heads"])
+  layout = layouts.recognise(networks[which], num_heads=cfg["heads"])
   for key, value in cfg.items():
     assert getattr(layout, key) == value, key
   assert layout.predictor == (which == "student")

@@ -70,7 +70,7 @@ def test_there_and_back(name, dtype):
   for tensor in tensors.values():
     assert tensor.flags["C_CONTIGUOUS"] and tensor.dtype == dtype
   same(back(tensors, table, tree), tree)
-  layout = layouts.recognise(tensors, heads=2)
+  layout = layouts.recognise(tensors, num_heads=2)
   assert layout.kind == code_base
   assert layout.variant == "64x4x2" and layout.image_size == 32
   for key, value in facts.items():
@@ -122,7 +122,7 @@ def test_classifiers_there_and_back(name):
   tensors = names.to_theirs(tree, make(), grid=(4, 4))
   assert "norm.weight" not in tensors or not options.get("unused_norm")
   same(back(tensors, make(), tree), tree)
-  layout = layouts.recognise(tensors, heads=2)
+  layout = layouts.recognise(tensors, num_heads=2)
   assert layout.kind == name.split()[0] and layout.num_classes == 5
   for ours, theirs in (
     ("head_norm", "probe_norm"), ("class_token", "class_token"),
@@ -204,7 +204,7 @@ def official_mae():
 
 def test_official_mae_with_and_without_decoder():
   tree, tensors = official_mae()
-  layout = layouts.recognise(tensors, heads=2)
+  layout = layouts.recognise(tensors, num_heads=2)
   assert (layout.kind, layout.positions) == ("facebook_mae", "xy")
   assert layout.decoder_width == 0 and not layout.decoder_class_token
   whole = filled(official_trees())
@@ -229,15 +229,15 @@ def test_official_mae_with_and_without_decoder():
   # A place for the class token, whose position is zero.
   assert tensors["decoder_pos_embed"].shape[1] == GRID[0] * GRID[1] + 1
   assert not tensors["decoder_pos_embed"][:, 0].any()
-  layout = layouts.recognise(tensors, heads=2)
-  assert layout.decoder_class_token and layout.decoder_heads == 16
+  layout = layouts.recognise(tensors, num_heads=2)
+  assert layout.decoder_class_token and layout.decoder_num_heads == 16
   got = names.to_ours(tensors, layout.table, shapes_of(whole))
   assert got.missing == [] and got.unexpected == []
   same(got.tree, whole)
   # Its separate key bias is kept; a network that has none ignores it.
   hf = names.to_theirs(tree, tables.hf_mae(), grid=(4, 4))
   assert hf.keys() == hf_names("vit.", 2)
-  assert layouts.recognise(hf, heads=2).kind == "hf_mae"
+  assert layouts.recognise(hf, num_heads=2).kind == "hf_mae"
 
 
 def test_fixed_positions_are_compared():
@@ -246,9 +246,9 @@ def test_fixed_positions_are_compared():
   with pytest.raises(InputError, match="pos_embed is not the fixed position"):
     names.to_ours(wrong, tables.facebook_mae(), shapes_of(tree))
   # The axes the other way round are the other code base.
-  assert layouts.recognise(tensors, heads=2).positions == "xy"
+  assert layouts.recognise(tensors, num_heads=2).positions == "xy"
   turned = names.to_theirs(tree, tables.facebook_mae("yx"), grid=(4, 4))
-  assert layouts.recognise(turned, heads=2).positions == "yx"
+  assert layouts.recognise(turned, num_heads=2).positions == "yx"
   # A network with learned positions takes any table.
   learned = {"backbone": classifier()["backbone"]}
   got = names.to_ours(wrong, tables.facebook_mae(), shapes_of(learned))
@@ -305,9 +305,9 @@ def test_shared_prototypes_must_agree():
   tensors[name] = tensors[name] + 1
   with pytest.raises(InputError, match=f"{name} differs from head.last_layer"):
     names.to_ours(tensors, tables.attmask(), shapes_of(tree))
-  assert layouts.recognise(tensors, heads=2).prototypes == "separate"
+  assert layouts.recognise(tensors, num_heads=2).prototypes == "separate"
   del tensors[name], tensors["head.last_layer2.weight_v"]
-  assert layouts.recognise(tensors, heads=2).prototypes == "class_only"
+  assert layouts.recognise(tensors, num_heads=2).prototypes == "class_only"
 
 
 def test_unwrap_finds_networks():
@@ -348,9 +348,9 @@ def test_unknown_or_damaged_files_are_refused():
     layouts.recognise({"fc.bias": np.ones(1), "conv1.weight": np.ones(1)})
   tree = filled({"backbone": trees("attmask")[1]["backbone"]})
   tensors = names.to_theirs(tree, tables.backbone())
-  assert layouts.recognise(tensors).heads == 1  # of 64 values each
+  assert layouts.recognise(tensors).num_heads == 1  # of 64 values each
   with pytest.raises(InputError, match="does not divide over 3 heads"):
-    layouts.recognise(tensors, heads=3)
+    layouts.recognise(tensors, num_heads=3)
   for change, message in (
     ({"patch_embed.proj.weight": np.ones((64, 48))}, "and not 4 axes"),
     ({"pos_embed": np.ones((1, 67, 64))}, "pos_embed has 67 slots"),
@@ -378,7 +378,7 @@ def test_widths_of_the_mlp_come_back(width, hidden):
     "blocks.0.norm1.weight": np.ones(width),
     "blocks.0.mlp.fc1.weight": np.empty((hidden, 1)),
   }
-  layout = layouts.recognise(thin, heads=2)
+  layout = layouts.recognise(thin, num_heads=2)
   assert int(layout.mlp_ratio * width) == hidden  # as `layers.Mlp` has it
 
 
@@ -427,7 +427,7 @@ def test_damage_is_our_own_error():
       if rng.random() < 0.3:
         del damaged[name]
       try:
-        layout = layouts.recognise(damaged, heads=2)
+        layout = layouts.recognise(damaged, num_heads=2)
         got = names.to_ours(damaged, layout.table, shapes_of(tree))
         assert got.missing or got.unexpected or name.endswith("pos_embed")
       except InputError:
@@ -442,7 +442,7 @@ def test_damage_is_our_own_error():
 )  # fmt: skip
 def test_published_sizes(width, depth, num_heads, variant):
   layout = layouts.Layout(
-    "backbone", (), width=width, depth=depth, heads=num_heads
+    "backbone", (), width=width, depth=depth, num_heads=num_heads
   )
   assert layout.variant == variant
   thin = {

@@ -59,7 +59,7 @@ class File(NamedTuple):
     # Others say how many are completed, these the last one, counted from 0.
     return max(found + (kind_of(self) in ZERO_BASED), 0)
 
-  def heads(self, key: str = "heads") -> int | None:
+  def num_heads(self, key: str = "heads") -> int | None:
     """Heads of its attention, or "decoder_heads"; None if it does not say."""
     found = self.rest.get(key)
     return found if isinstance(found, int) and found > 0 else None
@@ -161,7 +161,7 @@ def load(
   file: File,
   network: str,
   *,
-  heads: int = 0,
+  num_heads: int = 0,
   allow_missing: str | Sequence[str] = "",
 ) -> Network:
   """One network of a file.
@@ -169,7 +169,7 @@ def load(
   Args:
     file: of `read`.
     network: "teacher" or "student"; a file with one network gives that.
-    heads: of its attention; 0 = by convention.
+    num_heads: of its attention; 0 = by convention.
     allow_missing: beginnings of tensor names, as "A,B" or a list, that may be
       missing in the file or without a place in our network. Missing ones get
       start values.
@@ -181,8 +181,8 @@ def load(
   try:
     layout = layouts.recognise(
       file.networks[name],
-      heads=heads or file.heads(),
-      decoder_heads=file.heads("decoder_heads"),
+      num_heads=num_heads or file.num_heads(),
+      decoder_num_heads=file.num_heads("decoder_heads"),
     )
     method = networks.build(layout)
     wanted = networks.shapes_of(method, layout, name)

@@ -8,19 +8,19 @@ from attmask_jax.models import positions
 
 
 def table(
-  grid: tuple[int, int], width: int, order: str, *, lead: int
+  grid: tuple[int, int], width: int, order: str, *, num_prefix_tokens: int
 ) -> np.ndarray:
-  """Sine-cosine table with `lead` zero slots: [1, lead + N, D] float32."""
+  """Sine-cosine table after zeros for the prefix tokens: [1, L, D] float32."""
   patches = positions.sin_cos(grid, width, order)
-  return np.pad(patches, ((0, 0), (lead, 0), (0, 0)))
+  return np.pad(patches, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
 
 
 def square(tokens: int) -> tuple[int, int] | None:
-  """(side, lead) of a table for side^2 patches and 0 or 1 class tokens."""
-  for lead in (0, 1):
-    side = round(max(tokens - lead, 0) ** 0.5)
-    if side and side**2 == tokens - lead:
-      return side, lead
+  """(side, num_prefix_tokens) of a table with 0 or 1 class tokens."""
+  for num_prefix_tokens in (0, 1):
+    side = round(max(tokens - num_prefix_tokens, 0) ** 0.5)
+    if side and side**2 == tokens - num_prefix_tokens:
+      return side, num_prefix_tokens
   return None
 
 
@@ -49,9 +49,11 @@ def _distance(array: np.ndarray, order: str) -> float:
   sizes = square(array.shape[1])
   if sizes is None or not array.shape[2]:
     return float("inf")
-  side, lead = sizes
-  want = table((side, side), array.shape[2], order, lead=lead)
-  return float(np.max(np.abs(np.asarray(array, np.float32) - want)))
+  side, num_prefix_tokens = sizes
+  expected = table(
+    (side, side), array.shape[2], order, num_prefix_tokens=num_prefix_tokens
+  )
+  return float(np.max(np.abs(np.asarray(array, np.float32) - expected)))
 
 
 def _tolerance(array: np.ndarray) -> float:

@@ -48,7 +48,7 @@ class Layout:
     table: its names.
     width: D.
     depth: blocks.
-    heads: given, or by convention.
+    num_heads: given, or by convention.
     patch_size: P.
     image_size: pixels that the position table is made for.
     mlp_ratio: hidden width of the MLPs over D.
@@ -67,7 +67,7 @@ class Layout:
     predictor: ExtreMA's student's.
     decoder_width: D'.
     decoder_depth: its blocks.
-    decoder_heads: given, or by convention.
+    decoder_num_heads: given, or by convention.
     decoder_class_token: its decoder sees the class token (official MAE).
     num_classes: of a classifier.
     features: values that it reads.
@@ -78,7 +78,7 @@ class Layout:
   table: Table
   width: int = 0
   depth: int = 0
-  heads: int = 0
+  num_heads: int = 0
   patch_size: int = 0
   image_size: int = 0
   mlp_ratio: float = 0.0
@@ -97,7 +97,7 @@ class Layout:
   predictor: bool = False
   decoder_width: int = 0
   decoder_depth: int = 0
-  decoder_heads: int = 0
+  decoder_num_heads: int = 0
   decoder_class_token: bool = False
   num_classes: int = 0
   features: int = 0
@@ -106,11 +106,11 @@ class Layout:
   @property
   def variant(self) -> str:
     """`method.variant` of a config: a published size or "WxDxH"."""
-    size = dict(width=self.width, depth=self.depth, heads=self.heads)
+    size = dict(width=self.width, depth=self.depth, num_heads=self.num_heads)
     for name, known in vit.VARIANTS.items():
       if known == size:
         return name
-    return f"{self.width}x{self.depth}x{self.heads}"
+    return f"{self.width}x{self.depth}x{self.num_heads}"
 
 
 def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -166,16 +166,16 @@ def wrap_extrema(
 def recognise(
   tensors: Tensors,
   *,
-  heads: int | None = None,
-  decoder_heads: int | None = None,
+  num_heads: int | None = None,
+  decoder_num_heads: int | None = None,
 ) -> Layout:
   """Code base and sizes of one network of `unwrap`.
 
   Args:
     tensors: {name: array}.
-    heads: of its attention; None = those of the published size of this width,
-      or else 64 wide.
-    decoder_heads: the same of a decoder; None = as its release has them.
+    num_heads: of its attention; None = those of the published size of this
+      width, or else 64 wide.
+    decoder_num_heads: the same of a decoder; None = as its release has them.
 
   Raises:
     InputError: an unknown file, a tensor of an impossible shape, or a width
@@ -184,13 +184,13 @@ def recognise(
   kind, table = _kind(tensors)
   found: dict[str, Any] = {}
   if kind != "linear":
-    found |= sizes.trunk(tensors, table, heads)
+    found |= sizes.trunk(tensors, table, num_heads)
   if kind == "attmask":
     found |= sizes.prototypes(tensors)
   elif kind == "extrema":
     found |= sizes.projector(tensors)
   elif kind in DECODERS:
-    found |= sizes.decoder(tensors, table, DECODERS[kind], decoder_heads)
+    found |= sizes.decoder(tensors, table, DECODERS[kind], decoder_num_heads)
   found |= sizes.classifier(tensors, table)
   return Layout(kind=kind, table=table, **found)
 

@@ -89,13 +89,14 @@ class Constant:
       "zero_token", an unused (1, 1, D), and "counter", an integer, written as
       0; "dropped", accepted, of no use and never written.
     like: leaf of ours that must exist for it to be written, and has its width.
-    lead: class token with a zero slot in the position table, if it exists.
+    class_token: leaf of the class token, which has a zero slot in the table if
+      it exists.
   """
 
   theirs: str
   kind: str
   like: str = ""
-  lead: str = ""
+  class_token: str = ""
 
 
 Table = tuple[Row | Constant, ...]
@@ -193,8 +194,11 @@ def to_theirs(
   for row in table:
     if isinstance(row, Constant) and row.like in leaves:
       if row.theirs not in tensors:
-        like, lead = leaves[row.like], int(row.lead in leaves)
-        tensors[row.theirs] = _constant(row, like, lead, grid)
+        like, num_prefix_tokens = (
+          leaves[row.like],
+          int(row.class_token in leaves),
+        )
+        tensors[row.theirs] = _constant(row, like, num_prefix_tokens, grid)
   return tensors
 
 
@@ -272,12 +276,12 @@ def _assemble(
   # Views of one value: shapes without memory.
   probe = np.broadcast_to(np.zeros((), bool), shape)
   for piece in pieces:
-    want = KINDS[piece.row.kind][1](_part(probe, piece)).shape
+    expected = KINDS[piece.row.kind][1](_part(probe, piece)).shape
     given = tuple(tensors[piece.name].shape)
-    if given != want:
+    if given != expected:
       raise InputError(
         f"{piece.name} has shape {given}, and {path} of this network "
-        f"needs {want}: the file is of a network of another size"
+        f"needs {expected}: the file is of a network of another size"
       )
   if dtype is None:
     dtype = _common([tensors[piece.name].dtype for piece in pieces])
@@ -305,7 +309,10 @@ def _common(dtypes: list[np.dtype]) -> np.dtype:
 
 
 def _constant(
-  row: Constant, like: np.ndarray, lead: int, grid: tuple[int, int] | None
+  row: Constant,
+  like: np.ndarray,
+  num_prefix_tokens: int,
+  grid: tuple[int, int] | None,
 ) -> np.ndarray:
   """What is written for a constant."""
   if row.kind == "counter":
@@ -315,4 +322,6 @@ def _constant(
     return np.zeros((1, 1, width), like.dtype)
   if grid is None:
     raise ValueError(f"{row.theirs} is written, and grid is not given")
-  return fixed.table(grid, width, row.kind, lead=lead).astype(like.dtype)
+  return fixed.table(
+    grid, width, row.kind, num_prefix_tokens=num_prefix_tokens
+  ).astype(like.dtype)

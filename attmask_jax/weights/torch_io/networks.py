@@ -105,7 +105,7 @@ def build(layout: Layout) -> Any:
   backbone = vit.ViT(
     layout.width,
     layout.depth,
-    layout.heads,
+    layout.num_heads,
     layout.patch_size,
     layout.image_size,
     mlp_ratio=layout.mlp_ratio,
@@ -158,7 +158,7 @@ def _mae(layout: Layout, backbone: vit.ViT) -> Mae:
   decoder = Decoder(
     width=layout.decoder_width,
     depth=layout.decoder_depth,
-    heads=layout.decoder_heads,
+    num_heads=layout.decoder_num_heads,
     pixels=3 * layout.patch_size**2,
     positions={"learned": "xy" if official else "yx"}.get(order, order),
     class_token=official,

@@ -11,10 +11,12 @@ from attmask_jax.models import vit
 from attmask_jax.weights.torch_io import fixed, names
 from attmask_jax.weights.torch_io.names import Constant, Table, Tensors
 
-_HEADS = {v["width"]: v["heads"] for v in vit.VARIANTS.values()}
+_HEADS = {v["width"]: v["num_heads"] for v in vit.VARIANTS.values()}
 
 
-def trunk(tensors: Tensors, table: Table, heads: int | None) -> dict[str, Any]:
+def trunk(
+  tensors: Tensors, table: Table, num_heads: int | None
+) -> dict[str, Any]:
   """Sizes of the backbone."""
   name = lambda ours: names.name_of(table, f"backbone/{ours}") or ""
   conv = _shape(tensors, name("patch_embed/kernel"), 4)
@@ -22,16 +24,16 @@ def trunk(tensors: Tensors, table: Table, heads: int | None) -> dict[str, Any]:
   depth = _depth(tensors, name("blocks/norm1/scale[i]"))
   fc1 = name("blocks/mlp/fc1/kernel[i]").format(i=0)
   table_name = name("pos_embed")
-  side, lead = sides(tensors, table_name)
+  side, num_prefix_tokens = sides(tensors, table_name)
   readouts = _count(tensors, "blocks_token.{i}.gamma_1")
-  token = "readout" if readouts else "input" if lead else "none"
+  token = "readout" if readouts else "input" if num_prefix_tokens else "none"
   # Where no fixed table is expected, as in a fine-tuned network, one that was
   # never moved is a learned one.
   known = any(isinstance(r, Constant) and r.theirs == table_name for r in table)
   return {
     "width": width,
     "depth": depth,
-    "heads": _heads(width, heads),
+    "num_heads": _heads(width, num_heads),
     "patch_size": patch,
     "image_size": side * patch,
     "mlp_ratio": _ratio(_shape(tensors, fc1, 2)[0], width),
@@ -86,25 +88,25 @@ def projector(tensors: Tensors) -> dict[str, Any]:
 
 
 def decoder(
-  tensors: Tensors, table: Table, class_token: bool, heads: int | None
+  tensors: Tensors, table: Table, class_token: bool, num_heads: int | None
 ) -> dict[str, Any]:
   """Sizes of a masked autoencoder's decoder, where there is one."""
   name = lambda ours: names.name_of(table, f"decoder/{ours}") or ""
   if name("embed/kernel") not in tensors:
     return {}
   width = _shape(tensors, name("embed/kernel"), 2)[0]
-  if heads is None:
+  if num_heads is None:
     # The official decoders have 16 at any width, those of MAE-priv 64 wide.
-    heads = 16 if class_token else max(width // 64, 1)
-  if width % heads or width % 4:
+    num_heads = 16 if class_token else max(width // 64, 1)
+  if width % num_heads or width % 4:
     raise InputError(
       f"the decoder of these weights has width {width}, which does not divide "
-      f"by 4 and over {heads} heads: they are damaged or of an unknown kind"
+      f"by 4 and over {num_heads} heads: they are damaged or of an unknown kind"
     )
   return {
     "decoder_width": width,
     "decoder_depth": _depth(tensors, name("blocks/norm1/scale[i]")),
-    "decoder_heads": heads,
+    "decoder_num_heads": num_heads,
     "decoder_class_token": class_token,
   }
 
@@ -131,21 +133,21 @@ def _ratio(hidden: int, width: int) -> float:
   return math.nextafter(ratio, np.inf) if ratio * width < hidden else ratio
 
 
-def _heads(width: int, heads: int | None) -> int:
+def _heads(width: int, num_heads: int | None) -> int:
   """Given or by convention; must divide the width."""
-  if heads is None:
-    heads = _HEADS.get(width, width // 64 if width % 64 == 0 else 0)
-    if not heads:
+  if num_heads is None:
+    num_heads = _HEADS.get(width, width // 64 if width % 64 == 0 else 0)
+    if not num_heads:
       raise InputError(
         f"weights of width {width} do not say how many attention heads they "
-        "have: set --config.heads"
+        "have: set --config.num_heads"
       )
-  if heads < 1 or width % heads:
+  if num_heads < 1 or width % num_heads:
     raise InputError(
-      f"width {width} of these weights does not divide over {heads} heads: "
-      "set --config.heads"
+      f"width {width} of these weights does not divide over {num_heads} heads: "
+      "set --config.num_heads"
     )
-  return heads
+  return num_heads
 
 
 def _count(tensors: Tensors, template: str) -> int:

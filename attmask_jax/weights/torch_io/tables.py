@@ -128,10 +128,12 @@ _NO_FINAL: Rows = (
 _EMBED_BIAS = "backbone/patch_embed/bias"  # what every trunk has
 
 
-def _positions(theirs: str, order: str, *, lead: bool = True) -> Constant:
+def _positions(
+  theirs: str, order: str, *, class_token: bool = True
+) -> Constant:
   """The encoder's fixed table."""
   return Constant(
-    theirs, order, _EMBED_BIAS, "backbone/cls_token" if lead else ""
+    theirs, order, _EMBED_BIAS, "backbone/cls_token" if class_token else ""
   )
 
 
@@ -216,7 +218,7 @@ def facebook_mae(order: str = "xy") -> Table:
 def _encoder_with_readout(order: str, final: Rows) -> Table:
   return (
     *_under(_FUSED_TRUNK + _READOUTS + final, "backbone/", ""),
-    _positions("pos_embed", order, lead=False),
+    _positions("pos_embed", order, class_token=False),
   )
 
 
