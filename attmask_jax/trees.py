@@ -1,12 +1,24 @@
 """Parameter trees by path: {"backbone/norm/scale": leaf}."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from attmask_jax import Params
-from attmask_jax.training import optim
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """Key path of a leaf as "backbone/blocks/attn/qkv/kernel"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def map_named(f: Callable[..., Any], tree: Params, *rest: Params) -> Params:
+  """tree.map whose function gets the leaf's path as its first argument."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: f(path_name(path), *leaves), tree, *rest
+  )
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -14,7 +26,7 @@ def flat(tree: Any) -> dict[str, Any]:
   leaves = jax.tree_util.tree_leaves_with_path(
     tree, is_leaf=lambda x: hasattr(x, "shape")
   )
-  return {optim.path_name(path): leaf for path, leaf in leaves}
+  return {path_name(path): leaf for path, leaf in leaves}
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -27,12 +39,5 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def nested(leaves: Mapping[str, Any]) -> Params:
-  """The inverse of `flat`."""
-  tree: Params = {}
-  for path, leaf in leaves.items():
-    *parents, last = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return tree
+  """The inverse of `flat` for nested dicts."""
+  return traverse_util.unflatten_dict(dict(leaves), sep="/")

@@ -5,6 +5,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
+from attmask_jax import trees
 from attmask_jax.training import optim
 
 _NAMES = [
@@ -80,7 +81,7 @@ def load(file, prefix):
 
 def norms(tree):
   """L2 norm of every tensor: [] each, [depth] for stacked blocks."""
-  return optim.map_named(optim.per_layer(jnp.linalg.norm), tree)
+  return trees.map_named(optim.per_layer(jnp.linalg.norm), tree)
 
 
 def nhwc(images):

@@ -8,7 +8,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import mesh as meshes
-from attmask_jax.training import optim, setup, train_step
+from attmask_jax import trees
+from attmask_jax.training import setup, train_step
 from configs import tiny
 
 # Everything that the tiny config sets, so that tuning it changes no test. A
@@ -163,7 +164,7 @@ def assert_close(got, want, atol):
 
   def one(path, a, b):
     a, b = np.array(a), np.array(b)
-    name = optim.path_name(path)
+    name = trees.path_name(path)
     if name.endswith("attn/qkv/bias"):
       width = a.shape[-1] // 3
       a[:, width : 2 * width] = b[:, width : 2 * width] = 0

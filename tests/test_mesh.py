@@ -8,8 +8,8 @@ import pytest
 import small
 
 from attmask_jax import mesh as meshes
+from attmask_jax import trees
 from attmask_jax.errors import InputError
-from attmask_jax.training import optim
 
 # Sums over the batch are taken in another order on every mesh: a few units in
 # the last place of float32 (6e-8 of losses of about 3), grown over 8 steps.
@@ -176,5 +176,5 @@ def test_some_variables_for_several_processes_are_not_enough(monkeypatch):
 
 def test_names_of_leaves_are_unique_in_the_optimiser_state():
   run, state, _ = small.parts(small.config())
-  names = [optim.path_name(p) for p, _ in jax.tree.leaves_with_path(state.opt)]
+  names = [trees.path_name(p) for p, _ in jax.tree.leaves_with_path(state.opt)]
   assert run.mesh.size == 8 and len(names) == len(set(names))

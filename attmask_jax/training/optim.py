@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from attmask_jax import Params
+from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
 
 OPTIMIZERS = ("adamw", "sgd", "lars", "lars_mae")
@@ -33,31 +33,11 @@ UNDECAYED = r"(^|/)(bias|scale)$"
 STACKED = r"(^|/)blocks/"
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-  """Key path of a leaf as "backbone/blocks/attn/qkv/kernel"."""
-  return "/".join(map(_key_name, path))
-
-
-def _key_name(entry: Any) -> str:
-  """Key of a dict, name of an attribute, place in a sequence."""
-  for field in ("key", "name", "idx"):
-    if hasattr(entry, field):
-      return str(getattr(entry, field))
-  return str(entry)
-
-
-def map_named(f: Callable[..., Any], tree: Params, *rest: Params) -> Params:
-  """tree.map whose function also gets the leaf's name first."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, *leaves: f(path_name(path), *leaves), tree, *rest
-  )
-
-
 def without(grads: Params, untrained: str | None) -> Params:
   """Zeroes the gradients of leaves that never move, so no norm counts them."""
   if untrained is None:
     return grads
-  return map_named(
+  return trees.map_named(
     lambda name, g: jnp.zeros_like(g) if re.search(untrained, name) else g,
     grads,
   )
@@ -83,7 +63,7 @@ def clip_per_tensor(limit: float) -> optax.GradientTransformation:
     return g * jnp.minimum(1.0, limit / (_norm(g) + 1e-6))
 
   return optax.stateless(
-    lambda grads, params: map_named(per_layer(clip), grads)
+    lambda grads, params: trees.map_named(per_layer(clip), grads)
   )
 
 
@@ -109,7 +89,7 @@ def scale_by_rates(
         u = u + wd * p
       return -lr * u if lr_scale is None else -lr * lr_scale(name, p) * u
 
-    return map_named(scale, updates, params), state
+    return trees.map_named(scale, updates, params), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update
@@ -140,7 +120,7 @@ def coupled_decay(
     def decay(name: str, g: jax.Array, p: jax.Array) -> jax.Array:
       return g if re.search(undecayed, name) else per_layer(one)(name, g, p)
 
-    return map_named(decay, updates, params), state
+    return trees.map_named(decay, updates, params), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update
@@ -173,7 +153,7 @@ def mae_trust(
       return g * jnp.where((wd != 0) | always, q, 1.0)
 
     scale = lambda name, g, p: per_layer(one)(name, g, p)
-    return map_named(scale, updates, params), state
+    return trees.map_named(scale, updates, params), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update
@@ -273,7 +253,7 @@ class Optimizer(NamedTuple):
         "freezable": freezable(rule()),
         "untrained": optax.set_to_zero(),
       },
-      lambda params: map_named(label, params),
+      lambda params: trees.map_named(label, params),
     )
     if not self.clip:
       return groups
@@ -310,9 +290,9 @@ def ema(teacher: Params, params: Params, momentum: jax.Array) -> Params:
     momentum: [] float32.
   """
   students = {
-    path_name(path): leaf
+    trees.path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  return map_named(
+  return trees.map_named(
     lambda name, t: momentum * t + (1 - momentum) * students[name], teacher
   )

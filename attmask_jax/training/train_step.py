@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from attmask_jax import Batch, Params
+from attmask_jax import Batch, Params, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.training import optim
 
@@ -115,7 +115,7 @@ def overlay(state: TrainState, start: dict[str, Params]) -> TrainState:
   """
 
   def one(tree: Params, given: Params) -> Params:
-    values = {optim.path_name(p): x for p, x in _leaves(given)}
+    values = {trees.path_name(p): x for p, x in _leaves(given)}
 
     def place(name: str, old: jax.Array) -> jax.Array:
       if name not in values:
@@ -126,7 +126,7 @@ def overlay(state: TrainState, start: dict[str, Params]) -> TrainState:
       # A copy: the state is donated, and the caller's arrays must live on.
       return jax.device_put(new, old.sharding, may_alias=False)
 
-    tree = optim.map_named(place, tree)
+    tree = trees.map_named(place, tree)
     if values:
       raise ValueError(f"no such parameters: {sorted(values)}")
     return tree

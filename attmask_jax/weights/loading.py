@@ -17,7 +17,6 @@ from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 from attmask_jax.runs import checkpoint
-from attmask_jax.training import optim
 from attmask_jax.weights.torch_io import files, networks
 
 # Which tree of a run; "untrained" is the one before the first step.
@@ -170,7 +169,7 @@ def digest(tree: Params) -> str:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     array = np.ascontiguousarray(jax.device_get(leaf))
     total.update(
-      f"{optim.path_name(path)} {array.shape} {array.dtype}".encode()
+      f"{trees.path_name(path)} {array.shape} {array.dtype}".encode()
     )
     total.update(array.reshape(-1).view(np.uint8))  # no copy of the bytes
   return total.hexdigest()[:16]

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 from attmask_jax import mesh as meshes
-from attmask_jax import rows
+from attmask_jax import rows, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import attmask, masking
 from attmask_jax.models import heads, vit
@@ -137,7 +137,7 @@ def gradient_norms(method, state, batch, scalars):
   )[0]
   norms = reference.norms(grads)
   return {
-    optim.path_name(path): leaf
+    trees.path_name(path): leaf
     for path, leaf in jax.tree.leaves_with_path(norms)
   }
 
@@ -242,7 +242,7 @@ def check_parameters(file, scenario, state):
     got = jax.tree.map(np.asarray, tree)
     jax.tree.map_with_path(
       lambda path, a, b, name=name: np.testing.assert_allclose(
-        a, b, rtol=0, atol=PARAMETERS, err_msg=f"{name} {optim.path_name(path)}"
+        a, b, rtol=0, atol=PARAMETERS, err_msg=f"{name} {trees.path_name(path)}"
       ),
       without_key_bias(got, width),
       without_key_bias(want, width),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attmask_jax import evaluate, mesh, supervised
+from attmask_jax import evaluate, mesh, supervised, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 from attmask_jax.methods.classify import Classify
@@ -170,7 +170,7 @@ def test_fine_tuning_moves_everything_and_averages_it():
   after, average = jax.device_get((state.params, state.teacher))
 
   def moved(path, old, new, mean):
-    name = optim.path_name(path)
+    name = trees.path_name(path)
     assert np.abs(old - new).max() > 0, name
     np.testing.assert_allclose(
       mean, 0.75 * old + 0.25 * new, atol=1e-7, err_msg=name
@@ -183,7 +183,7 @@ def test_fine_tuning_moves_everything_and_averages_it():
 def test_layer_decay_by_hand():
   method = classifier(layer_decay=0.5, frozen=False)  # 3 blocks
   params, _, _ = jax.eval_shape(method.init, jax.random.key(0))
-  scale = optim.map_named(method.lr_scale, params)
+  scale = trees.map_named(method.lr_scale, params)
   assert scale["backbone"]["pos_embed"] == 0.5**4
   assert scale["backbone"]["patch_embed"]["kernel"] == 0.5**4
   blocks = scale["backbone"]["blocks"]["mlp"]["fc1"]["bias"]

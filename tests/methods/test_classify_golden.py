@@ -7,7 +7,7 @@ import pytest
 import reference
 from recorded_classifiers import Given, mae_method, under, weights_of
 
-from attmask_jax import mesh
+from attmask_jax import mesh, trees
 from attmask_jax.methods.classify import Classify
 from attmask_jax.models import vit
 from attmask_jax.training import optim, schedules, train_step
@@ -48,7 +48,7 @@ def train(method, tx, start, batches, schedule):
 def same_params(got, want, width):
   def one(path, a, b):
     a, b = np.array(a), np.array(b)
-    name = optim.path_name(path)
+    name = trees.path_name(path)
     if name.endswith("qkv/bias"):  # of keys: no gradient but rounding
       a[..., width : 2 * width] = b[..., width : 2 * width] = 0
     np.testing.assert_allclose(a, b, **CLOSE, err_msg=name)

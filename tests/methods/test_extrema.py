@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import mesh
+from attmask_jax import mesh, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import extrema, losses, masking
 from attmask_jax.models import heads, vit
@@ -228,7 +228,7 @@ def test_golden_training_steps(golden):
 
   def same(path, got, want):
     got, want = np.array(got), np.array(want)
-    name = optim.path_name(path)
+    name = trees.path_name(path)
     if name.endswith("qkv/bias"):  # of keys: no gradient but rounding
       got[..., width : 2 * width] = want[..., width : 2 * width] = 0
     if not name.endswith("attn/k/bias"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from attmask_jax import mesh
+from attmask_jax import mesh, trees
 from attmask_jax.errors import InputError
 from attmask_jax.evals import knn
 from attmask_jax.methods import losses, mae, masking
@@ -165,7 +165,7 @@ def test_golden_training_steps(golden, variant):
     assert schedule.values(i)["lr"] == pytest.approx(lr, rel=1e-9)
   end = params_of(file, f"sd/{variant}/end/")
   jax.tree_util.tree_map_with_path(
-    lambda path, got, want: close(got, want, TRAINED, optim.path_name(path)),
+    lambda path, got, want: close(got, want, TRAINED, trees.path_name(path)),
     jax.device_get(state.params),
     end,
   )

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import small
 
+from attmask_jax import trees
 from attmask_jax.methods import METHODS
-from attmask_jax.training import optim
 
 PRETRAINING = sorted(set(METHODS) - {"classify"})
 DECLARED = (
@@ -37,7 +37,7 @@ def test_members_of_the_contract(name):
 
 def paths(tree):
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {optim.path_name(path): np.shape(leaf) for path, leaf in leaves}
+  return {trees.path_name(path): np.shape(leaf) for path, leaf in leaves}
 
 
 def tiny(name):

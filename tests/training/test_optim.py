@@ -7,6 +7,7 @@ import optax
 import pytest
 import reference
 
+from attmask_jax import trees
 from attmask_jax.training import optim
 from attmask_jax.training.schedules import Schedules, cosine
 
@@ -75,7 +76,7 @@ def test_golden_decay_table(golden):
   moved = jax.tree.map(
     lambda u, p: bool((u == -p).all() and p.any()), updates, params
   )
-  flat = {optim.path_name(k): v for k, v in jax.tree.leaves_with_path(moved)}
+  flat = {trees.path_name(k): v for k, v in jax.tree.leaves_with_path(moved)}
   for name in file["cfg/decayed"]:
     if file[f"in/param/{name}"].any():
       assert flat[name.replace(".", "/")], name

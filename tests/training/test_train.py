@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import train
+from attmask_jax import train, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, attmask, masking
 from attmask_jax.runs import metrics, progress
-from attmask_jax.training import optim, train_step
 from attmask_jax.training import setup as runs
+from attmask_jax.training import train_step
 
 # Sums are taken in another order: a few units in the last place of float32,
 # grown over 4 steps. See test_mesh.py.
@@ -139,7 +139,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters(whole_batch):
 def leaves(state):
   """{name: bytes} of the parameters."""
   return {
-    optim.path_name(path): np.asarray(x).tobytes()
+    trees.path_name(path): np.asarray(x).tobytes()
     for path, x in jax.tree.leaves_with_path(state.params)
   }
 

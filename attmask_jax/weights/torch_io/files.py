@@ -13,7 +13,6 @@ from absl import logging
 
 from attmask_jax import Params, trees, words
 from attmask_jax.errors import InputError
-from attmask_jax.training import optim
 from attmask_jax.weights.torch_io import (
   layouts,
   names,
@@ -265,7 +264,7 @@ def _filled(method: Any, wanted: Any, tree: Params) -> Params:
     logging.info("what is missing gets start values")
     made, _, aux = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
     start = trees.flat(made | aux)
-  return optim.map_named(
+  return trees.map_named(
     lambda name, leaf: np.asarray(
       given[name] if name in given else start[name], np.float32
     ),
