@@ -156,7 +156,7 @@ def test_drop_path_by_hand(monkeypatch):
     module.param("blocks", lambda key: blocks)
     return (x,), None
 
-  monkeypatch.setattr(vit.stack, "apply", no_blocks)
+  monkeypatch.setattr(vit.blocks, "apply", no_blocks)
   x = model.apply(variables, images).blocks[0]
   for i, scale in survivors.items():
     layer = jax.tree.map(lambda a, i=i: a[i], blocks)
