@@ -196,11 +196,11 @@ def visible(method: Any) -> None:
       f'method.mask "{method.mask}" is unknown: use '
       f"{', '.join(masking.VISIBLE_POLICIES)}"
     )
-  if not 0 < method.n_hidden < method.patches:
+  if not 0 < method.n_hidden < method.num_patches:
     raise InputError(
       f"method.mask_ratio {method.mask_ratio} hides {method.n_hidden} of "
-      f"{method.patches} patches: at least one must be hidden, and one stay "
-      "visible"
+      f"{method.num_patches} patches: at least one must be hidden, and one "
+      "stay visible"
     )
   _show_max(method)
 
@@ -226,7 +226,6 @@ def mae(config: ml_collections.ConfigDict) -> None:
       raise InputError(
         f'method.{key} "{m[key]}" is unknown: use {" or ".join(values)}'
       )
-  _knn_temp(config)
   if config.evals.knn and config.evals.avgpool != 1 and not m.class_token:
     raise InputError(
       f"evals.avgpool {config.evals.avgpool} takes the class token, and "
@@ -253,14 +252,6 @@ def mae(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _knn_temp(config: ml_collections.ConfigDict) -> None:
-  if config.evals.knn and not config.evals.knn_temp:
-    raise InputError(
-      f"evals.knn_temp 0 means the teacher's temperature, and method "
-      f"{config.method.name} has none: set --config.evals.knn_temp=0.07"
-    )
-
-
 def extrema(config: ml_collections.ConfigDict) -> None:
   """Refuses ExtreMA settings that name nothing known."""
   m = config.method
@@ -270,7 +261,6 @@ def extrema(config: ml_collections.ConfigDict) -> None:
       raise InputError(
         f'method.{key} "{m[key]}" is unknown: use {" or ".join(values)}'
       )
-  _knn_temp(config)
   if m.contrast == "infonce" and config.data.batch_size < 2:
     raise InputError(
       f"InfoNCE tells the images of a batch apart, and data.batch_size is "
@@ -293,7 +283,7 @@ def subsets(method: Any) -> None:
   if not 0 <= method.mask_ratio < 1 or method.kept < 1:
     raise InputError(
       f"method.mask_ratio {method.mask_ratio} leaves no patch of "
-      f"{method.patches} to see: lower it"
+      f"{method.num_patches} to see: lower it"
     )
   _show_max(method)
   if method.mask_ratio == 0 and method.mask != "random":
@@ -306,7 +296,7 @@ def subsets(method: Any) -> None:
       f"method.mask_ratio 0 shows everything, so method.num_masks "
       f"{method.num_masks} would repeat it: set num_masks to 1"
     )
-  m, k, n = method.num_masks, method.kept, method.patches
+  m, k, n = method.num_masks, method.kept, method.num_patches
   if method.disjoint and m * k > n:
     raise InputError(
       f"method.num_masks {m} times {k} visible patches is more than the {n} "
