@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from attmask_jax import Batch, Params
 from attmask_jax.augment import mixup
 from attmask_jax.errors import InputError
-from attmask_jax.methods import checks, losses
+from attmask_jax.methods import checks
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import vit
 from attmask_jax.models.layers import layer_norm, trunc_normal
@@ -217,7 +218,9 @@ class Classify(Method):
       stats = {"mean": jnp.mean(x, axis=0), "var": jnp.var(x, axis=0)}
       weights = weights | {"batch_norm": stats}
     logits = self.classify(weights, x)  # [B, J, C]
-    entropy = losses.soft_cross_entropy(logits, targets[:, None])  # [B, J]
+    entropy = optax.losses.softmax_cross_entropy(
+      logits, targets[:, None]
+    )  # [B, J]
     right = jnp.argmax(logits[:, 0], axis=-1) == batch["label"]
     metrics = {
       "loss": jnp.mean(entropy),

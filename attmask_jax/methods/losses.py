@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -126,20 +127,6 @@ def entropy(probs: jax.Array) -> jax.Array:
   return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1))
 
 
-def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """-sum targets * log softmax(logits) over the last axis, in float32.
-
-  Args:
-    logits: [..., C], any float type.
-    targets: [..., C] probabilities; broadcasts against logits.
-
-  Returns:
-    [...] float32.
-  """
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  return -jnp.sum(targets * log_probs, axis=-1)
-
-
 def pixel_loss(pred: jax.Array, target: jax.Array) -> jax.Array:
   """Mean squared error over hidden patches and their pixels: [] float32.
 
@@ -181,7 +168,7 @@ def info_nce(pred: jax.Array, target: jax.Array, *, temp: float) -> jax.Array:
   target = jax.lax.stop_gradient(unit(target))
   logits = jnp.einsum("bmc,kc->bmk", unit(pred), target) / temp
   own = jnp.eye(len(target))[:, None]  # [B, 1, B]
-  return 2 * temp * jnp.mean(soft_cross_entropy(logits, own))
+  return 2 * temp * jnp.mean(optax.losses.softmax_cross_entropy(logits, own))
 
 
 def unit(x: jax.Array) -> jax.Array:
