@@ -13,20 +13,14 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import (
-  evaluate,
-  interchange,
-  optim,
-  supervised,
-  train,
-  weights,
-)
+from attmask_jax import evaluate, interchange, supervised, train
 from attmask_jax import mesh as meshes
+from attmask_jax.weights import loading
 from configs import common, evals
 from configs import extrema as extrema_recipes
 from configs import mae as mae_recipes
 
-DATA = pathlib.Path(__file__).parent / "data" / "runs_0_1"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "runs_0_1"
 STEPS, STOPPED_AT = 16, 11
 NETWORKS = ("teacher", "student")
 WITH_FEATURES = ("attmask", "mae", "extrema", "finetune", "imported")
@@ -178,7 +172,7 @@ def old(tmp_path):
 
 
 def load(where, network="teacher"):
-  return weights.load(str(where), network=network, mesh=meshes.make_mesh())
+  return loading.load(str(where), network=network, mesh=meshes.make_mesh())
 
 
 def outputs(source, images):
@@ -216,7 +210,7 @@ def logged(folder, after):
 
 
 def assert_close(path, got, want):
-  name = optim.path_name(path)
+  name = trees.path_name(path)
   np.testing.assert_allclose(got, want, **CLOSE, err_msg=name)
 
 
