@@ -160,6 +160,12 @@ class AttMask:
     """Regex of leaves in `params` that never move, or None."""
     return "head/last_layer2?/weight_g" if self.norm_last_layer else None
 
+  @property
+  def knn_temp(self) -> float:
+    """Temperature of k-NN: the teacher's after its warm-up."""
+    # quirk: the reference takes the class temperature of the teacher.
+    return self.teacher_temp[1]
+
   def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
     """Start values: params, teacher (a copy of the student), aux (centres)."""
     rng_backbone, rng_head = jax.random.split(rng)

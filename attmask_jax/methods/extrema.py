@@ -54,6 +54,7 @@ class ExtreMA:
   contrast_temp: float = 1.0
   seed: int = 0
 
+  knn_temp = 0.07
   teacher_first = True  # it moves before the forward pass, by old weights
   frozen_at_start = None
   untrained = None

@@ -53,6 +53,7 @@ class Mae:
   target_variance: str = "biased"
   seed: int = 0
 
+  knn_temp = 0.07
   teacher_first = False  # the average of the encoder moves after the update
   batch_coupled = False
   frozen_at_start = None
