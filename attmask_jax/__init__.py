@@ -6,11 +6,14 @@ Notation, used in every docstring and variable name of the package:
   V  views (crops) of an image; G global views, V - G local ones
   R  rows of a flattened batch, image-major: R = B * V or B * G
   H, W  image height and width in pixels; P patch side in pixels
-  N  patches of an image;  L = N + 1 tokens, the class token first
-  D  token width;  A attention heads
-  K  prototypes of a head (the width of its logits);  C its bottleneck width
+  N  patches of an image;  L tokens: N, or N + 1 with the class token first
   M  patches kept, or an upper bound on patches hidden, where a shape must be
-     static
+     static;  T subsets of kept patches of an image
+  D  token width;  A attention heads
+  E  width of a head's embedding: bottleneck of a projection head, output of a
+     projector
+  K  prototypes of a head, the width of its logits
+  C  classes;  J linear layers trained side by side;  F features that they read
   S  optimiser steps per epoch
 
 `mask` is True where a patch is hidden from the student; `rank` 0 is the

@@ -1,6 +1,6 @@
 """The training loop: data, steps, metrics, evaluations, checkpoints.
 
-The loop knows no method: see `methods/__init__.py` for what it asks of one.
+The loop knows no method: methods/base.py says what it asks of one.
 """
 
 import contextlib
@@ -77,9 +77,10 @@ class Loop:
     config = run.config
     self._run, self._folder, self._saved = run, folder, saved
     self._epoch = Epoch(
-      run.schedules.steps_per_epoch,
-      meshes.local_positions(run.mesh, config.data.batch_size),
-      config.data.batch_size,
+      run.method,
+      steps=run.schedules.steps_per_epoch,
+      positions=meshes.local_positions(run.mesh, config.data.batch_size),
+      batch_size=config.data.batch_size,
     )
     parts = (run.method, run.tx, run.mesh)
     # Steps done in this directory, or by the run whose weights are taken up.
@@ -198,12 +199,7 @@ class Loop:
         "optim.lr_per_256 or optim.clip, or warm up longer, in a new workdir"
       )
     numbers |= {k: float(v) for k, v in scalars.items() if np.ndim(v) == 0}
-    self._epoch.add(
-      i,
-      numbers,
-      meshes.local_rows(label),
-      meshes.local_rows(per_image["assignment"]) if per_image else -1,
-    )
+    self._epoch.add(i, numbers, label, per_image)
     self._clock.step()
     bar.update(i + 1, numbers["loss"])
     if (i + 1) % self._run.config.run.log_steps == 0:

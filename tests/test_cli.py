@@ -197,7 +197,9 @@ def contents(folder):
 def test_checkpoint_of_another_architecture(call, tmp_path):
   config = small.config({"method.variant": "24x2x2"})
   run, state, _ = small.parts(config)
-  sums = epoch.Epoch(small.STEPS_PER_EPOCH, range(8), 8)
+  sums = epoch.Epoch(
+    run.method, steps=small.STEPS_PER_EPOCH, positions=range(8), batch_size=8
+  )
   items = state.items() | {"epoch": sums.items(run.mesh)}
   with checkpoint.Checkpoints(tmp_path) as saved:
     saved.save(3, items, sums.progress() | {"broken": {}})

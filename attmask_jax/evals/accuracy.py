@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from PIL import Image
 
 from attmask_jax import Params, data
@@ -21,7 +22,6 @@ from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
 from attmask_jax.evals import inputs
 from attmask_jax.evals.features import HostBatch
-from attmask_jax.methods import losses
 from attmask_jax.runs import progress
 
 LogitsFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
@@ -99,7 +99,10 @@ def _count(
   sums = {
     "top1": jnp.sum((rank < 1) & valid, axis=0),
     "loss": jnp.sum(
-      jnp.where(valid, losses.soft_cross_entropy(logits, targets), 0.0), axis=0
+      jnp.where(
+        valid, optax.losses.softmax_cross_entropy(logits, targets), 0.0
+      ),
+      axis=0,
     ),
     "images": jnp.sum(valid),
   }

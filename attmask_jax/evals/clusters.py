@@ -11,6 +11,7 @@ import numpy as np
 from attmask_jax.errors import InputError
 from attmask_jax.evals import features
 from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.methods import clustering
 
 
 def run(job: Job) -> Result:
@@ -20,7 +21,7 @@ def run(job: Job) -> Result:
     InputError: a network without prototypes, or images without labels.
   """
   method, params = job.weights.method, job.weights.params
-  if not hasattr(method, "assignments"):
+  if not method.assigns_prototypes:
     raise InputError(
       f"method {job.weights.config.method.name} has no prototypes to compare "
       "with labels: give weights of attmask, iBOT or DINO"
@@ -35,8 +36,8 @@ def run(job: Job) -> Result:
   with job.batches(source, desc="prototypes") as batches:
     found = features.extract(column, batches, mesh=job.mesh)
   clusters = found.features[:, 0].astype(np.int64)
-  values = cluster_scores(found.labels, clusters)
-  values["accuracy"] = hungarian_accuracy(found.labels, clusters)
+  values = clustering.cluster_scores(found.labels, clusters)
+  values["accuracy"] = clustering.hungarian_accuracy(found.labels, clusters)
   names = {
     "nmi": "NMI",
     "ari": "ARI",
@@ -50,64 +51,3 @@ def run(job: Job) -> Result:
   }
   rows = tuple((names[k], f"{v:.4f}") for k, v in values.items())
   return Result(values, counts, Table(("score", "value"), rows))
-
-
-def cluster_scores(
-  labels: np.ndarray, assignments: np.ndarray
-) -> dict[str, float]:
-  """Agreement of two partitions, whatever the numbers of their parts.
-
-  Args:
-    labels: [n] int, class of each image, < 0 = none: the row is ignored.
-    assignments: [n] int, cluster (arg-max prototype) of each image.
-
-  Returns:
-    nmi: normalised mutual information, arithmetic mean, 0 to 1.
-    ari: adjusted Rand index, -0.5 to 1, 0 by chance.
-    fscore: Fowlkes-Mallows index, 0 to 1.
-    Empty when no row has a label.
-  """
-  from sklearn import metrics  # slow import, only needed here
-
-  labels, assignments = _labelled(labels, assignments)
-  if not len(labels):
-    return {}
-  return {
-    "nmi": float(metrics.normalized_mutual_info_score(labels, assignments)),
-    "ari": float(metrics.adjusted_rand_score(labels, assignments)),
-    "fscore": float(metrics.fowlkes_mallows_score(labels, assignments)),
-  }
-
-
-def hungarian_accuracy(labels: np.ndarray, assignments: np.ndarray) -> float:
-  """Accuracy, 0 to 1, under the best one-to-one map of clusters to classes.
-
-  Images of a cluster that gets no class count as wrong.
-
-  Args:
-    labels: [n] int, < 0 = none: the row is ignored.
-    assignments: [n] int.
-
-  Returns:
-    The accuracy; nan when no row has a label.
-  """
-  from scipy import optimize  # slow import, only needed here
-
-  labels, assignments = _labelled(labels, assignments)
-  if not len(labels):
-    return float("nan")
-  classes, row = np.unique(labels, return_inverse=True)
-  clusters, column = np.unique(assignments, return_inverse=True)
-  counts = np.zeros((len(classes), len(clusters)), np.int64)
-  np.add.at(counts, (row, column), 1)
-  picks = optimize.linear_sum_assignment(counts, maximize=True)
-  return float(counts[picks].sum() / len(labels))
-
-
-def _labelled(
-  labels: np.ndarray, assignments: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """The rows of [n] labels and [n] assignments whose label is not < 0."""
-  labels, assignments = np.asarray(labels), np.asarray(assignments)
-  known = labels >= 0
-  return labels[known], assignments[known]

@@ -122,7 +122,7 @@ class Evaluator:
     The latter where the method reconstructs. At every evaluation, so that a
     run shows what it does while it runs.
     """
-    if hasattr(self._method, "reconstruct"):
+    if self._method.reconstructs:
       self._reconstruct(state, folder / "reconstructions.png")
     return self.masks(state, folder / "masks.png")
 
@@ -144,7 +144,7 @@ class Evaluator:
       images,
       painted,
       labels=[picture.name for picture in shown],
-      title=f"{method.n_hidden} of {method.patches} patches hidden",
+      title=f"{method.n_hidden} of {method.num_patches} patches hidden",
       note=reconstruct.note_of(method),
     )
 
@@ -211,10 +211,10 @@ class Evaluator:
     hidden = pictures.policy_masks(
       attention,
       grid,
-      ratio=self._method.shown_ratio,
-      show_max=self._method.show_max,
+      ratio=self._method.picture_mask_ratio,
+      show_max=self._method.picture_show_max,
       policies=(*masking.ATTENTION_POLICIES, "random"),
-      refill=hasattr(self._method, "n_hidden"),
+      refill=self._method.refills_hints,
     )
     if path and evals.mask_images:
       teacher = bool(state.teacher)
@@ -251,7 +251,7 @@ class Evaluator:
       patch_size=self._method.backbone.patch_size,
       object_masks=None if objects is None else objects[:n],
       title=f"Attention {whose}, and what each policy hides "
-      f"at {pictures.percent(self._method.shown_ratio)} %",
+      f"at {pictures.percent(self._method.picture_mask_ratio)} %",
       network="Teacher" if teacher else "Encoder",
     )
 

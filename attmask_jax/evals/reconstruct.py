@@ -57,7 +57,7 @@ def run(job: Job) -> Result:
       wrong.
   """
   source, evals = job.weights, job.config.evals
-  if not hasattr(source.method, "reconstruct"):
+  if not source.method.reconstructs:
     raise InputError(
       f"weights of method {source.config.method.name} have no decoder, which "
       "evaluation reconstruct needs: give those of an MAE pretraining"
@@ -96,7 +96,7 @@ def run(job: Job) -> Result:
     images[some],
     Painted(*(x[some] for x in painted)),
     labels=[shown[i].name for i in some],
-    title=f"{method.n_hidden} of {method.patches} patches hidden, "
+    title=f"{method.n_hidden} of {method.num_patches} patches hidden, "
     f"{job.weights.network} network",
     note=note_of(method),
   )
@@ -149,7 +149,7 @@ def paint(
   order, pixels = (np.concatenate(x) for x in zip(*parts, strict=True))
   hidden = np.zeros(order.shape, bool)
   np.put_along_axis(
-    hidden, order[:, method.patches - method.n_hidden :], True, 1
+    hidden, order[:, method.num_patches - method.n_hidden :], True, 1
   )
   grid = method.backbone.grid
   hidden = hidden.reshape(n, grid, grid)

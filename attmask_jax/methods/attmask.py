@@ -23,19 +23,18 @@ import ml_collections
 import numpy as np
 
 from attmask_jax import Batch, Params
-from attmask_jax.methods import checks, losses, masking
+from attmask_jax.methods import checks, clustering, losses, masking
+from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
+from attmask_jax.methods.temperature import warmup_table
 from attmask_jax.models import heads, vit
 from attmask_jax.rows import flatten, gather, row_ids, unflatten
-from attmask_jax.training import schedules
-
-Scalars = dict[str, jax.Array]
 
 
-class Teacher(NamedTuple):
+class TeacherOutput(NamedTuple):
   """Teacher outputs of R rows.
 
   Attributes:
-    z: [R, L, C], of the class token alone (L = 1) without a patch loss.
+    z: [R, L, E], of the class token alone (L = 1) without a patch loss.
     logits: [R, K] of the class token.
     attention: [R, N], mean over heads, or None where no mask asks for it.
   """
@@ -45,15 +44,15 @@ class Teacher(NamedTuple):
   attention: jax.Array | None
 
 
-class Student(NamedTuple):
-  """Student outputs: class logits [B, V, K]; z [R, M, C] where hidden."""
+class StudentOutput(NamedTuple):
+  """Student outputs: class logits [B, V, K]; z [R, M, E] where hidden."""
 
   logits: jax.Array
   z: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
-class AttMask:
+class AttMask(Method):
   """The method; configs/common.py says what each field means and its range.
 
   Attributes:
@@ -91,12 +90,9 @@ class AttMask:
   patch_loss_chunks: int = 1
   seed: int = 0
 
-  teacher_first = False  # the teacher moves after the student's update
-  batch_coupled = False  # images meet in the centres only, which are means
   frozen_at_start = "head/last_layer"
-  undecayed = None  # biases and LayerNorm scales, as everywhere
-  lr_scale = None  # one rate for all leaves
-  classifies = False  # evaluated by k-NN
+  per_image = ("assignment",)
+  assigns_prototypes = True
 
   @classmethod
   def from_config(
@@ -130,20 +126,28 @@ class AttMask:
     _ = self.temperatures  # raises where a warm-up does not fit
 
   @property
-  def patches(self) -> int:
-    """N of a global view."""
-    return self.backbone.grid**2
-
-  @property
   def max_hidden(self) -> int:
     """M: no mask of this configuration hides more patches."""
     pairs = zip(self.mask_ratio, self.mask_ratio_var, strict=True)
-    return max(1, *(int(self.patches * (r + v)) for r, v in pairs))
+    return max(1, *(int(self.num_patches * (r + v)) for r, v in pairs))
 
   @property
-  def shown_ratio(self) -> float:
-    """Mask ratio of pictures of masks."""
+  def picture_mask_ratio(self) -> float:
+    """The largest ratio that is drawn."""
     return max(self.mask_ratio)
+
+  @property
+  def picture_show_max(self) -> float:
+    """As in training."""
+    return self.show_max
+
+  @property
+  def knn_temp(self) -> float:
+    """The teacher's class temperature after warm-up.
+
+    quirk: the release evaluates with it while it trains.
+    """
+    return self.teacher_temp[1]
 
   @property
   def by_attention(self) -> bool:
@@ -160,16 +164,10 @@ class AttMask:
     """Regex of leaves in `params` that never move, or None."""
     return "head/last_layer2?/weight_g" if self.norm_last_layer else None
 
-  @property
-  def knn_temp(self) -> float:
-    """Temperature of k-NN: the teacher's after its warm-up."""
-    # quirk: the reference takes the class temperature of the teacher.
-    return self.teacher_temp[1]
-
-  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+  def init(self, rng: jax.Array) -> InitialState:
     """Start values: params, teacher (a copy of the student), aux (centres)."""
     rng_backbone, rng_head = jax.random.split(rng)
-    side, n = self.backbone.image_size, self.patches
+    side, n = self.backbone.image_size, self.num_patches
     images = jnp.zeros((1, side, side, 3))
     has_token = self.mask_input and self.mask != "none"
     mask = jnp.zeros((1, n), bool) if has_token else None
@@ -189,7 +187,7 @@ class AttMask:
     if self.uses_patches:
       width = self.head.patch_out_dim or self.head.out_dim
       aux["center_patch"] = jnp.zeros(width)
-    return params, teacher, aux
+    return InitialState(params, teacher, aux)
 
   def at(self, step: int) -> dict[str, np.generic]:
     """What changes per step, from (seed, step): float64 on the host."""
@@ -197,7 +195,7 @@ class AttMask:
     rng = random.Random(f"{self.seed}-ratio-{step}")
     ratio, hint_ratio = (self.ratio(rng, epoch) for _ in range(2))
     n_mask, n_show = masking.attention_counts(
-      self.patches, ratio, hint_ratio, self.show_max
+      self.num_patches, ratio, hint_ratio, self.show_max
     )
     temp, patch_temp = self.temperatures
     scalars = {
@@ -221,13 +219,13 @@ class AttMask:
     The patch warm-up begins when masking does.
     """
     warmup, total = self.temp_warmup_epochs, self.epochs
-    patch = schedules.warmup_table(
+    patch = warmup_table(
       *self.teacher_patch_temp,
       warmup=warmup,
       total=total,
       delay=self.mask_start_epoch,
     )
-    cls = schedules.warmup_table(*self.teacher_temp, warmup=warmup, total=total)
+    cls = warmup_table(*self.teacher_temp, warmup=warmup, total=total)
     return cls, patch
 
   def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
@@ -253,8 +251,8 @@ class AttMask:
     batch: Batch,
     rng: jax.Array,
     scalars: Scalars,
-  ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
-    """One forward pass of both networks.
+  ) -> LossOutput:
+    """Class-token and patch losses of one batch.
 
     Args:
       params: student.
@@ -266,49 +264,46 @@ class AttMask:
       scalars: `at(step)`.
 
     Returns:
-      loss [] and (stats for the centres, metrics, per-image results [B]).
+      stats: center [K] and center_patch [K], means of raw teacher logits.
+      per_image: assignment [B] int32, the teacher's prototype of view 0.
     """
     rng_mask, rng_global, rng_local = jax.random.split(rng, 3)
     images = vit.normalize_images(batch["images"])
-    b = images.shape[0]
-    whole = self.teacher_forward(teacher, flatten(images))
-    hidden = self.select_masks(whole.attention, batch, rng_mask, scalars)
-    student = self.student_forward(
+    teacher_out = self.teacher_forward(teacher, flatten(images))
+    hidden = self.select_masks(teacher_out.attention, batch, rng_mask, scalars)
+    student_out = self.student_forward(
       params, images, batch, hidden, (rng_global, rng_local)
     )
 
-    logits = unflatten(whole.logits, b)  # [B, G, K]
+    logits = unflatten(teacher_out.logits, images.shape[0])  # [B, G, K]
     probs = losses.teacher_probs(
       logits, aux["center"], temp=scalars["teacher_temp"]
     )
-    cls = self.cls_weight * losses.cls_cross_entropy(
-      probs, student.logits, temp=self.student_temp
+    cls_loss = self.cls_weight * losses.cls_cross_entropy(
+      probs, student_out.logits, temp=self.student_temp
     )
-    stats = {"center": jnp.mean(logits, axis=(0, 1))}
-    patch = jnp.zeros(())
-    if self.uses_patches:
-      patch = self.patch_weight * self._patch_loss(
-        params, teacher, aux, student.z, whole.z[:, 1:], hidden, scalars
-      )
-      # The layer is linear: the mean logit is the logit of the mean vector.
-      mean = jnp.mean(whole.z[:, 1:], axis=(0, 1))
-      stats["center_patch"] = self._patch_logits(
-        self.teacher_head, teacher, mean
-      )
-    assigned = jnp.argmax(logits[:, 0], axis=-1)
+    patch_loss = self.patch_weight * self.patch_loss(
+      params, teacher, aux, student_out, teacher_out, hidden, scalars
+    )
+
+    assignment = jnp.argmax(logits[:, 0], axis=-1)
     # quirk: compared with the student's second view, masked (train_acc).
-    agree = assigned == jnp.argmax(student.logits[:, 1], axis=-1)
+    agrees = assignment == jnp.argmax(student_out.logits[:, 1], axis=-1)
     metrics = {
-      "loss": cls + patch,
-      "cls": cls,
-      "patch": patch,
+      "loss": cls_loss + patch_loss,
+      "cls": cls_loss,
+      "patch": patch_loss,
       "teacher_entropy": losses.entropy(probs),
       "center_norm": jnp.linalg.norm(aux["center"]),
-      "agreement": jnp.mean(agree.astype(jnp.float32)),
+      "agreement": jnp.mean(agrees.astype(jnp.float32)),
     }
     metrics |= {} if hidden is None else hidden.metrics()
-    per_image = {"assignment": assigned.astype(jnp.int32)}
-    return cls + patch, (stats, metrics, per_image)
+    return LossOutput(
+      cls_loss + patch_loss,
+      metrics,
+      self.center_stats(teacher, teacher_out),
+      {"assignment": assignment.astype(jnp.int32)},
+    )
 
   def update_aux(self, aux: Params, stats: Params) -> Params:
     """Centres follow the mean teacher logits of the batch just seen."""
@@ -319,22 +314,24 @@ class AttMask:
       for name in aux
     }
 
-  def features(
-    self,
-    weights: Params,
-    images: jax.Array,
-    *,
-    last: int = 1,
-    norm: bool = True,
-  ) -> tuple[jax.Array, jax.Array]:
-    """cls [B, last * D], patches [B, N, D]: see `vit.features`."""
-    return vit.features(
-      self.backbone, weights["backbone"], images, last=last, norm=norm
-    )
+  def center_stats(
+    self, teacher: Params, teacher_out: TeacherOutput
+  ) -> dict[str, jax.Array]:
+    """Mean raw teacher logits of the batch: center [K], center_patch [K]."""
+    stats = {"center": jnp.mean(teacher_out.logits, axis=0)}
+    if self.uses_patches:
+      # The layer is linear: the mean logit is the logit of the mean vector.
+      mean = jnp.mean(teacher_out.z[:, 1:], axis=(0, 1))
+      stats["center_patch"] = self._patch_logits(
+        self.teacher_head, teacher, mean
+      )
+    return stats
 
-  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Class-token attention of the last block: [B, H, W, 3] -> [B, A, N]."""
-    return vit.class_attention(self.backbone, weights["backbone"], images)
+  def epoch_scores(
+    self, labels: np.ndarray, per_image: dict[str, np.ndarray]
+  ) -> dict[str, float]:
+    """NMI, ARI and F of the teacher's assignments against the classes."""
+    return clustering.cluster_scores(labels, per_image["assignment"])
 
   def assignments(self, weights: Params, images: jax.Array) -> jax.Array:
     """Arg-max prototype of the class token: [B, H, W, 3] -> [B] int32."""
@@ -345,7 +342,7 @@ class AttMask:
     logits = self.teacher_head.apply(head, z, method="cls_logits")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-  def teacher_forward(self, teacher: Params, rows: jax.Array) -> Teacher:
+  def teacher_forward(self, teacher: Params, rows: jax.Array) -> TeacherOutput:
     """Whole images [R, H, W, 3] through the teacher, without drop path."""
     out = self.backbone.apply(
       {"params": teacher["backbone"]},
@@ -359,7 +356,7 @@ class AttMask:
     attention = None
     if self.by_attention:
       attention = jnp.mean(out.attention, axis=1)  # over heads
-    return Teacher(z, logits, attention)
+    return TeacherOutput(z, logits, attention)
 
   def select_masks(
     self,
@@ -381,7 +378,7 @@ class AttMask:
       keys=masking.row_keys(rng, rows),
       probability=self.mask_prob,
       n_show=scalars["n_show"],
-      n_eligible=int(self.patches * self.show_max),
+      n_eligible=int(self.num_patches * self.show_max),
     )
     return masking.Hidden.of(mask, self.max_hidden)
 
@@ -392,7 +389,7 @@ class AttMask:
     batch: Batch,
     hidden: masking.Hidden | None,
     rngs: tuple[jax.Array, jax.Array],
-  ) -> Student:
+  ) -> StudentOutput:
     """Masked global views [B, G, H, W, 3], then whole local ones."""
     b, head = images.shape[0], {"params": params["head"]}
     mask = hidden.mask if hidden is not None and self.mask_input else None
@@ -408,9 +405,9 @@ class AttMask:
       tokens = self._tokens(params, local, None, batch, rngs[1])
       local_z = self.head.apply(head, tokens[:, 0], method="project")
       views.append(unflatten(local_z, b))
-    views = jnp.concatenate(views, axis=1)  # [B, V, C]
+    views = jnp.concatenate(views, axis=1)  # [B, V, E]
     logits = self.head.apply(head, views, method="cls_logits")
-    return Student(logits, z[:, 1:] if self.uses_patches else None)
+    return StudentOutput(logits, z[:, 1:] if self.uses_patches else None)
 
   def _tokens(
     self,
@@ -433,46 +430,42 @@ class AttMask:
       backbone, rows, mask, drop_path_noise=drop_path_noise
     ).tokens
 
-  def _patch_loss(
+  def patch_loss(
     self,
     params: Params,
     teacher: Params,
     aux: Params,
-    student_z: jax.Array,
-    teacher_z: jax.Array,
-    hidden: masking.Hidden,
+    student_out: StudentOutput,
+    teacher_out: TeacherOutput,
+    hidden: masking.Hidden | None,
     scalars: Scalars,
   ) -> jax.Array:
     """Cross-entropy at the hidden patches: mean per row, then over rows.
 
-    Args:
-      params: student.
-      teacher: teacher.
-      aux: centres.
-      student_z: [R, M, C], at the hidden patches.
-      teacher_z: [R, N, C], at all patches.
-      hidden: where the patches are.
-      scalars: temperatures.
-
     Returns:
-      [] float32. quirk: rows without a mask add 0 and count (iBOT).
+      [] float32, 0 without a patch loss. quirk: rows without a mask add 0 and
+      count (iBOT).
     """
+    if not self.uses_patches:
+      return jnp.zeros(())
 
-    def term(z: jax.Array, whole_z: jax.Array, valid: jax.Array) -> jax.Array:
+    def chunk(
+      student_z: jax.Array, teacher_z: jax.Array, valid: jax.Array
+    ) -> jax.Array:
       probs = losses.teacher_probs(
-        self._patch_logits(self.teacher_head, teacher, whole_z),
+        self._patch_logits(self.teacher_head, teacher, teacher_z),
         aux["center_patch"],
         temp=scalars["teacher_patch_temp"],
       )
-      logits = self._patch_logits(self.head, params, z)
+      logits = self._patch_logits(self.head, params, student_z)
       return losses.masked_cross_entropy(
         probs, logits, valid, temp=self.student_temp
       )
 
     total = losses.in_chunks(
-      term,
-      student_z,
-      gather(teacher_z, hidden.ids),
+      chunk,
+      student_out.z,
+      gather(teacher_out.z[:, 1:], hidden.ids),
       hidden.valid,
       chunks=self.patch_loss_chunks,
     )
@@ -482,5 +475,5 @@ class AttMask:
   def _patch_logits(
     self, head: heads.Head, weights: Params, z: jax.Array
   ) -> jax.Array:
-    """[..., C] -> [..., K] by the patch prototypes of `weights`."""
+    """[..., E] -> [..., K] by the patch prototypes of `weights`."""
     return head.apply({"params": weights["head"]}, z, method="patch_logits")

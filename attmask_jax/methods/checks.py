@@ -196,11 +196,11 @@ def visible(method: Any) -> None:
       f'method.mask "{method.mask}" is unknown: use '
       f"{', '.join(masking.VISIBLE_POLICIES)}"
     )
-  if not 0 < method.n_hidden < method.patches:
+  if not 0 < method.n_hidden < method.num_patches:
     raise InputError(
       f"method.mask_ratio {method.mask_ratio} hides {method.n_hidden} of "
-      f"{method.patches} patches: at least one must be hidden, and one stay "
-      "visible"
+      f"{method.num_patches} patches: at least one must be hidden, and one "
+      "stay visible"
     )
   _show_max(method)
 
@@ -283,7 +283,7 @@ def subsets(method: Any) -> None:
   if not 0 <= method.mask_ratio < 1 or method.kept < 1:
     raise InputError(
       f"method.mask_ratio {method.mask_ratio} leaves no patch of "
-      f"{method.patches} to see: lower it"
+      f"{method.num_patches} to see: lower it"
     )
   _show_max(method)
   if method.mask_ratio == 0 and method.mask != "random":
@@ -296,7 +296,7 @@ def subsets(method: Any) -> None:
       f"method.mask_ratio 0 shows everything, so method.num_masks "
       f"{method.num_masks} would repeat it: set num_masks to 1"
     )
-  m, k, n = method.num_masks, method.kept, method.patches
+  m, k, n = method.num_masks, method.kept, method.num_patches
   if method.disjoint and m * k > n:
     raise InputError(
       f"method.num_masks {m} times {k} visible patches is more than the {n} "

@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from attmask_jax import Batch, Params
 from attmask_jax.augment import mixup
 from attmask_jax.errors import InputError
-from attmask_jax.methods import checks, losses
+from attmask_jax.methods import checks
+from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import vit
 from attmask_jax.models.layers import layer_norm, trunc_normal
 from attmask_jax.models.positions import DINO_OFFSET
@@ -32,11 +34,10 @@ from attmask_jax.models.positions import DINO_OFFSET
 MIX_TAG = 5  # last word of the key of the host's mixup draws
 EMBEDDING = "patch_embed|cls_token|pos_embed"  # before the first block
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
-Scalars = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Classify:
+class Classify(Method):
   """The method; configs/evals.py says what each field means.
 
   Attributes:
@@ -78,11 +79,7 @@ class Classify:
   decay_tokens: bool = True
   seed: int = 0
 
-  teacher_first = False
-  frozen_at_start = None
-  untrained = None
   classifies = True
-  knn_temp = 0.07
 
   @classmethod
   def from_config(
@@ -149,7 +146,7 @@ class Classify:
     classes = self.last_blocks * (self.pool != "mean")
     return self.backbone.width * (classes + (self.pool != "cls"))
 
-  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+  def init(self, rng: jax.Array) -> InitialState:
     """Start values: params, teacher (average, or {}), aux (frozen backbone).
 
     The backbone's are placeholders: pretrained ones take their place.
@@ -174,7 +171,7 @@ class Classify:
     if self.head_norm == "batch":
       aux["batch_norm"] = {"mean": 0 * ones, "var": ones}
     teacher = jax.tree.map(jnp.copy, params) if self.ema else {}
-    return params, teacher, aux
+    return InitialState(params, teacher, aux)
 
   def at(self, step: int) -> dict[str, np.generic]:
     """The batch's mixing draw, from (seed, step)."""
@@ -189,10 +186,6 @@ class Classify:
       size=(self.image_size, self.image_size),
     )
 
-  def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-    """Nothing is drawn per image beside the augmentation."""
-    return {}
-
   def loss(
     self,
     params: Params,
@@ -201,7 +194,7 @@ class Classify:
     batch: Batch,
     rng: jax.Array,
     scalars: Scalars,
-  ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
+  ) -> LossOutput:
     """Cross-entropy of every linear layer.
 
     Args:
@@ -214,8 +207,8 @@ class Classify:
       scalars: `at(step)`.
 
     Returns:
-      loss [], summed over the layers so that none sees the others, and
-      (statistics of the batch norm, metrics, {}).
+      The loss is summed over the linear layers, so that none sees the others;
+      stats are those of the batch norm.
     """
     rng_erase, rng_drop = jax.random.split(rng)
     images, targets = self._mix(batch, rng_erase, scalars)
@@ -226,14 +219,16 @@ class Classify:
       stats = {"mean": jnp.mean(x, axis=0), "var": jnp.var(x, axis=0)}
       weights = weights | {"batch_norm": stats}
     logits = self.classify(weights, x)  # [B, J, C]
-    entropy = losses.soft_cross_entropy(logits, targets[:, None])  # [B, J]
+    entropy = optax.losses.softmax_cross_entropy(
+      logits, targets[:, None]
+    )  # [B, J]
     right = jnp.argmax(logits[:, 0], axis=-1) == batch["label"]
     metrics = {
       "loss": jnp.mean(entropy),
       "acc": jnp.mean(right.astype(jnp.float32)),
     }
     stats = jax.lax.stop_gradient(stats)
-    return jnp.sum(jnp.mean(entropy, axis=0)), (stats, metrics, {})
+    return LossOutput(jnp.sum(jnp.mean(entropy, axis=0)), metrics, stats)
 
   def update_aux(self, aux: Params, stats: Params) -> Params:
     """The batch norm's running statistics; a frozen backbone stays."""
@@ -288,23 +283,6 @@ class Classify:
       final_norm=self.final_norm,
     )
     return self.classify(weights, x)
-
-  def features(
-    self,
-    weights: Params,
-    images: jax.Array,
-    *,
-    last: int = 1,
-    norm: bool = True,
-  ) -> tuple[jax.Array, jax.Array]:
-    """cls [B, last * D], patches [B, N, D]: see `vit.features`."""
-    return vit.features(
-      self.backbone, weights["backbone"], images, last=last, norm=norm
-    )
-
-  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Class-token attention of the last block: [B, H, W, 3] -> [B, A, N]."""
-    return vit.class_attention(self.backbone, weights["backbone"], images)
 
   def _mix(
     self, batch: Batch, rng: jax.Array, scalars: Scalars

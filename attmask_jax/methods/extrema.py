@@ -20,20 +20,19 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from absl import logging
 
 from attmask_jax import Batch, Params
 from attmask_jax.methods import checks, losses, masking
+from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import heads, vit
 from attmask_jax.rows import row_ids, unflatten
 
-Scalars = dict[str, jax.Array]
 LITTLE = 0.1  # share of hidden patches below which guiding is warned of
 
 
 @dataclasses.dataclass(frozen=True)
-class ExtreMA:
+class ExtreMA(Method):
   """The method; configs/extrema.py says what each field means and its range.
 
   Attributes:
@@ -54,14 +53,9 @@ class ExtreMA:
   contrast_temp: float = 1.0
   seed: int = 0
 
-  knn_temp = 0.07
   teacher_first = True  # it moves before the forward pass, by old weights
-  frozen_at_start = None
-  untrained = None
-  lr_scale = None
   # All vectors: layer scales and the class token, too.
   undecayed = r"(^|/)(bias|scale|cls_token|gamma_[12])$"
-  classifies = False
 
   @classmethod
   def from_config(
@@ -98,14 +92,14 @@ class ExtreMA:
 
   def _warn_of_little_hidden(self) -> None:
     """A policy chooses what no subset shows, which may be next to nothing."""
-    hidden = self.patches - self.num_masks * self.kept
-    if self.mask != "random" and hidden < LITTLE * self.patches:
+    hidden = self.num_patches - self.num_masks * self.kept
+    if self.mask != "random" and hidden < LITTLE * self.num_patches:
       logging.warning(
         "%s hides %d of %d patches, for %d subsets show %d each: attention "
         "decides little; lower method.num_masks or raise method.mask_ratio",
         self.mask,
         hidden,
-        self.patches,
+        self.num_patches,
         self.num_masks,
         self.kept,
       )
@@ -116,21 +110,21 @@ class ExtreMA:
     return self.contrast == "infonce"
 
   @property
-  def patches(self) -> int:
-    """N of a training image."""
-    return self.backbone.grid**2
-
-  @property
-  def shown_ratio(self) -> float:
-    """Mask ratio of pictures of masks."""
+  def picture_mask_ratio(self) -> float:
+    """As in training."""
     return self.mask_ratio
 
   @property
-  def kept(self) -> int:
-    """K, patches of a subset: a product in double precision, truncated."""
-    return int(self.patches * (1 - self.mask_ratio))
+  def picture_show_max(self) -> float:
+    """As in training."""
+    return self.show_max
 
-  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+  @property
+  def kept(self) -> int:
+    """M, patches of a subset: a product in double precision, truncated."""
+    return int(self.num_patches * (1 - self.mask_ratio))
+
+  def init(self, rng: jax.Array) -> InitialState:
     """Start values: params, teacher (a copy without predictor), {}."""
     rng_backbone, rng_class, rng_head, rng_pred = jax.random.split(rng, 4)
     side = self.backbone.image_size
@@ -144,15 +138,7 @@ class ExtreMA:
     predictor = self.predictor.init(rng_pred, z)["params"]
     params = {"backbone": backbone, "head": head, "predictor": predictor}
     own = {"backbone": backbone, "head": head}
-    return params, jax.tree.map(jnp.copy, own), {}
-
-  def at(self, step: int) -> dict[str, np.generic]:
-    """Nothing changes from step to step."""
-    return {}
-
-  def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-    """Masks are drawn on the device."""
-    return {}
+    return InitialState(params, jax.tree.map(jnp.copy, own), {})
 
   def loss(
     self,
@@ -162,7 +148,7 @@ class ExtreMA:
     batch: Batch,
     rng: jax.Array,
     scalars: Scalars,
-  ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
+  ) -> LossOutput:
     """The student's predictions against the teacher's vector.
 
     Args:
@@ -175,7 +161,8 @@ class ExtreMA:
       scalars: `at(step)`.
 
     Returns:
-      loss [] and ({}, metrics, {}).
+      Metrics loss; mask_ratio, of each subset; seen, see `seen`; target_std, of
+      the teacher's unit vectors over images, 0 when they collapse.
     """
     rng_mask, rng_drop = jax.random.split(rng)
     images = vit.normalize_images(batch["images"])
@@ -187,7 +174,7 @@ class ExtreMA:
       else "none",
     )
     head = {"params": teacher["head"]}
-    target = self.projector.apply(head, whole.tokens[:, 0])  # [B, C]
+    target = self.projector.apply(head, whole.tokens[:, 0])  # [B, E]
     keep_ids = self.subsets(whole.attention, batch, rng_mask)
     pred = self.predict(params, images[:, 0], keep_ids, batch, rng_drop)
     if self.contrast == "byol":
@@ -196,20 +183,16 @@ class ExtreMA:
       loss = losses.info_nce(pred, target, temp=self.contrast_temp)
     metrics = {
       "loss": loss,
-      "mask_ratio": jnp.asarray(1 - self.kept / self.patches, jnp.float32),
+      "mask_ratio": jnp.asarray(1 - self.kept / self.num_patches, jnp.float32),
       "seen": self.seen(keep_ids),
       "target_std": jnp.mean(jnp.std(losses.unit(target), axis=0)),
     }
-    return loss, ({}, metrics, {})
-
-  def update_aux(self, aux: Params, stats: Params) -> Params:
-    """There is nothing to update."""
-    return aux
+    return LossOutput(loss, metrics)
 
   def subsets(
     self, attention: jax.Array | None, batch: Batch, rng: jax.Array
   ) -> jax.Array | None:
-    """Visible patches: [B, M, K] int32, or None where all are.
+    """Visible patches: [B, T, M] int32, or None where all are.
 
     Args:
       attention: [B, A, N] of the teacher, where the policy asks for it.
@@ -218,24 +201,24 @@ class ExtreMA:
     """
     if not self.mask_ratio:
       return None
-    position, m, k = batch["position"], self.num_masks, self.kept
+    position, t, m = batch["position"], self.num_masks, self.kept
     if not self.disjoint:
-      keys = masking.row_keys(rng, row_ids(position, m))
-      order = self._order("random", keys, self.patches - k, None)
-      return unflatten(order[:, :k], len(position))
+      keys = masking.row_keys(rng, row_ids(position, t))
+      order = self._order("random", keys, self.num_patches - m, None)
+      return unflatten(order[:, :m], len(position))
     scores = None
     if attention is not None:
       scores = jax.lax.stop_gradient(jnp.mean(attention, axis=1))
     rng_order, rng_deal = jax.random.split(rng)
     keys = masking.row_keys(rng_order, position)
-    hidden = self.patches - m * k
-    seen = self._order(self.mask, keys, hidden, scores)[:, : m * k]
+    hidden = self.num_patches - t * m
+    seen = self._order(self.mask, keys, hidden, scores)[:, : t * m]
     if self.mask != "random":
       # What may be seen comes by attention: deal it out at random.
       keys = masking.row_keys(rng_deal, position)
-      noise = jax.vmap(lambda key: jax.random.uniform(key, (m * k,)))(keys)
+      noise = jax.vmap(lambda key: jax.random.uniform(key, (t * m,)))(keys)
       seen = jnp.take_along_axis(seen, jnp.argsort(noise, axis=1), axis=1)
-    return seen.reshape(-1, m, k)
+    return seen.reshape(-1, t, m)
 
   def seen(self, keep_ids: jax.Array | None) -> jax.Array:
     """Share of patches in any subset of their image, a mean: [] float32.
@@ -247,7 +230,7 @@ class ExtreMA:
       return jnp.ones(())
     ids = jnp.sort(keep_ids.reshape(len(keep_ids), -1), axis=1)
     new = (ids[:, 1:] != ids[:, :-1]).astype(jnp.float32)
-    return jnp.mean(1 + jnp.sum(new, axis=1)) / self.patches
+    return jnp.mean(1 + jnp.sum(new, axis=1)) / self.num_patches
 
   def _order(
     self,
@@ -273,7 +256,7 @@ class ExtreMA:
     batch: Batch,
     rng: jax.Array,
   ) -> jax.Array:
-    """What each subset says of the teacher's vector: [B, M, C]."""
+    """What each subset says of the teacher's vector: [B, T, E]."""
     subsets = 1 if keep_ids is None else keep_ids.shape[1]
     drop_path_noise = None
     if self.backbone.drop_path:
@@ -290,20 +273,3 @@ class ExtreMA:
     z = self.projector.apply({"params": params["head"]}, out.tokens[:, 0])
     z = self.predictor.apply({"params": params["predictor"]}, z)
     return unflatten(z, len(images))
-
-  def features(
-    self,
-    weights: Params,
-    images: jax.Array,
-    *,
-    last: int = 1,
-    norm: bool = True,
-  ) -> tuple[jax.Array, jax.Array]:
-    """cls [B, D], patches [B, N, D]: see `vit.features`."""
-    return vit.features(
-      self.backbone, weights["backbone"], images, last=last, norm=norm
-    )
-
-  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Row of the last class-attention: [B, H, W, 3] -> [B, A, N]."""
-    return vit.class_attention(self.backbone, weights["backbone"], images)

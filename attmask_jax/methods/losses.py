@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -47,7 +48,8 @@ def cls_cross_entropy(
   Returns:
     [] float32.
 
-  Source: iBOTLoss.forward, the class-token term, without its weight.
+  Source: iBOTLoss.forward in main_attmask.py of AttMask, the class-token term.
+  differs: without its weight.
   """
   g, v = probs.shape[1], student_logits.shape[1]
   logits = student_logits.astype(jnp.float32) / temp
@@ -77,7 +79,8 @@ def masked_cross_entropy(
     [R] float32: divide by the row's hidden count (at least 1) and average
     over all rows. A row without hidden patches adds 0 and still counts.
 
-  Source: iBOTLoss.forward, the patch term.
+  Source: iBOTLoss.forward in main_attmask.py of AttMask, the patch term.
+  differs: the mean per row is left to the caller.
   """
   logits = student_logits.astype(jnp.float32) / temp
   product = jnp.sum(probs * logits, axis=-1)
@@ -124,40 +127,28 @@ def entropy(probs: jax.Array) -> jax.Array:
   return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1))
 
 
-def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """-sum targets * log softmax(logits) over the last axis, in float32.
-
-  Args:
-    logits: [..., C], any float type.
-    targets: [..., C] probabilities; broadcasts against logits.
-
-  Returns:
-    [...] float32.
-  """
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  return -jnp.sum(targets * log_probs, axis=-1)
-
-
 def pixel_loss(pred: jax.Array, target: jax.Array) -> jax.Array:
   """Mean squared error over hidden patches and their pixels: [] float32.
 
   Args:
-    pred: [B, M, P], predictions for the M hidden patches of each image.
-    target: [B, M, P], gradient stopped by the caller or without one.
+    pred: [B, M, 3 P^2], predictions for the M hidden patches of each image.
+    target: [B, M, 3 P^2], gradient stopped by the caller or without one.
 
-  Source: the loss of MAE; every image hides the same number of patches.
+  Source: the loss of MAE-priv's pretraining, forward_loss of the official MAE.
+  differs: only hidden patches come in, as many of every image.
   """
   return jnp.mean(jnp.square(pred.astype(jnp.float32) - target))
 
 
 def byol(pred: jax.Array, target: jax.Array) -> jax.Array:
-  """Squared distance of unit vectors, mean over images and masks: [] in 0-4.
+  """Squared distance of unit vectors, mean over images and subsets: [] in 0-4.
 
   Args:
-    pred: [B, M, C], the student's prediction from each mask.
-    target: [B, C], the teacher's vector; its gradient is stopped.
+    pred: [B, T, E], the student's prediction from each subset of patches.
+    target: [B, E], the teacher's vector; its gradient is stopped.
 
-  Source: BYOL's loss (arXiv:2006.07733) as in ExtreMA; equals 2 - 2 cos.
+  Source: BYOL (arXiv:2006.07733) as in lib/builder.py of ExtreMA; equals
+  2 - 2 cos.
   """
   target = jax.lax.stop_gradient(unit(target))
   return jnp.mean(jnp.sum(jnp.square(unit(pred) - target[:, None]), axis=-1))
@@ -167,20 +158,21 @@ def info_nce(pred: jax.Array, target: jax.Array, *, temp: float) -> jax.Array:
   """Each prediction must find its own image in the global batch: [].
 
   Args:
-    pred: [B, M, C].
-    target: [B, C]; its gradient is stopped.
+    pred: [B, T, E], as for `byol`.
+    target: [B, E]; its gradient is stopped.
     temp: temperature T > 0; the loss is multiplied by 2 T.
 
-  Source: the contrastive loss of MoCo v3 and ExtreMA.
+  Source: contrastive_loss of MoCo v3 as in lib/builder.py of ExtreMA. differs:
+  it runs over the global batch (the release crashes).
   """
   target = jax.lax.stop_gradient(unit(target))
   logits = jnp.einsum("bmc,kc->bmk", unit(pred), target) / temp
   own = jnp.eye(len(target))[:, None]  # [B, 1, B]
-  return 2 * temp * jnp.mean(soft_cross_entropy(logits, own))
+  return 2 * temp * jnp.mean(optax.losses.softmax_cross_entropy(logits, own))
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Rows of length 1: [..., C] -> [..., C] float32, zeros stay zeros."""
+  """Rows of length 1: [..., E] -> [..., E] float32, zeros stay zeros."""
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   # The maximum inside the root keeps the gradient of a zero row finite.

@@ -26,15 +26,14 @@ import numpy as np
 
 from attmask_jax import Batch, Params
 from attmask_jax.methods import checks, losses, masking
+from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import layers, vit
 from attmask_jax.models.decoder import Decoder
 from attmask_jax.rows import gather
 
-Scalars = dict[str, jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
-class Mae:
+class Mae(Method):
   """The method; configs/mae.py says what each field means and its range.
 
   Attributes:
@@ -53,14 +52,9 @@ class Mae:
   target_variance: str = "biased"
   seed: int = 0
 
-  knn_temp = 0.07
-  teacher_first = False  # the average of the encoder moves after the update
-  batch_coupled = False
-  frozen_at_start = None
-  untrained = None
-  lr_scale = None
   undecayed = r"(^|/)(bias|scale|mask_token)$"  # the class token is decayed
-  classifies = False
+  reconstructs = True
+  refills_hints = True
 
   @classmethod
   def from_config(
@@ -99,29 +93,29 @@ class Mae:
     return method
 
   @property
-  def patches(self) -> int:
-    """N of a training image."""
-    return self.backbone.grid**2
-
-  @property
   def n_hidden(self) -> int:
     """Hidden patches of an image: a product in double precision, truncated."""
-    return int(self.mask_ratio * self.patches)
+    return int(self.mask_ratio * self.num_patches)
 
   @property
-  def shown_ratio(self) -> float:
-    """Mask ratio of pictures of masks."""
+  def picture_mask_ratio(self) -> float:
+    """As in training."""
     return self.mask_ratio
+
+  @property
+  def picture_show_max(self) -> float:
+    """As in training."""
+    return self.show_max
 
   @property
   def guided(self) -> bool:
     """Whether attention chooses the visible patches."""
     return self.mask in masking.ATTENTION_POLICIES
 
-  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
+  def init(self, rng: jax.Array) -> InitialState:
     """Start values: params, teacher (the encoder's average, or {}), {}."""
     rng_encoder, rng_class, rng_decoder = jax.random.split(rng, 3)
-    side, n = self.backbone.image_size, self.patches
+    side, n = self.backbone.image_size, self.num_patches
     images = jnp.zeros((1, side, side, 3))
     encoder = dict(self.backbone.init(rng_encoder, images)["params"])
     if "cls_token" in encoder:
@@ -136,11 +130,7 @@ class Mae:
     teacher = {}
     if self.guided:
       teacher = {"backbone": jax.tree.map(jnp.copy, encoder)}
-    return params, teacher, {}
-
-  def at(self, step: int) -> dict[str, np.generic]:
-    """Nothing changes from step to step."""
-    return {}
+    return InitialState(params, teacher, {})
 
   def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
     """Block-wise masks, drawn on the host, of one image: masks [1, N] bool."""
@@ -164,7 +154,7 @@ class Mae:
     batch: Batch,
     rng: jax.Array,
     scalars: Scalars,
-  ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array], Batch]]:
+  ) -> LossOutput:
     """Mean squared error of the hidden patches.
 
     Args:
@@ -177,21 +167,17 @@ class Mae:
       scalars: `at(step)`.
 
     Returns:
-      loss [] and ({}, metrics, {}).
+      Metrics loss and mask_ratio, the share of patches hidden.
     """
     rng_mask, rng_drop = jax.random.split(rng)
     images = vit.normalize_images(batch["images"][:, 0])
     order = self.order(teacher, images, batch, rng_mask)
     pred = self.predict(params, images, order, batch, rng_drop)
     target = self.target(images)
-    hidden = order[:, self.patches - self.n_hidden :]
+    hidden = order[:, self.num_patches - self.n_hidden :]
     loss = losses.pixel_loss(gather(pred, hidden), gather(target, hidden))
-    share = jnp.asarray(self.n_hidden / self.patches, jnp.float32)
-    return loss, ({}, {"loss": loss, "mask_ratio": share}, {})
-
-  def update_aux(self, aux: Params, stats: Params) -> Params:
-    """There is nothing to update."""
-    return aux
+    share = jnp.asarray(self.n_hidden / self.num_patches, jnp.float32)
+    return LossOutput(loss, {"loss": loss, "mask_ratio": share})
 
   def order(
     self, teacher: Params, images: jax.Array, batch: Batch, rng: jax.Array
@@ -237,7 +223,7 @@ class Mae:
       drop_path_noise = vit.sample_drop_path_noise(
         rng, batch["position"], depth=self.backbone.depth
       )
-    visible = order[:, : self.patches - self.n_hidden]
+    visible = order[:, : self.num_patches - self.n_hidden]
     encoded = self.backbone.apply(
       {"params": params["backbone"]},
       images,
@@ -265,23 +251,6 @@ class Mae:
     free = int(self.target_variance == "unbiased")
     variance = jnp.var(pixels, axis=-1, keepdims=True, ddof=free)
     return mean, jnp.sqrt(variance + 1e-6)
-
-  def features(
-    self,
-    weights: Params,
-    images: jax.Array,
-    *,
-    last: int = 1,
-    norm: bool = True,
-  ) -> tuple[jax.Array | None, jax.Array]:
-    """cls [B, last * D] or None, patches [B, N, D]: see `vit.features`."""
-    return vit.features(
-      self.backbone, weights["backbone"], images, last=last, norm=norm
-    )
-
-  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Last attention to each patch: [B, H, W, 3] -> [B, A, N]."""
-    return vit.class_attention(self.backbone, weights["backbone"], images)
 
   def reconstruct(
     self, params: Params, images: jax.Array, order: jax.Array

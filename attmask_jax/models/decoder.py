@@ -17,7 +17,7 @@ class Decoder(nn.Module):
   """Predicts the pixels of every patch from the encoded visible ones.
 
   Attributes:
-    width: D'; divides by 4 and over the heads.
+    width: of its tokens; divides by 4 and over the heads.
     depth: blocks.
     num_heads: of its attention.
     pixels: values per patch, 3 P^2.

@@ -18,7 +18,7 @@ NORMS = ("none", "ln")
 
 @jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-  """[..., C] @ [C, K] -> [..., K] float32, in the inputs' precision.
+  """[..., E] @ [E, K] -> [..., K] float32, in the inputs' precision.
 
   The derivative multiplies in that precision, too: JAX's own would use the
   float32 cotangent, and bfloat16 training would run its widest products in
@@ -47,7 +47,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Prototypes(nn.Module):
-  """Weight-normalised linear map without bias: [..., C] -> [..., K] float32.
+  """Weight-normalised linear map without bias: [..., E] -> [..., K] float32.
 
   `W = g * v / |v|` with one gain and one direction per prototype.
   """
@@ -67,7 +67,7 @@ class Prototypes(nn.Module):
 
 
 class ProjectionMlp(nn.Module):
-  """D -> hidden -> ... -> C, then L2-normalised rows, float32."""
+  """D -> hidden -> ... -> E, then L2-normalised rows, float32."""
 
   hidden: int
   bottleneck: int
@@ -107,7 +107,7 @@ class Head(nn.Module):
     patch_out_dim: prototypes of patch tokens in their own layer
       (`last_layer2`); 0 = patches share the class token's layer.
     hidden: width of the hidden layers.
-    bottleneck: C.
+    bottleneck: E.
     layers: linear layers of the MLP.
     act: "gelu" (exact) or "relu".
     norm: "none" or "ln", between linear and activation.
@@ -138,15 +138,15 @@ class Head(nn.Module):
       self.last_layer2 = Prototypes(self.patch_out_dim, self.dtype)
 
   def project(self, tokens: jax.Array) -> jax.Array:
-    """[..., D] -> unit vectors [..., C] float32."""
+    """[..., D] -> unit vectors [..., E] float32."""
     return self.mlp(tokens)
 
   def cls_logits(self, z: jax.Array) -> jax.Array:
-    """[..., C] -> [..., K] float32."""
+    """[..., E] -> [..., K] float32."""
     return self.last_layer(z)
 
   def patch_logits(self, z: jax.Array) -> jax.Array:
-    """[..., C] -> [..., patch_out_dim or K] float32."""
+    """[..., E] -> [..., patch_out_dim or K] float32."""
     return (self.last_layer2 if self.patch_out_dim else self.last_layer)(z)
 
   def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,14 +171,14 @@ def from_config(section: ml_collections.ConfigDict) -> tuple[Head, Head]:
 
 
 class Projector(nn.Module):
-  """MLP with LayerNorm and GELU after each hidden layer: [..., D] -> [..., C].
+  """MLP with LayerNorm and GELU after each hidden layer: [..., D] -> [..., E].
 
   Source: projector (two hidden layers) and predictor (one) of ExtreMA. Its
   LayerNorms have an epsilon of 1e-5, unlike the encoder's.
 
   Attributes:
     hidden: width of the hidden layers.
-    out: C.
+    out: E.
     layers: linear layers, at least 2.
     dtype: of matrix products.
   """

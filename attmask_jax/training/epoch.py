@@ -1,4 +1,4 @@
-"""What an epoch gathers besides the state: assignments and running sums."""
+"""What an epoch collects besides the state: integers per image, sums."""
 
 from typing import Any
 
@@ -6,54 +6,80 @@ import jax
 import numpy as np
 
 from attmask_jax import mesh as meshes
-from attmask_jax.evals import clusters
+from attmask_jax.methods.base import Method
 from attmask_jax.runs import metrics
+
+LABEL = "label"
 
 
 class Epoch:
-  """What must survive a stop inside an epoch: assignments and running sums.
+  """What must survive a stop inside an epoch.
 
   Attributes:
-    label: [S, b] int32 of this process's rows, -1 = not seen or no label.
-    assignment: [S, b] int32, prototype the teacher gave the image.
+    arrays: name -> [S, b] int32 of this process's rows, -1 = not seen. Holds
+      the label and what `method.per_image` names, or nothing for a method that
+      names nothing.
     window: metric sums since the last log line.
     sums: metric sums of the epoch.
   """
 
-  def __init__(self, steps: int, positions: np.ndarray, batch_size: int):
+  def __init__(
+    self,
+    method: Method,
+    *,
+    steps: int,
+    positions: np.ndarray,
+    batch_size: int,
+  ) -> None:
+    """Starts an empty epoch.
+
+    Args:
+      method: what is trained.
+      steps: S, optimiser steps per epoch.
+      positions: [b] rows of the global batch that this process holds.
+      batch_size: B of the global batch.
+    """
+    self._method = method
     self._positions, self._batch_size = positions, batch_size
-    self.label = np.full((steps, len(positions)), -1, np.int32)
-    self.assignment = np.full_like(self.label, -1)
+    names = (LABEL, *method.per_image) if method.per_image else ()
+    self.arrays = {
+      name: np.full((steps, len(positions)), -1, np.int32) for name in names
+    }
     self.window, self.sums = metrics.Averager(), metrics.Averager()
 
   def add(
-    self, step: int, values: dict[str, float], label: Any, assignment: Any
+    self,
+    step: int,
+    values: dict[str, float],
+    label: jax.Array,
+    per_image: dict[str, jax.Array],
   ) -> None:
-    """Takes in one step's metrics and its rows; assignment -1 = none."""
-    row = step % len(self.label)
-    self.label[row], self.assignment[row] = label, assignment
+    """Takes in one step's metrics and this process's rows [b] of the rest."""
+    rows = {LABEL: label} | per_image
+    for name, array in self.arrays.items():
+      array[step % len(array)] = meshes.local_rows(rows[name])
     self.window.add(values)
     self.sums.add(values)
 
   def scores(self) -> dict[str, float]:
-    """Means over the epoch, and NMI, ARI, F of the teacher's assignments."""
-    label, assignment = self._gather()
-    seen = assignment.ravel() >= 0
-    scores = clusters.cluster_scores(
-      label.ravel()[seen], assignment.ravel()[seen]
-    )
-    return self.sums.mean() | scores
+    """Means over the epoch, and what the method makes of its integers."""
+    if not self.arrays:
+      return self.sums.mean()
+    arrays = {name: array.ravel() for name, array in self._all_rows().items()}
+    seen = arrays[self._method.per_image[0]] >= 0
+    arrays = {name: array[seen] for name, array in arrays.items()}
+    label = arrays.pop(LABEL)
+    return self.sums.mean() | self._method.epoch_scores(label, arrays)
 
   def reset(self) -> None:
     """Begins the next epoch; the log window goes on."""
-    self.label[:], self.assignment[:] = -1, -1
+    for array in self.arrays.values():
+      array[:] = -1
     self.sums.reset()
 
   def items(self, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Arrays [S, B] of the global batch, on every device."""
-    label, assignment = self._gather()
-    arrays = {"label": label, "assignment": assignment}
-    return meshes.put(mesh, arrays)
+    return meshes.put(mesh, self._all_rows())
 
   def progress(self) -> dict[str, Any]:
     """The running sums, JSON-able, exact."""
@@ -63,22 +89,25 @@ class Epoch:
     self, items: dict[str, jax.Array], progress: dict[str, Any]
   ) -> None:
     """Takes back `items` and `progress`, on any number of processes."""
-    self.label = np.asarray(items["label"])[:, self._positions].copy()
-    self.assignment = np.asarray(items["assignment"])[:, self._positions].copy()
+    self.arrays = {
+      name: np.asarray(items[name])[:, self._positions].copy()
+      for name in self.arrays
+    }
     self.window = metrics.Averager.from_state(progress["window"])
     self.sums = metrics.Averager.from_state(progress["sums"])
 
-  def _gather(self) -> tuple[np.ndarray, np.ndarray]:
-    if jax.process_count() == 1:
-      return self.label, self.assignment
+  def _all_rows(self) -> dict[str, np.ndarray]:
+    """name -> [S, B] of all processes."""
+    if jax.process_count() == 1 or not self.arrays:
+      return self.arrays
     from jax.experimental import multihost_utils
 
     parts = multihost_utils.process_allgather(
-      (self._positions, self.label, self.assignment)
+      {"positions": self._positions} | self.arrays
     )
-    shape = (len(self.label), self._batch_size)
-    label, assignment = np.empty(shape, np.int32), np.empty(shape, np.int32)
-    for positions, part_label, part_assignment in zip(*parts, strict=True):
-      label[:, positions] = part_label
-      assignment[:, positions] = part_assignment
-    return label, assignment
+    whole = {}
+    for name, array in self.arrays.items():
+      whole[name] = np.empty((len(array), self._batch_size), np.int32)
+      for positions, rows in zip(parts["positions"], parts[name], strict=True):
+        whole[name][:, positions] = rows
+    return whole

@@ -34,7 +34,12 @@ STACKED = r"(^|/)blocks/"
 
 
 def without(grads: Params, untrained: str | None) -> Params:
-  """Zeroes the gradients of leaves that never move, so no norm counts them."""
+  """Zeroes the gradients of leaves that never move, so no norm counts them.
+
+  Args:
+    grads: tree of gradients, each of its parameter's shape.
+    untrained: regex of leaf paths, None = no such leaf.
+  """
   if untrained is None:
     return grads
   return trees.map_named(
@@ -44,7 +49,15 @@ def without(grads: Params, untrained: str | None) -> Params:
 
 
 def per_layer(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Applies f(*leaves) to each layer of stacked leaves; f(name, *leaves)."""
+  """Applies f to each layer of stacked leaves.
+
+  Args:
+    f: (leaves [...]) -> [...], of one layer.
+
+  Returns:
+    (name, leaves): leaves are [depth, ...] where the name is of a stacked
+    parameter, else [...].
+  """
 
   def apply(name: str, *leaves: jax.Array) -> jax.Array:
     stacked = re.search(STACKED, name)
@@ -127,9 +140,7 @@ def coupled_decay(
   )
 
 
-def mae_trust(
-  *, trust: float = 0.001, always: bool = False, clip: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def mae_trust(*, trust: float = 0.001) -> optax.GradientTransformationExtraArgs:
   """What MAE-priv calls LARS: scales gradients, and that where wd > 0 only.
 
   quirk: the shipped recipes have wd = 0, so nothing is ever scaled, and where
@@ -138,10 +149,8 @@ def mae_trust(
 
   Args:
     trust: coefficient of the rate per tensor.
-    always: scale without weight decay, too.
-    clip: never above the learning rate.
 
-  Source: utils/lars.py of MAE-priv.
+  Source: utils/lars.py of MAE-priv, with its default options.
   """
 
   def update(updates, state, params=None, *, lr, wd, **_):
@@ -149,8 +158,7 @@ def mae_trust(
       w_norm, g_norm = _norm(p), _norm(g)
       q = trust * w_norm / (g_norm + wd * w_norm + 1e-8)
       q = jnp.where((w_norm > 0) & (g_norm > 0), q, 1.0)
-      q = jnp.minimum(q / lr, 1.0) if clip else q
-      return g * jnp.where((wd != 0) | always, q, 1.0)
+      return g * jnp.where(wd != 0, q, 1.0)
 
     scale = lambda name, g, p: per_layer(one)(name, g, p)
     return trees.map_named(scale, updates, params), state
@@ -168,6 +176,8 @@ def freezable(
   So moments do not decay and Adam's step count starts when the leaves thaw,
   as for PyTorch parameters without a gradient.
   """
+  # optax.transforms.conditionally_mask does the same, but adds a step count to
+  # the state, which checkpoints of earlier versions do not have.
 
   def update(updates, state, params=None, *, frozen, **extra):
     moved, new_state = inner.update(updates, state, params, **extra)

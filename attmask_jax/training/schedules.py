@@ -36,27 +36,6 @@ def cosine(
   return float(final + 0.5 * (base - final) * (1 + np.cos(np.pi * k / n)))
 
 
-def warmup_table(
-  start: float, end: float, *, warmup: int, total: int, delay: int = 0
-) -> np.ndarray:
-  """Value per epoch: `delay` epochs at start, a linear warm-up, then end.
-
-  Returns:
-    [total] float64; `end` is reached at epoch delay + warmup - 1.
-
-  Raises:
-    InputError: delay and warm-up are longer than the run.
-  """
-  rest = total - delay - warmup
-  if rest < 0:
-    raise InputError(
-      f"a warm-up of {warmup} epochs after {delay} does not fit optim.epochs "
-      f"{total}: lower method.temp_warmup_epochs or train longer"
-    )
-  ramp = np.linspace(start, end, warmup)
-  return np.concatenate([np.full(delay, start), ramp, np.full(rest, end)])
-
-
 def smooth_cosine(
   step: int, *, base: float, final: float, warmup: int, total: int
 ) -> float:

@@ -1,7 +1,7 @@
 """A run as its config describes it: checked parts, nothing written yet."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -13,6 +13,7 @@ from attmask_jax.augment import pair, supervised, transforms
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, online
 from attmask_jax.methods import METHODS
+from attmask_jax.methods.base import Method
 from attmask_jax.training import optim, schedules
 
 # Config keys that hold several numbers; the command line takes any tuple.
@@ -98,7 +99,7 @@ class Run(NamedTuple):
 
   config: ml_collections.ConfigDict
   mesh: jax.sharding.Mesh
-  method: Any
+  method: Method
   schedules: schedules.Schedules
   tx: optax.GradientTransformationExtraArgs
   train_source: data.Source
@@ -167,7 +168,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
 
 def _pipeline(
   config: ml_collections.ConfigDict,
-  method: Any,
+  method: Method,
   source: data.Source,
   mesh: jax.sharding.Mesh,
 ) -> data.TrainPipeline:

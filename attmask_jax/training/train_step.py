@@ -6,7 +6,7 @@ optimiser, centres and the teacher's moving average.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,8 @@ from flax import struct
 
 from attmask_jax import Batch, Params, trees
 from attmask_jax import mesh as meshes
+from attmask_jax.methods.base import LossOutput, Method
 from attmask_jax.training import optim
-
-Step = Callable[..., tuple["TrainState", Params, Params]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -65,20 +64,44 @@ def enumerate_leaves(tree: Any) -> list[tuple[str, jax.Array]]:
   return [(name(path), leaf) for path, leaf in leaves]
 
 
+class StepResult(NamedTuple):
+  """What the loop reads of one optimiser step.
+
+  Attributes:
+    state: the next state.
+    metrics: name -> [] float32, over the global batch.
+    per_image: name -> [B] int32, split over the devices like the batch.
+  """
+
+  state: TrainState
+  metrics: dict[str, jax.Array]
+  per_image: Batch
+
+
+# (state, batch, scalars) -> result; the state is donated.
+Step = Callable[[TrainState, Batch, dict[str, jax.Array]], StepResult]
+
+
+def split_key(seed: int) -> tuple[jax.Array, jax.Array]:
+  """Keys of a run: for the start values, and for the steps."""
+  init, steps = jax.random.split(jax.random.key(seed))
+  return init, steps
+
+
 def _maker(
-  method: Any, tx: optax.GradientTransformationExtraArgs, seed: int
+  method: Method, tx: optax.GradientTransformationExtraArgs, seed: int
 ) -> Callable[[], TrainState]:
   def make() -> TrainState:
-    rng, _ = jax.random.split(jax.random.key(seed))
-    params, teacher, aux = method.init(rng)
+    rng, _ = split_key(seed)
+    start = method.init(rng)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, teacher, aux, tx.init(params))
+    return TrainState(zero, *start, tx.init(start.params))
 
   return make
 
 
 def abstract_state(
-  method: Any,
+  method: Method,
   tx: optax.GradientTransformationExtraArgs,
   mesh: jax.sharding.Mesh,
   *,
@@ -93,7 +116,7 @@ def abstract_state(
 
 
 def init_state(
-  method: Any,
+  method: Method,
   tx: optax.GradientTransformationExtraArgs,
   mesh: jax.sharding.Mesh,
   *,
@@ -146,7 +169,7 @@ def _leaves(tree: Params) -> list[tuple[Any, Any]]:
 
 
 def make_step(
-  method: Any,
+  method: Method,
   tx: optax.GradientTransformationExtraArgs,
   mesh: jax.sharding.Mesh,
   shardings: TrainState,
@@ -154,31 +177,43 @@ def make_step(
   seed: int,
   accumulate: int = 1,
 ) -> Step:
-  """Compiled (state, batch, scalars) -> state, metrics, per_image.
+  """Compiles one optimiser step.
 
-  The state is donated. `scalars` holds `Schedules.at` and `method.at` of the
-  step, traced. Metrics are [] float32 over the global batch; per_image
-  values [B] stay split over the devices like the batch.
+  Args:
+    method: whose loss is minimised.
+    tx: optimiser, see `optim.Optimizer.build`.
+    mesh: all devices.
+    shardings: of the state.
+    seed: of the run; the step's key is folded from it and the step's number.
+    accumulate: micro-batches per step.
+
+  Returns:
+    (state, batch, scalars) -> StepResult. The state is donated; `scalars` holds
+    `Schedules.at` and `method.at` of the step, traced.
   """
 
   def train_step(
     state: TrainState, batch: Batch, scalars: dict[str, jax.Array]
-  ) -> tuple[TrainState, dict[str, jax.Array], Batch]:
-    _, rng = jax.random.split(jax.random.key(seed))  # the first half is init's
+  ) -> StepResult:
+    _, rng = split_key(seed)
     rng = jax.random.fold_in(rng, state.step)
     momentum = scalars["momentum"]
     teacher = state.teacher
     if method.teacher_first:
       teacher = optim.ema(teacher, state.params, momentum)
 
-    grad = jax.value_and_grad(method.loss, has_aux=True)
-    compute = lambda rows: grad(
-      state.params, teacher, state.aux, rows, rng, scalars
-    )
-    grads, stats, values, per_image = _accumulate(compute, batch, accumulate)
+    def loss(params: Params, rows: Batch) -> tuple[jax.Array, LossOutput]:
+      out = method.loss(params, teacher, state.aux, rows, rng, scalars)
+      return out.loss, out
+
+    def compute(rows: Batch) -> tuple[Params, LossOutput]:
+      grads, out = jax.grad(loss, has_aux=True)(state.params, rows)
+      return grads, out
+
+    grads, out = _accumulate(compute, batch, accumulate)
     grads = optim.without(grads, method.untrained)
 
-    aux = method.update_aux(state.aux, stats)
+    aux = method.update_aux(state.aux, out.stats)
     updates, opt = tx.update(
       grads,
       state.opt,
@@ -190,24 +225,24 @@ def make_step(
     params = optax.apply_updates(state.params, updates)
     if not method.teacher_first:
       teacher = optim.ema(teacher, params, momentum)
-    values["grad_norm"] = optax.tree.norm(grads)
+    metrics = out.metrics | {"grad_norm": optax.tree.norm(grads)}
     state = TrainState(state.step + 1, params, teacher, aux, opt)
-    return state, values, per_image
+    return StepResult(state, metrics, out.per_image)
 
   return jax.jit(
     train_step,
     donate_argnums=0,
-    out_shardings=(
-      shardings,
-      meshes.replicated(mesh),
-      meshes.batch_sharding(mesh),
+    out_shardings=StepResult(
+      shardings, meshes.replicated(mesh), meshes.batch_sharding(mesh)
     ),
   )
 
 
 def _accumulate(
-  compute: Callable[[Batch], Any], batch: Batch, micro_batches: int
-) -> tuple[Params, Params, dict[str, jax.Array], Batch]:
+  compute: Callable[[Batch], tuple[Params, LossOutput]],
+  batch: Batch,
+  micro_batches: int,
+) -> tuple[Params, LossOutput]:
   """Means of gradients, statistics and metrics over micro-batches.
 
   Each micro-batch takes every n-th row, so the rows of a sharded batch stay on
@@ -215,13 +250,12 @@ def _accumulate(
   gradients over the devices once per micro-batch.
 
   Args:
-    compute: rows -> (loss, (stats, metrics, per_image)), gradients.
+    compute: rows -> gradients, output of the loss.
     batch: leaves [B, ...].
     micro_batches: n, divides B on every device.
   """
   if micro_batches == 1:
-    (_, (stats, values, per_image)), grads = compute(batch)
-    return grads, stats, values, per_image
+    return compute(batch)
   n = micro_batches
   split = lambda x: jnp.moveaxis(
     x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0
@@ -229,8 +263,8 @@ def _accumulate(
   rows = jax.tree.map(split, batch)
 
   def one(rows: Batch) -> tuple[Params, Batch]:
-    (_, (stats, values, per_image)), grads = compute(rows)
-    return (grads, stats, values), per_image
+    grads, out = compute(rows)
+    return (grads, out._replace(per_image={})), out.per_image
 
   zeros = jax.tree.map(
     lambda s: jnp.zeros(s.shape, s.dtype),
@@ -241,6 +275,6 @@ def _accumulate(
     part, per_image = one(rows)
     return jax.tree.map(lambda a, b: a + b / n, total, part), per_image
 
-  (grads, stats, values), per_image = jax.lax.scan(body, zeros, rows)
+  (grads, out), per_image = jax.lax.scan(body, zeros, rows)
   merge = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
-  return grads, stats, values, jax.tree.map(merge, per_image)
+  return grads, out._replace(per_image=jax.tree.map(merge, per_image))

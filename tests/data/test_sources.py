@@ -3,6 +3,7 @@
 import os
 import types
 
+import backgrounds_set
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,7 +81,7 @@ def test_which_folder_a_class_belongs_to():
 
 
 def test_backgrounds_of_shapes(tmp_path):
-  backgrounds.write_shapes(tmp_path, per_class=2, size=24, seed=1)
+  backgrounds_set.write_shapes(tmp_path, per_class=2, size=24, seed=1)
   save(tmp_path / "fg_mask" / "val" / "x" / "a.png")  # no variant: left out
   found = backgrounds.variants(str(tmp_path))
   assert tuple(v.variant for v in found) == backgrounds.VARIANTS

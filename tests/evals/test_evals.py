@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from attmask_jax.errors import InputError
-from attmask_jax.evals import clusters, features, knn, visualize
+from attmask_jax.evals import features, knn, visualize
+from attmask_jax.methods import clustering
 
 MESHES = [None, (1, 1), (8, 1), (4, 2)]
 
@@ -349,7 +350,7 @@ def test_extract_refuses_no_images_and_uneven_batches():
 def test_cluster_scores_by_hand():
   labels = np.asarray([0, 0, 0, 1, 1, 1, -1, -1])
   assigned = np.asarray([7, 7, 9, 9, 9, 9, 7, 3])
-  got = clusters.cluster_scores(labels, assigned)
+  got = clustering.cluster_scores(labels, assigned)
   # Pairs of the six labelled rows: 6 share a class, 7 a cluster, 4 both.
   assert got["fscore"] == pytest.approx(4 / np.sqrt(6 * 7))
   chance = 6 * 7 / 15
@@ -367,14 +368,14 @@ def test_hungarian_accuracy_by_hand():
   # Class 0 keeps cluster 5 (2 of 3), 1 takes 8 (1 of 2), 2 takes 6: 4 of 6;
   # cluster 8 for class 0 would lose more than it wins. Cluster 1 gets no class.
   assigned = np.asarray([5, 5, 8, 8, 1, 6, 6])
-  got = clusters.hungarian_accuracy(labels, assigned)
+  got = clustering.hungarian_accuracy(labels, assigned)
   assert got == pytest.approx(4 / 6)
 
 
 def test_clusters_without_labels():
   none = np.full(4, -1)
-  assert clusters.cluster_scores(none, np.arange(4)) == {}
-  assert np.isnan(clusters.hungarian_accuracy(none, np.arange(4)))
+  assert clustering.cluster_scores(none, np.arange(4)) == {}
+  assert np.isnan(clustering.hungarian_accuracy(none, np.arange(4)))
 
 
 # Pictures -------------------------------------------------------------------

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import types
 
+import backgrounds_set
 import numpy as np
 import pytest
 import small
@@ -259,9 +260,8 @@ def test_clusters_fewshot_and_pictures_run(trained, tmp_path):
 
 
 def test_backgrounds_of_shapes(trained, probe, tmp_path):
-  from attmask_jax.data import backgrounds
 
-  backgrounds.write_shapes(tmp_path / "in9", per_class=2, size=16, seed=0)
+  backgrounds_set.write_shapes(tmp_path / "in9", per_class=2, size=16, seed=0)
   options = {
     "probe": str(probe[0]),
     "evals.backgrounds": str(tmp_path / "in9"),

@@ -132,9 +132,10 @@ def without_key_bias(tree, width):
 def gradient_norms(method, state, batch, scalars):
   """{reference name: norm before clipping} of one step."""
   rng = jax.random.fold_in(jax.random.key(0), state.step)
-  grads = jax.grad(method.loss, has_aux=True)(
-    state.params, state.teacher, state.aux, batch, rng, scalars
-  )[0]
+  loss = lambda params: (
+    method.loss(params, state.teacher, state.aux, batch, rng, scalars).loss
+  )
+  grads = jax.grad(loss)(state.params)
   norms = reference.norms(grads)
   return {
     trees.path_name(path): leaf
@@ -171,7 +172,8 @@ def test_golden_train_steps(golden, scenario):
   )
   norms_fn = jax.jit(gradient_norms, static_argnums=0)
   s = method.steps_per_epoch
-  track = epoch.Epoch(s, np.arange(file["cfg/B"].item()), file["cfg/B"].item())
+  b = file["cfg/B"].item()
+  track = epoch.Epoch(method, steps=s, positions=np.arange(b), batch_size=b)
   for t in range(schedules.total_steps):
     batch, scalars = batch_at(file, t), schedules.at(t) | method.at(t)
     norms = norms_fn(method, state, batch, scalars)
@@ -192,7 +194,7 @@ def test_golden_train_steps(golden, scenario):
         state.aux[name], want(f"{key}_per_step")[t], rtol=0, atol=LOSSES
       )
     numbers = {k: float(v) for k, v in (values | scalars).items()}
-    track.add(t, numbers, batch["label"], per_image["assignment"])
+    track.add(t, numbers, jnp.asarray(batch["label"]), per_image)
     if (t + 1) % s == 0:
       check_epoch(want, track.scores(), t // s)
       track.reset()
@@ -353,7 +355,7 @@ def test_ratio_draws_stay_in_range_and_follow_the_step_alone():
 @pytest.mark.parametrize("mask", masking.POLICIES)
 def test_every_policy_gives_a_finite_loss_and_its_own_mask(mask):
   method = small(mask=mask)
-  loss, (stats, values, per_image) = run_loss(method, small_batch(method))
+  loss, values, stats, per_image = run_loss(method, small_batch(method))
   assert np.isfinite(loss)
   assert ("masked_share" in values) == (mask != "none")
   assert mask == "none" or values["masked_share"] > 0
@@ -405,7 +407,7 @@ def test_dino_has_neither_masks_nor_a_patch_loss():
   params, teacher, aux = jax.jit(method.init)(jax.random.key(0))
   assert "mask_token" not in params["backbone"]
   assert set(aux) == {"center"}
-  _, (_, values, _) = run_loss(method, small_batch(method))
+  values = run_loss(method, small_batch(method)).metrics
   assert values["patch"] == 0 and values["loss"] == values["cls"]
 
 
@@ -414,7 +416,7 @@ def test_mask_input_off_leaves_the_student_its_whole_view():
   seen = small(mask_input=False, mask_prob=1.0)
   params, _, _ = jax.jit(seen.init)(jax.random.key(1))
   assert "mask_token" not in params["backbone"]
-  _, (_, values, _) = run_loss(seen, small_batch(seen))
+  values = run_loss(seen, small_batch(seen)).metrics
   assert values["masked_share"] == 1 and values["patch"] > 0
 
 
@@ -427,7 +429,7 @@ def test_separate_student_with_shared_teacher_starts_from_the_patch_layer():
     teacher["head"]["last_layer"]["weight_v"],
     params["head"]["last_layer2"]["weight_v"],
   )
-  loss, _ = run_loss(method, small_batch(method))
+  loss = run_loss(method, small_batch(method)).loss
   assert np.isfinite(loss)
 
 

@@ -198,7 +198,7 @@ def test_loss_against_a_loop():
   method = classifier(smoothing=0.1, last_blocks=1)
   params, teacher, aux = method.init(jax.random.key(3))
   batch = image_batch(np.random.default_rng(3))
-  loss, (_, metrics, _) = method.loss(
+  loss, metrics, _, _ = method.loss(
     params, teacher, aux, batch, jax.random.key(0), {}
   )
   weights = method.assemble(params, aux)

@@ -129,7 +129,7 @@ def test_loss_of_the_full_size_has_shapes(name):
     assert count == pytest.approx(want.get(name, vit_s), rel=0.02)
 
   scalars = schedules.at(0) | method.at(0)
-  loss, (stats, _, per_image) = jax.eval_shape(
+  loss, _, stats, per_image = jax.eval_shape(
     method.loss, params, teacher, aux, rows(config, method), key, scalars
   )
   assert (loss.shape, loss.dtype) == ((), np.float32)

@@ -65,7 +65,7 @@ class Layout:
     head_layers: linear layers.
     head_norm: "none" or "ln".
     predictor: ExtreMA's student's.
-    decoder_width: D'.
+    decoder_width: of the decoder's tokens.
     decoder_depth: its blocks.
     decoder_num_heads: given, or by convention.
     decoder_class_token: its decoder sees the class token (official MAE).

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from attmask_jax import Params
+from attmask_jax import Batch, Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.attmask import AttMask
+from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.methods.classify import Classify
 from attmask_jax.methods.extrema import ExtreMA
 from attmask_jax.methods.mae import Mae
@@ -38,40 +39,34 @@ _PLAIN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Backbone:
-  """A ViT of which nothing else is known.
+class Backbone(Method):
+  """A ViT of which nothing else is known: features and attention, no loss."""
 
-  Attributes:
-    backbone: the network.
-  """
+  @classmethod
+  def from_config(
+    cls, config: ml_collections.ConfigDict, *, steps_per_epoch: int
+  ) -> Self:
+    """See the function of this name: the layout decides the method."""
+    raise TypeError("a bare backbone is built from its layout, see `build`")
 
-  backbone: vit.ViT
-
-  classifies = False
-  knn_temp = 0.07
-
-  def init(self, rng: jax.Array) -> tuple[Params, Params, Params]:
-    """Start values: params, {}, {}."""
+  def init(self, rng: jax.Array) -> InitialState:
+    """Start values: params alone."""
     side = self.backbone.image_size
     images = jnp.zeros((1, side, side, 3))
-    return {"backbone": self.backbone.init(rng, images)["params"]}, {}, {}
+    params = {"backbone": self.backbone.init(rng, images)["params"]}
+    return InitialState(params, {}, {})
 
-  def features(
+  def loss(
     self,
-    weights: Params,
-    images: jax.Array,
-    *,
-    last: int = 1,
-    norm: bool = True,
-  ) -> tuple[jax.Array | None, jax.Array]:
-    """cls [B, last * D] or None, patches [B, N, D]: see `vit.features`."""
-    return vit.features(
-      self.backbone, weights["backbone"], images, last=last, norm=norm
-    )
-
-  def attention(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Last attention to each patch: [B, H, W, 3] -> [B, A, N]."""
-    return vit.class_attention(self.backbone, weights["backbone"], images)
+    params: Params,
+    teacher: Params,
+    aux: Params,
+    batch: Batch,
+    rng: jax.Array,
+    scalars: Scalars,
+  ) -> LossOutput:
+    """Nothing is known that could be trained."""
+    raise TypeError("a bare backbone has no loss: fine-tune it instead")
 
 
 def config_of(layout: Layout) -> ml_collections.ConfigDict:
@@ -86,14 +81,14 @@ def config_of(layout: Layout) -> ml_collections.ConfigDict:
   )
 
 
-def from_config(config: ml_collections.ConfigDict) -> Any:
+def from_config(config: ml_collections.ConfigDict) -> Method:
   """The network of a config of `config_of`."""
   known = {f.name for f in dataclasses.fields(Layout)}
   section = {k: v for k, v in config.method.items() if k in known}
   return build(Layout(table=(), **section))
 
 
-def build(layout: Layout) -> Any:
+def build(layout: Layout) -> Method:
   """The network of a layout, with what evaluations ask of it.
 
   Raises:
@@ -226,7 +221,9 @@ def probe_of(backbone: vit.ViT, features: int, classes: int) -> Classify:
   )
 
 
-def shapes_of(method: Any, layout: Layout, network: str) -> Mapping[str, Any]:
+def shapes_of(
+  method: Method, layout: Layout, network: str
+) -> Mapping[str, Any]:
   """The tree that a network's tensors fill: leaves with `.shape`.
 
   Args:
