@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import evaluate, interchange, supervised, train
+from attmask_jax import evaluate, interchange, supervised, train, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.weights import loading
 from configs import common, evals
