@@ -10,11 +10,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import atomic, supervised
+from attmask_jax import atomic
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.runs import checkpoint
-from attmask_jax.weights import export, loading
+from attmask_jax.weights import classifier, export, loading
 from attmask_jax.weights.torch_io import files
 
 
@@ -136,7 +136,7 @@ def _with_probe(
   source: loading.Weights, where: str, mesh: jax.sharding.Mesh
 ) -> loading.Weights:
   """The network with a linear layer that was trained on it."""
-  found = supervised.load(where, source, mesh=mesh)
+  found = classifier.load(where, source, mesh=mesh)
   return source._replace(method=found.method, params=found.params)
 
 

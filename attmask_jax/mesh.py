@@ -5,9 +5,10 @@ large parameters. Arrays carry NamedShardings; the compiler adds the
 all-reduces.
 """
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -164,8 +165,13 @@ def put(mesh: Mesh, tree: Params) -> Params:
 
 def to_host(mesh: Mesh, tree: Params) -> Params:
   """Whole numpy arrays on every process, whatever they are split over."""
-  whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
-  return jax.device_get(whole)
+  return jax.device_get(_whole(mesh)(tree))
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[Params], Params]:
+  """Copies a tree whole to every device; compiles once per kind of tree."""
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

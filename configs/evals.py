@@ -54,7 +54,14 @@ def _features(**settings: object) -> dict[str, object]:
 
 def knn() -> ml_collections.ConfigDict:
   """Weighted k-NN, as published: k = 10, 20, 100, 200 at 0.07."""
-  return common.evaluation("knn", **_features(knn_ks=(10, 20, 100, 200)))
+  return common.evaluation(
+    "knn",
+    **_features(
+      knn_ks=(10, 20, 100, 200),
+      knn_bank=0,  # training images in the bank, 0 = all
+      knn_queries=0,  # validation images, 0 = all
+    ),
+  )
 
 
 def knn_mae(*, cls: bool = False) -> ml_collections.ConfigDict:
@@ -132,7 +139,13 @@ def attention() -> ml_collections.ConfigDict:
 
 def masks() -> ml_collections.ConfigDict:
   """What each policy hides at these ratios."""
-  return _pictures("masks", ratios=(0.1, 0.3, 0.5), show_max=0.1)
+  return _pictures(
+    "masks",
+    ratios=(0.1, 0.3, 0.5),
+    show_max=0.1,  # hints are among this share of most attended patches
+    policies=("attmask_high", "attmask_hint", "attmask_low", "random", "block"),
+    gallery=16,  # pictures in the figure at most, 0 = no figure
+  )
 
 
 def overlap() -> ml_collections.ConfigDict:

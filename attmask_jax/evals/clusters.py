@@ -10,7 +10,7 @@ import numpy as np
 
 from attmask_jax.errors import InputError
 from attmask_jax.evals import features
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.methods import clustering
 
 
@@ -51,3 +51,6 @@ def run(job: Job) -> Result:
   }
   rows = tuple((names[k], f"{v:.4f}") for k, v in values.items())
   return Result(values, counts, Table(("score", "value"), rows))
+
+
+EVAL = Eval(run)

@@ -9,7 +9,7 @@ import numpy as np
 from attmask_jax import data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import knn
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 
 
 def run(job: Job) -> Result:
@@ -113,3 +113,6 @@ def _places(source: data.Source, needed: int) -> np.ndarray:
   order = np.argsort(labels, kind="stable")
   first = np.cumsum(counts) - counts
   return order[first[:, None] + np.arange(needed)]
+
+
+EVAL = Eval(run)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attmask_jax import evaluate, mesh, supervised, trees
+from attmask_jax import evaluate, mesh, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 from attmask_jax.methods.classify import Classify
 from attmask_jax.models import vit
-from attmask_jax.runs import checkpoint
-from attmask_jax.training import optim, schedules, train_step
+from attmask_jax.training import optim, schedules, supervised, train_step
+from attmask_jax.weights import classifier as classifiers
 from attmask_jax.weights import loading
 from configs import evals, tiny
 
@@ -248,14 +248,14 @@ def test_combine_takes_one_layer_and_refuses_another_width():
   method = classifier(rates=(1.0, 2.0))
   params, _, aux = method.init(jax.random.key(0))
   params["head"]["bias"] = params["head"]["bias"].at[1, 3].set(50.0)
-  whole = checkpoint.combine(
+  whole = classifiers.combine(
     aux["backbone"], params["head"], width=method.feature_width, layer=1
   )
   images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
   single = dataclasses.replace(method, rates=(1.0,))
   assert single.logits(whole, images).argmax(-1).tolist() == [3, 3]
   with pytest.raises(InputError, match="width 10.*give 20"):
-    checkpoint.combine(aux["backbone"], params["head"], width=20)
+    classifiers.combine(aux["backbone"], params["head"], width=20)
 
 
 def completed(family, name, **changes):
