@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import loss_of
 
 from attmask_jax import evaluate, mesh, trees
 from attmask_jax.errors import InputError
@@ -198,8 +199,8 @@ def test_loss_against_a_loop():
   method = classifier(smoothing=0.1, last_blocks=1)
   params, teacher, aux = method.init(jax.random.key(3))
   batch = image_batch(np.random.default_rng(3))
-  loss, metrics, _, _ = method.loss(
-    params, teacher, aux, batch, jax.random.key(0), {}
+  loss, _, metrics, _ = loss_of(
+    method, params, teacher, aux, batch, jax.random.key(0), {}
   )
   weights = method.assemble(params, aux)
   logits = np.asarray(method.logits(weights, batch["images"][:, 0]), np.float64)
@@ -211,6 +212,34 @@ def test_loss_against_a_loop():
   assert float(loss) == pytest.approx(total / 8, rel=1e-5)
   right = logits.argmax(1) == np.asarray(batch["label"])
   assert float(metrics["acc"]) == pytest.approx(right.mean())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fine_tuning_drops_branches_and_a_probe_none(frozen):
+  batch = image_batch(np.random.default_rng(4))
+  noise = np.random.default_rng(5).normal(size=(1, 10, 7))
+  ends = []
+  for rate in (0.0, 0.5):
+    method = classifier(frozen=frozen, backbone=backbone(drop_path=rate))
+    params, teacher, aux = jax.jit(method.init)(jax.random.key(3))
+    # Its start is too small to tell features apart.
+    params["head"]["kernel"] += noise
+    for key in (0, 1):
+      loss, *_ = loss_of(
+        method, params, teacher, aux, batch, jax.random.key(key), {}
+      )
+      ends.append(float(loss))
+  assert ends[0] == ends[1]
+  assert len(set(ends)) == (1 if frozen else 3)
+
+
+def test_every_step_mixes_otherwise():
+  method = classifier(frozen=False, mixup=0.8)
+  shares = [float(method.at(step)["mix_lam"]) for step in range(8)]
+  assert len(set(shares)) == 8
+  assert shares == [float(method.at(step)["mix_lam"]) for step in range(8)]
+  other = dataclasses.replace(method, seed=1)
+  assert shares[0] != float(other.at(0)["mix_lam"])
 
 
 def test_one_device_and_eight_agree():
