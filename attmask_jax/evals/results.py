@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from attmask_jax import atomic
 from attmask_jax.evals.job import Job, Result
-from attmask_jax.runs import checkpoint, report
+from attmask_jax.runs import checkpoint, records, report
 
 
 def everywhere(result: Result) -> Result:
@@ -39,7 +39,7 @@ def write(job: Job, result: Result) -> None:
   run_dir = None if job.weights is None else job.weights.run_dir
   if run_dir is not None:
     try:
-      report.append_record(run_dir, record)
+      records.append(run_dir, record)
       report.write(run_dir)
     except OSError as error:  # someone else's run, read-only
       logging.warning("%s is left as it is: %s", run_dir, error)
