@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from attmask_jax import evals, train
+from attmask_jax import evals, runtime, train
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import linear, results
@@ -71,6 +71,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
       "NAME with --mode=eval"
     )
   evaluation = evals.by_name(config.evals.name)
+  runtime.setup(config.run)
   _check_numbers(config)
   needs = evaluation.needed(config.evals)
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import atomic
+from attmask_jax import atomic, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.runs import checkpoint
@@ -28,6 +28,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   Raises:
     InputError: see `files.load`; or the directory is not empty.
   """
+  runtime.setup(config.run)
   if not files.is_file(config.weights):
     raise InputError(
       f'weights "{config.weights}" are no file: --mode=import reads .pth and '
@@ -91,6 +92,7 @@ def export_weights(
   Raises:
     InputError: see `loading.load` and `export.export`.
   """
+  runtime.setup(config.run)
   if os.path.lexists(pathlib.Path(output).expanduser()):
     raise InputError(f"{output} exists: give another file, or remove it")
   if format in export.PAIRS and config.probe:

@@ -25,7 +25,7 @@ FSDP_MIN_SIZE = 2**16
 
 
 def init_distributed(wanted: bool) -> None:
-  """Joins the other processes of a run, if there are any.
+  """Joins the other processes of a run, if there are any; once per process.
 
   `wanted` asks JAX to detect the cluster (Cloud TPU, Slurm, Open MPI, GKE).
   Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
@@ -33,6 +33,8 @@ def init_distributed(wanted: bool) -> None:
   Raises:
     InputError: only some of the three variables are set.
   """
+  if jax.distributed.is_initialized():
+    return
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   values = [os.environ.get(name) for name in names]
   if all(values):
