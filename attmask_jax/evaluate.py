@@ -84,13 +84,13 @@ UNKNOWN = {
 }
 # Settings of several numbers, and of what kind; others that must be positive.
 NUMBERS = {
-  "evals.ks": int,
+  "evals.knn_ks": int,
   "evals.shots": int,
   "evals.clusters": int,
   "evals.ratios": float,
   "method.lrs": float,
 }
-POSITIVE = ("evals.batch_size", "evals.k", "evals.every")
+POSITIVE = ("evals.batch_size", "evals.knn_k", "evals.every")
 GENERATED = ("shapes",)  # sources that read no path
 
 

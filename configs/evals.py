@@ -42,11 +42,11 @@ from configs import common, supervised
 def _features(**settings: object) -> dict[str, object]:
   return dict(
     last_blocks=1,  # class tokens of that many last blocks
-    avgpool=0,  # 0 class | 1 mean patch | 2 both
-    raw=False,  # leave the backbone's final norm out (MAE, ExtreMA)
+    pool="cls",  # cls | mean | cls+mean: class token, mean patch, both
+    final_norm=True,  # features behind the backbone's final norm
     cache="",  # folder that keeps features, "" = none
   ) | dict(
-    temp=0.07,
+    knn_temp=0.07,  # 0 = the method's, see configs/common.py
     bank_chunk=65536,  # bank images on the device at a time
     query_chunk=1024,  # queries compared at a time
   ) | settings  # fmt: skip
@@ -54,7 +54,7 @@ def _features(**settings: object) -> dict[str, object]:
 
 def knn() -> ml_collections.ConfigDict:
   """Weighted k-NN, as published: k = 10, 20, 100, 200 at 0.07."""
-  return common.evaluation("knn", **_features(ks=(10, 20, 100, 200)))
+  return common.evaluation("knn", **_features(knn_ks=(10, 20, 100, 200)))
 
 
 def knn_mae(*, cls: bool = False) -> ml_collections.ConfigDict:
@@ -64,7 +64,7 @@ def knn_mae(*, cls: bool = False) -> ml_collections.ConfigDict:
     cls: compare class tokens (CLS mode), not mean patches (GAP mode).
   """
   config = knn()
-  config.evals.update(avgpool=0 if cls else 1, raw=True)
+  config.evals.update(pool="cls" if cls else "mean", final_norm=False)
   config.data.eval_resample = "bilinear"
   return config
 
@@ -76,7 +76,7 @@ def fewshot() -> ml_collections.ConfigDict:
     "fewshot",
     **_features(
       shots=(1, 5, 10, 20),  # training images per class
-      ks=(1, 20, 20, 20),  # one per entry of shots
+      knn_ks=(1, 20, 20, 20),  # one per entry of shots
       # First image of each class in each run, one list per entry of shots.
       starts=(fives, fives, tens, twenties),
     ),
@@ -190,13 +190,13 @@ def tokens() -> ml_collections.ConfigDict:
     "tokens",
     places=8,  # tokens taken of an image, at the same random places
     seed=0,  # of the places
-    raw=False,  # leave the backbone's final norm out
-    k=20,  # neighbours
-    temp=0.07,
+    final_norm=True,  # features behind the backbone's final norm
+    knn_k=20,  # neighbours
+    knn_temp=0.07,
     bank_chunk=65536,
     query_chunk=1024,
   )
-  config.method.update(last_blocks=1, avgpool=1)
+  config.method.update(last_blocks=1, pool="mean", final_norm=False)
   return config
 
 

@@ -87,7 +87,6 @@ def extrema() -> ml_collections.ConfigDict:
     freeze_epochs=0,
     teacher_momentum=0.996,
   )
-  config.evals.update(knn_temp=0.07)
   return config
 
 

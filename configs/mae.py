@@ -137,7 +137,7 @@ def mae() -> ml_collections.ConfigDict:
     teacher_momentum=0.996,  # of the encoder's average, where masks need it
   )
   # Features as published: the mean patch or class token, without final norm.
-  config.evals.update(avgpool=1, raw=True, knn_temp=0.07)
+  config.evals.update(pool="mean", final_norm=False)
   return config
 
 
@@ -148,7 +148,7 @@ def get_config(arg: str = "small_100e_gap") -> ml_collections.ConfigDict:
   config.method.update(method)
   config.optim.update(epochs=epochs, warmup_epochs=warmup)
   if config.method.class_token:
-    config.evals.avgpool = 0
+    config.evals.pool = "cls"
   if arg.startswith("official"):
     config.data.update(scale=(0.2, 1.0), resample="bicubic")
     config.optim.schedule = "smooth_cosine"

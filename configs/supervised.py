@@ -41,8 +41,8 @@ def _classify(name: str, **method: object) -> ml_collections.ConfigDict:
       name="classify",
       frozen=True,  # train only the linear layer
       last_blocks=1,
-      avgpool=0,
-      raw=False,  # features without the backbone's final norm
+      pool="cls",  # cls | mean | cls+mean: class token, mean patch, both
+      final_norm=True,  # features behind the backbone's final norm
       head_norm="none",  # before the linear layer: none | layer | batch
       class_token="",  # "" = as pretrained; "none" drops it
       positions="",  # "" = as pretrained; "learned" trains fixed ones
@@ -158,7 +158,10 @@ def linear_mae(optimizer: str, *, cls: bool) -> ml_collections.ConfigDict:
   --config.optim.optimizer=lars_mae reproduces that.
   """
   config = _classify(
-    "linear", avgpool=0 if cls else 1, raw=True, head_norm="batch"
+    "linear",
+    pool="cls" if cls else "mean",
+    final_norm=False,
+    head_norm="batch",
   )
   config.data.update(
     batch_size=4096 if optimizer == "sgd" else 16384, resample="bicubic"
@@ -181,8 +184,8 @@ def finetune_mae(
   """MAE-priv: layer decay 0.75, LayerNorm after pooling, 8 x 128 images."""
   config = finetune()
   config.method.update(
-    avgpool=0 if cls else 1,
-    raw=True,
+    pool="cls" if cls else "mean",
+    final_norm=False,
     head_norm="layer",
     init_std=2e-5,  # 0.02 times the release's init_scale of 0.001
     layer_decay=0.75,
@@ -205,7 +208,7 @@ def finetune_mae(
 
 def linear_extrema() -> ml_collections.ConfigDict:
   """ExtreMA: raw class token of the teacher, batch norm, 4096 images."""
-  config = _classify("linear", raw=True, head_norm="batch")
+  config = _classify("linear", final_norm=False, head_norm="batch")
   config.data.update(batch_size=4096, eval_resample="bilinear")
   config.optim.update(
     epochs=90, lr_per_256=0.1, warmup_epochs=10, schedule="smooth_cosine"

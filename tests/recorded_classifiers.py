@@ -49,7 +49,7 @@ def mae_method(file, cls_token=False, **changes):
   )  # fmt: skip
   fields = dict(
     num_classes=cfg("ncls"), epochs=3, steps_per_epoch=1,
-    image_size=cfg("img"), batch_size=4, raw=True, frozen=False,
-    avgpool=0 if cls_token else 1, decay_tokens=False,
+    image_size=cfg("img"), batch_size=4, final_norm=False, frozen=False,
+    pool="cls" if cls_token else "mean", decay_tokens=False,
   )  # fmt: skip
   return Given(backbone, **fields | changes)

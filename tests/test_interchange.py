@@ -166,7 +166,7 @@ def test_the_other_families(tmp_path, family, suffix):
   config = tiny.get_config(family)
   if official:
     config.method.update(OFFICIAL)
-    config.evals.avgpool = 0
+    config.evals.pool = "cls"
   method = METHODS[family].from_config(config, steps_per_epoch=1)
   params, teacher, _ = jax.device_get(method.init(jax.random.key(3)))
   bumped = lambda tree: jax.tree_util.tree_map_with_path(
@@ -215,7 +215,7 @@ def evaluated(name, where, folder, **changes):
 
 
 def test_evaluations_take_files(trained, exported, tmp_path):
-  options = {"evals.ks": (3, 5)}
+  options = {"evals.knn_ks": (3, 5)}
   ours = evaluated("knn", trained, tmp_path / "a", **options)
   theirs = evaluated("knn", exported, tmp_path / "b", **options)
   assert ours == pytest.approx(theirs)
@@ -573,7 +573,7 @@ def test_exports_that_cannot_be(trained, exported, tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
       export(trained, tmp_path / "file" / "a.pth", format=form)
   for form, helps in (("attmask", True), ("extrema", False)):
-    probe = supervised_only(load(trained), raw=False)
+    probe = supervised_only(load(trained), final_norm=True)
     with pytest.raises(InputError, match="cannot hold") as error:
       exporting.export(str(path), probe, probe, format=form)
     assert ("--backbone_only" in str(error.value)) == helps
@@ -592,8 +592,8 @@ def supervised_only(source, **fields):
 
 @pytest.mark.parametrize(
   "fields",
-  [dict(raw=True), dict(avgpool=1), dict(avgpool=2), dict(head_norm="layer"),
-   dict(last_blocks=2)],
+  [dict(final_norm=False), dict(pool="mean", final_norm=False),
+   dict(pool="cls+mean"), dict(head_norm="layer"), dict(last_blocks=2)],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["timm", "hf"])
 def test_classifiers_that_read_something_else(trained, tmp_path, fields, form):

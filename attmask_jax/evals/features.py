@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attmask_jax.errors import InputError
+from attmask_jax.models import vit
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 
@@ -37,16 +38,18 @@ def check(
   """Refuses features that a network does not have.
 
   Args:
-    settings: avgpool and last_blocks are read.
+    settings: pool and last_blocks are read.
     depth: blocks of the network.
     class_token: of the network, see `vit.ViT`.
 
   Raises:
     InputError: either is out of range.
   """
-  avgpool, blocks = settings.avgpool, settings.last_blocks
-  if avgpool not in (0, 1, 2):
-    raise InputError(f"evals.avgpool {avgpool} is unknown: use 0, 1 or 2")
+  pool, blocks = settings.pool, settings.last_blocks
+  if pool not in vit.POOLS:
+    raise InputError(
+      f'evals.pool "{pool}" is unknown: use {", ".join(vit.POOLS)}'
+    )
   if not 1 <= blocks <= depth:
     raise InputError(
       f"evals.last_blocks {blocks} must lie between 1 and the {depth} blocks "
@@ -57,10 +60,10 @@ def check(
       f"evals.last_blocks {blocks} asks for class tokens of several blocks, "
       "and this network's reads the last one: set --config.evals.last_blocks=1"
     )
-  if class_token == "none" and avgpool != 1:
+  if class_token == "none" and pool != "mean":
     raise InputError(
-      f"evals.avgpool {avgpool} takes the class token, which this network has "
-      "not: set --config.evals.avgpool=1"
+      f"evals.pool {pool} reads the class token, which this network does not "
+      "have: set --config.evals.pool=mean"
     )
 
 

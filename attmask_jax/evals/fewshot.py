@@ -48,7 +48,7 @@ def run(job: Job) -> Result:
         queries.features,
         queries.labels,
         ks=(k,),
-        temp=evals.temp,
+        temp=evals.knn_temp or job.weights.method.knn_temp,
         num_classes=len(train.class_names),
         mesh=job.mesh,
         bank_chunk=evals.bank_chunk,
@@ -82,11 +82,11 @@ def run(job: Job) -> Result:
 
 def _plan(evals: object) -> list[tuple[int, int, tuple[int, ...]]]:
   """(shots, k, starts) of every line of the table."""
-  shots, ks, starts = evals.shots, evals.ks, evals.starts
+  shots, ks, starts = evals.shots, evals.knn_ks, evals.starts
   if not shots or not len(shots) == len(ks) == len(starts):
     raise InputError(
-      f"evals.shots {tuple(shots)}, evals.ks {tuple(ks)} and evals.starts need "
-      f"as many entries each, and starts has {len(starts)}"
+      f"evals.shots {tuple(shots)}, evals.knn_ks {tuple(ks)} and evals.starts "
+      f"need as many entries each, and starts has {len(starts)}"
     )
   if min(shots) < 1 or not all(s and min(s) >= 0 for s in starts):
     raise InputError(

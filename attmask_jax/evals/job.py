@@ -141,7 +141,7 @@ class Job:
   def embed(
     self, source: data.Source, indices: np.ndarray | None = None, *, desc: str
   ) -> features.Features:
-    """Features as `evals.last_blocks` and `evals.avgpool` say, maybe cached."""
+    """Features as evals.last_blocks, pool, final_norm say; cached or not."""
     evals, weights = self.config.evals, self.weights
     network = weights.method.backbone
     features.check(evals, depth=network.depth, class_token=network.class_token)
@@ -153,8 +153,8 @@ class Job:
       image_size=self.config.data.image_size,
       resample=self.config.data.eval_resample,
       last=evals.last_blocks,
-      avgpool=evals.avgpool,
-      raw=evals.raw,
+      pool=evals.pool,
+      final_norm=evals.final_norm,
       precision=self.config.run.matmul_precision,
     )
     found = cache.read(evals.cache, key)
@@ -165,8 +165,8 @@ class Job:
         functools.partial(weights.method.features, params),
         images,
         last=evals.last_blocks,
-        avgpool=evals.avgpool,
-        raw=evals.raw,
+        pool=evals.pool,
+        final_norm=evals.final_norm,
       )
     )
     with self.batches(source, indices, desc=desc) as batches:

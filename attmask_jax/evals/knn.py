@@ -32,7 +32,7 @@ def run(job: Job) -> Result:
   """
   evals = job.config.evals
   train, val = job.pair()
-  check(evals, max(evals.ks, default=0), len(train))
+  check(evals, max(evals.knn_ks, default=0), len(train))
   bank = job.embed(train, desc="bank")
   queries = job.embed(val, desc="queries")
   values = knn(
@@ -40,8 +40,8 @@ def run(job: Job) -> Result:
     bank.labels,
     queries.features,
     queries.labels,
-    ks=tuple(evals.ks),
-    temp=evals.temp,
+    ks=tuple(evals.knn_ks),
+    temp=evals.knn_temp or job.weights.method.knn_temp,
     num_classes=len(train.class_names),
     mesh=job.mesh,
     bank_chunk=evals.bank_chunk,
@@ -49,7 +49,7 @@ def run(job: Job) -> Result:
   )
   rows = [
     (str(k), *(f"{values[f'k{k}/{name}']:.2f}" for name in ("top1", "top5")))
-    for k in evals.ks
+    for k in evals.knn_ks
   ]
   counts = {
     "bank images": len(bank.labels),
@@ -64,7 +64,7 @@ def check(evals: ml_collections.ConfigDict, k: int, bank: int) -> None:
   """Refuses settings that would fail once all features are there.
 
   Args:
-    evals: temp, bank_chunk and query_chunk are read.
+    evals: knn_temp, bank_chunk and query_chunk are read.
     k: the most neighbours asked for.
     bank: rows of the bank.
 
@@ -73,10 +73,14 @@ def check(evals: ml_collections.ConfigDict, k: int, bank: int) -> None:
   """
   if not 1 <= k <= bank:
     raise InputError(
-      f"evals.ks asks for {k} neighbours, and the bank has {bank} images: "
+      f"evals.knn_ks asks for {k} neighbours, and the bank has {bank} images: "
       "choose at least 1 and at most that many"
     )
-  for name in ("temp", "bank_chunk", "query_chunk"):
+  if not evals.knn_temp >= 0:
+    raise InputError(
+      f"evals.knn_temp {evals.knn_temp} must be at least 0 (0 = the method's)"
+    )
+  for name in ("bank_chunk", "query_chunk"):
     value = getattr(evals, name)
     if not value > 0:
       raise InputError(f"evals.{name} {value} must be positive")

@@ -99,8 +99,8 @@ class Evaluator:
         functools.partial(method.features, weights),
         images,
         last=evals.last_blocks,
-        avgpool=evals.avgpool,
-        raw=evals.raw,
+        pool=evals.pool,
+        final_norm=evals.final_norm,
       )
     )
     if config.evals.knn and val_source and not val_source.class_names:
@@ -160,7 +160,6 @@ class Evaluator:
       return {}
     bank = self._features(weights, self._train, config.evals.knn_bank)
     queries = self._features(weights, self._val, config.evals.knn_queries)
-    # quirk: the reference takes the class temperature of the teacher here.
     temp = config.evals.knn_temp or self._method.knn_temp
     scores = knn.knn(
       bank.features,

@@ -19,7 +19,6 @@ from attmask_jax import Params, data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, knn
 from attmask_jax.evals.job import Job, Result, Table
-from attmask_jax.models import vit
 
 
 def check(job: Job) -> None:
@@ -48,11 +47,11 @@ def run(job: Job) -> Result:
   """
   evals, method = job.config.evals, job.weights.method
   probe = job.classifier.method
-  if probe.avgpool not in vit.MEANS:
+  if probe.pool != "mean":
     raise InputError(
-      f"the probe {job.classifier.where} was trained with avgpool "
-      f"{probe.avgpool}, and single tokens can only be asked of one trained on "
-      "the mean patch: train it with --config.method.avgpool=1"
+      f"the probe {job.classifier.where} was trained with pool="
+      f"{probe.pool}, and single tokens need one trained on the mean patch: "
+      "train it with --config.method.pool=mean"
     )
   grid = job.config.data.image_size // method.backbone.patch_size
   train, val = job.pair()
@@ -67,21 +66,21 @@ def run(job: Job) -> Result:
       bank[name].labels,
       queries[name].features,
       queries[name].labels,
-      ks=(evals.k,),
-      temp=evals.temp,
+      ks=(evals.knn_k,),
+      temp=evals.knn_temp or method.knn_temp,
       num_classes=len(train.class_names),
       mesh=job.mesh,
       bank_chunk=evals.bank_chunk,
       query_chunk=evals.query_chunk,
     )
-    values[f"{name}/knn"] = scores[f"k{evals.k}/top1"]
+    values[f"{name}/knn"] = scores[f"k{evals.knn_k}/top1"]
   values |= _linear(job, val, places)
   counts = {
     "bank tokens": len(bank["token"].labels),
     "query tokens": len(queries["token"].labels),
     "classes": len(train.class_names),
   }
-  return Result(values, counts, _table(values, evals.k))
+  return Result(values, counts, _table(values, evals.knn_k))
 
 
 def _extract(
@@ -91,11 +90,11 @@ def _extract(
 
   Tokens are rows of their own: T of each image, with its label.
   """
-  weights, raw = job.weights, job.config.evals.raw
+  weights, norm = job.weights, job.config.evals.final_norm
 
   @jax.jit
   def compiled(params: Params, images: jax.Array) -> jax.Array:
-    cls, patches = weights.method.features(params, images, norm=not raw)
+    cls, patches = weights.method.features(params, images, norm=norm)
     chosen = patches[:, places].reshape(len(images), -1)
     parts = [jnp.mean(patches, axis=1), chosen]
     return jnp.concatenate(parts if cls is None else [cls, *parts], axis=1)
@@ -127,7 +126,7 @@ def _linear(
 
   def logits(weights: Params, batch: dict[str, jax.Array]) -> jax.Array:
     _, patches = method.features(
-      weights, batch["images"], norm=not (method.raw or method.avgpool == 1)
+      weights, batch["images"], norm=method.final_norm
     )
     chosen = patches[:, places]
     x = jnp.concatenate([jnp.mean(patches, axis=1)[:, None], chosen], axis=1)

@@ -10,7 +10,7 @@ import ml_collections
 
 from attmask_jax.errors import InputError
 from attmask_jax.methods import masking
-from attmask_jax.models import heads
+from attmask_jax.models import heads, vit
 
 DTYPES = ("float32", "bfloat16")
 
@@ -122,23 +122,23 @@ def classify(method: Any, config: ml_collections.ConfigDict) -> None:
       f"a classifier needs at least 2 classes, and the data have "
       f"{method.num_classes}: give images of several classes"
     )
-  if method.avgpool not in (0, 1, 2):
+  if method.pool not in vit.POOLS:
     raise InputError(
-      f"method.avgpool {method.avgpool} is unknown: use 0, 1 or 2"
+      f'method.pool "{method.pool}" is unknown: use {", ".join(vit.POOLS)}'
     )
   if method.head_norm not in ("none", "layer", "batch"):
     raise InputError(
       f'method.head_norm "{method.head_norm}" is unknown: use none, layer or '
       "batch"
     )
-  if method.backbone.class_token == "none" and method.avgpool != 1:
+  if method.backbone.class_token == "none" and method.pool != "mean":
     raise InputError(
-      f"method.avgpool {method.avgpool} takes the class token, which this "
-      "network has not: set --config.method.avgpool=1"
+      f"method.pool {method.pool} reads the class token, which this network "
+      "does not have: set --config.method.pool=mean"
     )
   if (
     method.backbone.class_token == "readout"
-    and method.avgpool != 1
+    and method.pool != "mean"
     and method.last_blocks > 1
   ):
     raise InputError(
@@ -226,10 +226,10 @@ def mae(config: ml_collections.ConfigDict) -> None:
       raise InputError(
         f'method.{key} "{m[key]}" is unknown: use {" or ".join(values)}'
       )
-  if config.evals.knn and config.evals.avgpool != 1 and not m.class_token:
+  if config.evals.knn and config.evals.pool != "mean" and not m.class_token:
     raise InputError(
-      f"evals.avgpool {config.evals.avgpool} takes the class token, and "
-      "method.class_token is off: set --config.evals.avgpool=1"
+      f"evals.pool {config.evals.pool} reads the class token, and "
+      "method.class_token is off: set --config.evals.pool=mean"
     )
   if m.shared_mask and m.mask not in ("random", "grid"):
     raise InputError(

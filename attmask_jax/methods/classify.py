@@ -48,7 +48,8 @@ class Classify(Method):
     image_size: of training images, pixels.
     batch_size: B over all devices.
     rates: [J] learning rate of each linear layer over that of the run.
-    raw: features without the backbone's final norm.
+    pool: what the linear layers read, one of `vit.POOLS`.
+    final_norm: features behind the backbone's final LayerNorm.
     decay_tokens: class token and positions have weight decay.
     head_norm: of features before the linear layers: "none", "layer" (trained
       LayerNorm) or "batch" (batch norm without scale and bias).
@@ -63,8 +64,8 @@ class Classify(Method):
   rates: tuple[float, ...] = (1.0,)
   frozen: bool = True
   last_blocks: int = 1
-  avgpool: int = 0
-  raw: bool = False
+  pool: str = "cls"
+  final_norm: bool = True
   head_norm: str = "none"
   init_std: float = 0.01
   smoothing: float = 0.0
@@ -142,8 +143,8 @@ class Classify(Method):
   @property
   def feature_width(self) -> int:
     """F of `vit.pool`."""
-    classes = self.last_blocks * (self.avgpool not in vit.MEANS)
-    return self.backbone.width * (classes + (self.avgpool > 0))
+    classes = self.last_blocks * (self.pool != "mean")
+    return self.backbone.width * (classes + (self.pool != "cls"))
 
   def init(self, rng: jax.Array) -> InitialState:
     """Start values: params, teacher (average, or {}), aux (frozen backbone).
@@ -278,8 +279,8 @@ class Classify(Method):
       functools.partial(self.features, weights),
       images,
       last=self.last_blocks,
-      avgpool=self.avgpool,
-      raw=self.raw,
+      pool=self.pool,
+      final_norm=self.final_norm,
     )
     return self.classify(weights, x)
 
@@ -321,6 +322,6 @@ class Classify(Method):
       features,
       images,
       last=self.last_blocks,
-      avgpool=self.avgpool,
-      raw=self.raw,
+      pool=self.pool,
+      final_norm=self.final_norm,
     )

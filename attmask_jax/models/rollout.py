@@ -202,8 +202,8 @@ def logit_gradients(
       functools.partial(vit.features, backbone, params, logit_bias=bias),
       images,
       last=method.last_blocks,
-      avgpool=method.avgpool,
-      raw=method.raw,
+      pool=method.pool,
+      final_norm=method.final_norm,
     )
     logits = method.classify(weights, x)[:, 0]
     chosen = jnp.max(logits, axis=-1) if category < 0 else logits[:, category]
@@ -236,7 +236,7 @@ def gradient_rollout(
     row_sums: see `roll`.
   """
   backbone = method.backbone
-  mean = method.avgpool in vit.MEANS
+  mean = method.pool == "mean"
 
   def one(image: jax.Array) -> jax.Array:
     attention, gradients = logit_gradients(

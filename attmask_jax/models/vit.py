@@ -24,7 +24,7 @@ from attmask_jax.rows import gather
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-MEANS = (1, 3)  # values of `avgpool` that take the mean patch alone
+POOLS = ("cls", "mean", "cls+mean")  # see `pool`
 
 # depth, width and heads of the published sizes.
 VARIANTS = {
@@ -391,37 +391,42 @@ def class_attention(
   ).attention
 
 
-def pool(
-  cls: jax.Array | None, patches: jax.Array, *, avgpool: int
-) -> jax.Array:
+def pool(cls: jax.Array | None, patches: jax.Array, *, pool: str) -> jax.Array:
   """One vector per image out of `features`.
 
   Args:
-    cls: [B, last * D].
+    cls: [B, last * D], or None for a network without a class token.
     patches: [B, N, D].
-    avgpool: 0 class tokens, 1 or 3 mean patch, 2 class tokens then mean patch.
+    pool: "cls" class tokens, "mean" mean patch, "cls+mean" one after the other.
 
   Returns:
-    [B, F] with F = D * (last * (avgpool in (0, 2)) + (avgpool > 0)).
+    [B, last * D], [B, D] or [B, (last + 1) * D].
+
+  Raises:
+    InputError: the class token of a network that has none.
   """
-  if cls is None and avgpool not in MEANS:
+  if pool == "mean":
+    return jnp.mean(patches, axis=1)
+  if cls is None:
     raise InputError(
-      f"avgpool {avgpool} takes the class token, and this network has none: "
-      "set avgpool to 1, the mean patch"
+      f'pool "{pool}" reads the class token, and this network has none: set '
+      'pool to "mean"'
     )
-  if avgpool == 0:
+  if pool == "cls":
     return cls
-  mean = jnp.mean(patches, axis=1)
-  return mean if avgpool in MEANS else jnp.concatenate([cls, mean], axis=-1)
+  return jnp.concatenate([cls, jnp.mean(patches, axis=1)], axis=-1)
+
+
+_pool = pool  # under another name: `embed` has an argument `pool`
 
 
 def embed(
-  features_fn: Callable[..., tuple[jax.Array, jax.Array]],
+  features_fn: Callable[..., tuple[jax.Array | None, jax.Array]],
   images: jax.Array,
   *,
   last: int = 1,
-  avgpool: int = 0,
-  raw: bool = False,
+  pool: str = "cls",
+  final_norm: bool = True,
 ) -> jax.Array:
   """One feature of an image: [B, H, W, 3] -> [B, F] float32, see `pool`.
 
@@ -429,10 +434,10 @@ def embed(
     features_fn: `features` of a method, with its weights.
     images: uint8 or normalised.
     last: class tokens of that many last blocks.
-    avgpool: see `pool`. quirk: 1 pools patches that no final norm has seen;
-      3 pools normed ones, as some classifiers of timm do.
-    raw: leave the final norm out everywhere (MAE, ExtreMA).
+    pool: one of POOLS.
+    final_norm: apply the backbone's final LayerNorm to all tokens before they
+      are pooled. Published without: mean patches of the AttMask release, and
+      everything of MAE-priv and ExtreMA.
   """
-  norm = not raw and avgpool != 1
-  cls, patches = features_fn(images, last=last, norm=norm)
-  return pool(cls, patches, avgpool=avgpool)
+  cls, patches = features_fn(images, last=last, norm=final_norm)
+  return _pool(cls, patches, pool=pool)

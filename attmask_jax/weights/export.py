@@ -12,7 +12,6 @@ from absl import logging
 from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.classify import BN_EPS
-from attmask_jax.models import vit
 from attmask_jax.weights.loading import Weights
 from attmask_jax.weights.torch_io import (
   fixed,
@@ -163,7 +162,7 @@ def _hf(student: Weights, teacher: Weights, bare: bool) -> Flat:
   del student
   method, params = teacher.method, teacher.params
   if method.classifies and not bare:
-    with_class = method.avgpool == 0
+    with_class = method.pool == "cls"
     _needs(teacher, "hf", with_class, bare_fits=True)
     return names.to_theirs(_classifier(teacher, "hf"), tables.hf_classifier())
   tree = {"backbone": _trunk(teacher)}
@@ -203,14 +202,13 @@ def _classifier(weights: Weights, format: str) -> Params:
   if method.head_norm == "batch":
     both = {**weights.aux, **weights.params}
     head = _folded(head, both["batch_norm"])
-  means = method.avgpool in vit.MEANS
+  means = method.pool == "mean"
   # Features that no final norm has seen need the head's, and no others do.
-  raw = method.raw or method.avgpool == 1
   fits = (
     len(head["kernel"]) == 1
-    and (means or (method.last_blocks == 1 and method.avgpool == 0))
+    and (means or (method.last_blocks == 1 and method.pool == "cls"))
     and (means or method.backbone.class_token == "input")
-    and raw == (normed is not None)
+    and method.final_norm == (normed is None)
   )
   _needs(weights, format, fits, bare_fits=True)
   if normed is not None and means:
@@ -334,8 +332,8 @@ def _needs(
   if method.classifies and format in ("timm", "hf"):
     raise InputError(
       f'format "{format}" cannot hold a linear layer behind last_blocks='
-      f"{method.last_blocks}, avgpool={method.avgpool}, raw={method.raw}: it "
-      "reads one normed class token"
+      f"{method.last_blocks}, pool={method.pool}, "
+      f"final_norm={method.final_norm}: it reads one normed class token"
       + " or the normed mean patch" * (format == "timm")
       + "; train such a one"
       + ", or add --backbone_only" * bare_fits

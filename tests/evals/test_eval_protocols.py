@@ -67,7 +67,7 @@ def few_shot_job(**changes):
     "queries": near(truth).astype("f4"),
   }
   settings = dict(
-    shots=(1, 3), ks=(1, 4), starts=((0, 2, 5), (0, 3)), temp=0.1,
+    shots=(1, 3), knn_ks=(1, 4), starts=((0, 2, 5), (0, 3)), knn_temp=0.1,
     bank_chunk=64, query_chunk=8,
   )  # fmt: skip
   job = Job(Source(labels, 3), Source(truth, 3), vectors, **settings | changes)
@@ -119,7 +119,7 @@ def test_few_shots_that_do_not_fit(changes, match):
 
 
 def test_knn_table_of_features():
-  job, labels, truth, vectors = few_shot_job(ks=(1, 5))
+  job, labels, truth, vectors = few_shot_job(knn_ks=(1, 5))
   found = knn.run(job)
   kept = [i for i in range(len(labels)) if i != 3]
   for k in (1, 5):

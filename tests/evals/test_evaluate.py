@@ -46,7 +46,7 @@ def test_knn_of_the_teacher_is_that_of_the_run(trained, tmp_path):
     json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()
   ]
   logged = [x for x in lines if "knn/k5/top1" in x][-1]
-  options = {"evals.ks": (3, 5, 10), "evals.temp": 0.1}
+  options = {"evals.knn_ks": (3, 5, 10), "evals.knn_temp": 0.1}
   found = run("knn", trained, tmp_path / "knn", **options)
   for k in (3, 5, 10):
     for name in ("top1", "top5"):
@@ -68,7 +68,7 @@ def test_knn_of_the_teacher_is_that_of_the_run(trained, tmp_path):
 def test_features_come_from_the_cache_and_give_the_same(
   trained, tmp_path, monkeypatch
 ):
-  options = {"evals.ks": (3,), "evals.cache": str(tmp_path / "cache")}
+  options = {"evals.knn_ks": (3,), "evals.cache": str(tmp_path / "cache")}
   first = run("knn", trained, tmp_path / "a", **options)
   assert len(list((tmp_path / "cache").glob("*.npz"))) == 2  # bank, queries
   forbid = lambda *_, **__: pytest.fail("features were extracted again")
@@ -86,14 +86,14 @@ def test_features_come_from_the_cache_and_give_the_same(
     {"data.shapes_train": 40},
     {"data.image_size": 20},
     {"data.eval_resample": "bilinear"},
-    {"evals.avgpool": 2},
+    {"evals.pool": "cls+mean"},
     {"evals.last_blocks": 2},
-    {"evals.raw": True},
+    {"evals.final_norm": False},
     {"run.matmul_precision": "default"},
   ],
 )
 def test_features_of_anything_else_are_not_taken(trained, cached, changes):
-  options = {"evals.ks": (3,), "evals.cache": str(cached)} | changes
+  options = {"evals.knn_ks": (3,), "evals.cache": str(cached)} | changes
   before = set(cached.glob("*.npz"))
   run("knn", trained, cached / "out", **options)
   new = set(cached.glob("*.npz")) - before
@@ -104,7 +104,7 @@ def test_features_of_anything_else_are_not_taken(trained, cached, changes):
 def cached(trained, tmp_path_factory):
   """Folder of the features of a first evaluation."""
   folder = tmp_path_factory.mktemp("cache")
-  options = {"evals.ks": (3,), "evals.cache": str(folder)}
+  options = {"evals.knn_ks": (3,), "evals.cache": str(folder)}
   run("knn", trained, folder / "out", **options)
   return folder
 
@@ -194,7 +194,7 @@ def test_fine_tuning_and_using_the_result(trained, tmp_path):
   )  # fmt: skip
   assert teacher["weights"]["network"] == "teacher"
   assert teacher["classifier"]["digest"] != clean["classifier"]["digest"]
-  by_default = run("knn", where, tmp_path / "knn", **{"evals.ks": (3,)})
+  by_default = run("knn", where, tmp_path / "knn", **{"evals.knn_ks": (3,)})
   assert by_default["weights"]["network"] == "student"
   refused(
     "knn", where, tmp_path / "none", "evaluate these", network="untrained"
@@ -238,7 +238,11 @@ def test_pictures_of_before_are_removed(trained, tmp_path):
 def test_clusters_fewshot_and_pictures_run(trained, tmp_path):
   found = run("clusters", trained, tmp_path / "clusters")
   assert 0 <= found["values"]["nmi"] <= 1
-  options = {"evals.shots": (1,), "evals.ks": (1,), "evals.starts": ((0, 1),)}
+  options = {
+    "evals.shots": (1,),
+    "evals.knn_ks": (1,),
+    "evals.starts": ((0, 1),),
+  }
   found = run("fewshot", trained, tmp_path / "fewshot", **options)
   runs = [found["values"][f"shots1/start{s}/top1"] for s in (0, 1)]
   assert found["values"]["shots1/top1"] == pytest.approx(np.mean(runs))
@@ -283,7 +287,7 @@ def test_wrong_weights_and_directories(trained, tmp_path):
   refused("knn", tmp_path, tmp_path / "a", "holds no checkpoint")
   refused("knn", trained, trained, "is the run that is evaluated")
   refused("knn", trained, tmp_path / "a", 'network "x"', network="x")
-  refused("knn", trained, tmp_path / "a", "bank", **{"evals.ks": (3, 5000)})
+  refused("knn", trained, tmp_path / "a", "bank", **{"evals.knn_ks": (3, 5000)})
   shutil.copytree(trained, tmp_path / "copy")
   refused("pca", trained, tmp_path / "copy", "holds a training run")
   config = json.loads((trained / "config.json").read_text())
@@ -298,7 +302,7 @@ def test_results_of_another_evaluation_stay(trained, tmp_path):
   run("pca", trained, tmp_path, **{"evals.count": 2})
   before = (tmp_path / "results.json").read_text()
   with pytest.raises(InputError, match=r"another evaluation \(pca\)"):
-    run("knn", trained, tmp_path, **{"evals.ks": (3,)})
+    run("knn", trained, tmp_path, **{"evals.knn_ks": (3,)})
   assert (tmp_path / "results.json").read_text() == before
 
 
@@ -306,18 +310,18 @@ def test_settings_are_checked_before_the_work(trained, tmp_path, monkeypatch):
   forbid = lambda *_, **__: pytest.fail("features were extracted")
   monkeypatch.setattr(features, "extract", forbid)
   for changes, match in (
-    ({"evals.ks": (65,)}, "65 neighbours, and the bank has 64"),
-    ({"evals.ks": ()}, "0 neighbours"),
-    ({"evals.temp": 0.0}, "temp 0.0 must be positive"),
+    ({"evals.knn_ks": (65,)}, "65 neighbours, and the bank has 64"),
+    ({"evals.knn_ks": ()}, "0 neighbours"),
+    ({"evals.knn_temp": -1.0}, "knn_temp -1.0 must be at least 0"),
     ({"evals.bank_chunk": 0}, "bank_chunk 0 must be positive"),
     ({"evals.last_blocks": 3}, "last_blocks 3.*the 2 blocks"),
     ({"evals.last_blocks": 0}, "last_blocks 0"),
-    ({"evals.avgpool": 3}, "avgpool 3 is unknown"),
+    ({"evals.pool": "both"}, "evals.pool .both. is unknown"),
     ({"data.path": "/images"}, "data.path /images is given.*generated"),
   ):
-    options = {"evals.ks": (3,)} | changes
+    options = {"evals.knn_ks": (3,)} | changes
     refused("knn", trained, tmp_path / "out", match, **options)
-  options = {"evals.shots": (1,), "evals.ks": (9,), "evals.starts": ((0,),)}
+  options = {"evals.shots": (1,), "evals.knn_ks": (9,), "evals.starts": ((0,),)}
   refused("fewshot", trained, tmp_path / "out", "9 neighbours", **options)
 
 
@@ -331,7 +335,7 @@ def test_a_class_without_images(trained, tmp_path):
   for name in ("knn", "linear"):
     match = "no images of class b .1 of 3 classes"
     small = PROBE | {"data.batch_size": 8}
-    small = {"evals.ks": (1,)} if name == "knn" else small
+    small = {"evals.knn_ks": (1,)} if name == "knn" else small
     refused(name, trained, tmp_path / "out", match, **options, **small)
 
 
@@ -416,7 +420,11 @@ def test_defaults_are_no_mistakes(name):
 @pytest.mark.parametrize(
   "name, changes, match",
   [
-    ("knn", {"evals.ks": (10, 2.5)}, "evals.ks .10, 2.5. must be whole"),
+    (
+      "knn",
+      {"evals.knn_ks": (10, 2.5)},
+      "evals.knn_ks .10, 2.5. must be whole",
+    ),
     ("masks", {"evals.ratios": (1, "a")}, "must be numbers"),
     ("token_clusters", {"evals.clusters": (2.5,)}, "whole numbers"),
     ("linear", {"method.lrs": ("a",)}, "method.lrs"),

@@ -23,7 +23,8 @@ class Network:
   """The tokens of image i are row i of a table; i is its first pixel."""
 
   backbone = types.SimpleNamespace(width=WIDTH, patch_size=8, class_token="in")
-  avgpool, raw = 1, False
+  pool, final_norm = "mean", False
+  knn_temp = 0.07
 
   def features(self, weights, images, *, last=1, norm=True):
     rows = jnp.asarray(TABLE)[images[:, 0, 0, 0].astype(int)]
@@ -60,8 +61,8 @@ class TokenJob(Job):
 
 def make_job(**changes):
   evals = dict(
-    name="tokens", places=2, seed=0, raw=False, k=5, temp=0.1, bank_chunk=64,
-    query_chunk=16,
+    name="tokens", places=2, seed=0, final_norm=True, knn_k=5, knn_temp=0.1,
+    bank_chunk=64, query_chunk=16,
   ) | changes  # fmt: skip
   config = types.SimpleNamespace(
     evals=types.SimpleNamespace(**evals),
@@ -119,8 +120,8 @@ def test_tokens_refuse_what_means_nothing():
   with pytest.raises(InputError, match="places 5 must be 1 to 4"):
     tokens.check(make_job(places=5))
   job = make_job()
-  job.classifier.method.avgpool = 0
-  with pytest.raises(InputError, match="trained with avgpool 0"):
+  job.classifier.method.pool = "cls"
+  with pytest.raises(InputError, match="trained with pool=cls"):
     tokens.run(job)
 
 

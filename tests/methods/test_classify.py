@@ -25,7 +25,7 @@ class OfTokens(Classify):
   def _embed(self, weights, images, batch, rng):
     tokens = batch["tokens"]
     cls = tokens[:, :, 0].reshape(len(tokens), -1)
-    return vit.pool(cls, tokens[:, -1, 1:], avgpool=self.avgpool)
+    return vit.pool(cls, tokens[:, -1, 1:], pool=self.pool)
 
 
 def backbone(width=10, depth=3, **changes):
@@ -68,17 +68,19 @@ def scalars(lr, wd=0.0, momentum=1.0):
   return named | {"frozen": np.bool_(False)}
 
 
-@pytest.mark.parametrize("avgpool", [0, 1, 2])
-def test_golden_linear_probe(golden, avgpool):
+@pytest.mark.parametrize(
+  "recorded, pool", [(0, "cls"), (1, "mean"), (2, "cls+mean")]
+)
+def test_golden_linear_probe(golden, recorded, pool):
   file = golden("attmask/linear.npz")
   cfg = {k[4:]: file[k].item() for k in file if k.startswith("cfg/")}
-  out = lambda name: file[f"out/avgpool{avgpool}/{name}"]
+  out = lambda name: file[f"out/avgpool{recorded}/{name}"]
   method = classifier(
     OfTokens,
     backbone=backbone(width=cfg["dim"], depth=cfg["n"], num_heads=1),
     num_classes=cfg["classes"],
     last_blocks=cfg["n"],
-    avgpool=avgpool,
+    pool=pool,
   )
   schedule = schedules.Schedules(
     lr=cfg["lr"] * cfg["bs"] / 256,
@@ -291,7 +293,7 @@ def test_positions_are_resampled_as_the_family_does(family, name, offset):
   "family, name, changes, match",
   [
     ("extrema", "linear", {}, "last_blocks 4 .*last_blocks=1.*linear_extrema"),
-    ("extrema", "tokens", {"method.avgpool": 2, "method.last_blocks": 2},
+    ("extrema", "tokens", {"method.pool": "cls+mean", "method.last_blocks": 2},
      "exists once"),
     ("mae", "linear_mae_lars_gap", {"method.lrs": (0.1, 0.2)},
      r"lrs \(0.1, 0.2\) with optim.optimizer=lars would share .*=sgd"),
@@ -310,7 +312,7 @@ def test_what_a_family_cannot_do_is_refused(family, name, changes, match):
   "family, name, changes",
   [
     ("extrema", "linear", {"method.last_blocks": 1}),
-    ("extrema", "linear", {"method.avgpool": 1}),
+    ("extrema", "linear", {"method.pool": "mean"}),
     ("extrema", "linear_extrema", {"method.lrs": (0.1, 0.2)}),
     ("attmask", "linear", {}),
     ("mae", "linear_mae_lars_gap", {"method.lrs": (0.1,)}),

@@ -24,8 +24,8 @@ def test_golden_mae_classifier(golden, variant):
   pooled = vit.embed(
     lambda x, **kw: method.features(weights, x, **kw),
     images,
-    avgpool=method.avgpool,
-    raw=True,
+    pool=method.pool,
+    final_norm=False,
   )
   np.testing.assert_allclose(pooled, file[f"out/{variant}/pooled"], **CLOSE)
   logits = method.logits(weights, images)
@@ -159,7 +159,7 @@ def extrema_method(file, **changes):
   fields = dict(
     num_classes=cfg("num_classes"), epochs=cfg("epochs"),
     steps_per_epoch=cfg("iters_per_epoch"), image_size=cfg("img_size"),
-    batch_size=3, raw=True,
+    batch_size=3, final_norm=False,
   )  # fmt: skip
   return Given(backbone, **fields | changes)
 
@@ -226,7 +226,7 @@ def test_golden_extrema_fine_tuning(golden):
   file = golden("extrema/finetune.npz")
   cfg = lambda name: file[f"cfg/{name}"].item()
   method = extrema_method(
-    file, frozen=False, avgpool=1, head_norm="layer",
+    file, frozen=False, pool="mean", head_norm="layer",
     layer_decay=cfg("layer_decay"), decay_tokens=False,
   )  # fmt: skip
   backbone = method.backbone.clone(class_token="none", positions="learned")

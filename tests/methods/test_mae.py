@@ -312,14 +312,14 @@ def test_decoder_of_the_official_release_reads_the_class_token():
     (dict(decoder_class_token=True), "class_token is off"),
     (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),
     (dict(image_size=30), "image_size 30 is not a multiple.*choose 28 or 32"),
-    (dict(avgpool=0), "evals.avgpool 0 takes the class token.*avgpool=1"),
+    (dict(pool="cls"), "evals.pool cls reads the class token.*pool=mean"),
   ],
 )
 def test_what_is_refused(changes, match):
   config = tiny.get_config("mae")
   mae.Mae.from_config(config, steps_per_epoch=1)
   changes = dict(changes)
-  for section, name in (("data", "image_size"), ("evals", "avgpool")):
+  for section, name in (("data", "image_size"), ("evals", "pool")):
     if name in changes:
       config[section][name] = changes.pop(name)
   config.method.update(changes)

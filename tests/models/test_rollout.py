@@ -177,7 +177,7 @@ def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
   assert set(found["values"]) == {f"entropy/{f}" for f in rollout.FUSIONS}
   options = {"evals.explain": "class", "evals.count": 2, "optim.epochs": 1,
              "data.batch_size": 16, "evals.discard": 0.5,
-             "method.avgpool": 1, "method.last_blocks": 1}  # fmt: skip
+             "method.pool": "mean", "method.last_blocks": 1}  # fmt: skip
   found = run("rollout", trained, tmp_path / "e", **options)
   assert set(found["values"]) == {"entropy/gradient"}
   assert "one was trained for 1 epochs" in found["notes"][0]

@@ -355,6 +355,28 @@ def test_no_class_token_no_class_feature():
   params = model.init(jax.random.key(0), images)["params"]
   cls, patches = vit.features(model, params, images)
   assert cls is None
-  assert vit.pool(cls, patches, avgpool=1).shape == (1, 8)
+  assert vit.pool(cls, patches, pool="mean").shape == (1, 8)
   with pytest.raises(InputError, match="none"):
-    vit.pool(cls, patches, avgpool=0)
+    vit.pool(cls, patches, pool="cls")
+
+
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_pooled_features(final_norm):
+  """A network whose final norm multiplies by 3."""
+  cls = np.arange(8.0).reshape(2, 4)
+  patches = np.arange(30.0).reshape(2, 5, 3)
+
+  def features(images, *, last, norm):
+    assert last == 2
+    return cls * (1 + 2 * norm), patches * (1 + 2 * norm)
+
+  scale, mean = 3 if final_norm else 1, patches.sum(axis=1) / 5
+  for pool, want in (
+    ("cls", cls),
+    ("mean", mean),
+    ("cls+mean", np.concatenate([cls, mean], axis=1)),
+  ):
+    got = vit.embed(
+      features, np.zeros(1), last=2, pool=pool, final_norm=final_norm
+    )
+    close(got, scale * want, 1e-6)

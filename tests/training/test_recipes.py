@@ -373,13 +373,13 @@ def test_published_settings_of_extrema(arg):
   assert size_of(teacher) == size_of(params) - 2_109_696
 
 
-# batch, steps per epoch, epochs, warm-up, peak lr, mean patch, head norm
+# batch, steps per epoch, epochs, warm-up, peak lr, pool, optimiser
 PROBES = {
-  "linear_mae_sgd_gap": (4096, 312, 90, 10, 1.6, 1, "sgd"),
-  "linear_mae_sgd_cls": (4096, 312, 90, 10, 1.6, 0, "sgd"),
-  "linear_mae_lars_gap": (16384, 78, 90, 10, 6.4, 1, "lars"),
-  "linear_mae_lars_cls": (16384, 78, 90, 10, 6.4, 0, "lars"),
-  "linear_extrema": (4096, 312, 90, 10, 1.6, 0, "sgd"),
+  "linear_mae_sgd_gap": (4096, 312, 90, 10, 1.6, "mean", "sgd"),
+  "linear_mae_sgd_cls": (4096, 312, 90, 10, 1.6, "cls", "sgd"),
+  "linear_mae_lars_gap": (16384, 78, 90, 10, 6.4, "mean", "lars"),
+  "linear_mae_lars_cls": (16384, 78, 90, 10, 6.4, "cls", "lars"),
+  "linear_extrema": (4096, 312, 90, 10, 1.6, "cls", "sgd"),
 }
 
 
@@ -397,11 +397,11 @@ def supervised_schedule(name, batch, steps, epochs, warmup, lr):
 
 @pytest.mark.parametrize("name", PROBES)
 def test_published_linear_probes(name):
-  *schedule, avgpool, optimizer = PROBES[name]
+  *schedule, pool, optimizer = PROBES[name]
   config = supervised_schedule(name, *schedule)
   method, o = config.method, config.optim
   want = dict(
-    frozen=True, raw=True, head_norm="batch", avgpool=avgpool, last_blocks=1,
+    frozen=True, final_norm=False, head_norm="batch", pool=pool, last_blocks=1,
     init_std=0.01, smoothing=0.0, mixup=0.0, cutmix=0.0,
   )  # fmt: skip
   assert {k: method[k] for k in want} == want
@@ -414,23 +414,23 @@ def test_published_linear_probes(name):
   assert config.data.eval_resample == ("bicubic" if mae else "bilinear")
 
 
-# epochs, warm-up, peak lr, mean patch, erasing, layer decay, drop path
+# epochs, warm-up, peak lr, pool, erasing, layer decay, drop path
 FINE_TUNED = {
-  "finetune_mae_50e_gap": (50, 10, 4e-3, 1, 0.0, 0.75, 0.1),
-  "finetune_mae_50e_gap_erasing": (50, 10, 4e-3, 1, 0.25, 0.75, 0.1),
-  "finetune_mae_50e_cls": (50, 10, 4e-3, 0, 0.0, 0.75, 0.1),
-  "finetune_mae_100e_gap": (100, 10, 4e-3, 1, 0.0, 0.75, 0.1),
-  "finetune_extrema": (100, 5, 2e-3, 1, 0.25, 0.65, 0.2),
+  "finetune_mae_50e_gap": (50, 10, 4e-3, "mean", 0.0, 0.75, 0.1),
+  "finetune_mae_50e_gap_erasing": (50, 10, 4e-3, "mean", 0.25, 0.75, 0.1),
+  "finetune_mae_50e_cls": (50, 10, 4e-3, "cls", 0.0, 0.75, 0.1),
+  "finetune_mae_100e_gap": (100, 10, 4e-3, "mean", 0.0, 0.75, 0.1),
+  "finetune_extrema": (100, 5, 2e-3, "mean", 0.25, 0.65, 0.2),
 }
 
 
 @pytest.mark.parametrize("name", FINE_TUNED)
 def test_published_fine_tuning(name):
-  *schedule, avgpool, erase, layer_decay, drop_path = FINE_TUNED[name]
+  *schedule, pool, erase, layer_decay, drop_path = FINE_TUNED[name]
   config = supervised_schedule(name, 8 * 128, 1251, *schedule)
   o, data = config.optim, config.data
   want = dict(
-    frozen=False, raw=True, head_norm="layer", avgpool=avgpool,
+    frozen=False, final_norm=False, head_norm="layer", pool=pool,
     layer_decay=layer_decay, drop_path=drop_path, smoothing=0.1, mixup=0.8,
     cutmix=1.0, mix_prob=1.0, switch_prob=0.5, ema=False, decay_tokens=False,
     init_std=2e-5,
@@ -445,12 +445,14 @@ def test_published_fine_tuning(name):
   assert (config.method.class_token, config.method.positions) == learned
 
 
-@pytest.mark.parametrize("name, avgpool", [("knn_mae", 1), ("knn_mae_cls", 0)])
-def test_published_k_nearest_neighbours_of_mae(name, avgpool):
+@pytest.mark.parametrize(
+  "name, pool", [("knn_mae", "mean"), ("knn_mae_cls", "cls")]
+)
+def test_published_k_nearest_neighbours_of_mae(name, pool):
   config = recipe("evals").get_config(name)
   evals = config.evals
-  assert (evals.avgpool, evals.raw, evals.temp) == (avgpool, True, 0.07)
-  assert tuple(evals.ks) == (10, 20, 100, 200)
+  assert (evals.pool, evals.final_norm, evals.knn_temp) == (pool, False, 0.07)
+  assert tuple(evals.knn_ks) == (10, 20, 100, 200)
   assert config.data.eval_resample == "bilinear"
 
 

@@ -82,8 +82,9 @@ def classifier_of(layout):
   """Its method."""
   return classify.Classify(
     network(layout), num_classes=layout.num_classes, epochs=1,
-    steps_per_epoch=1, image_size=layout.image_size, batch_size=4, raw=True,
-    avgpool=int(layout.class_token == "none"), head_norm=layout.probe_norm,
+    steps_per_epoch=1, image_size=layout.image_size, batch_size=4,
+    pool="mean" if layout.class_token == "none" else "cls", final_norm=False,
+    head_norm=layout.probe_norm,
   )  # fmt: skip
 
 
@@ -342,7 +343,7 @@ def test_golden_features_of_the_mae_checkpoint(golden):
   layout, tree = converted(found["model"], heads_of)
   features = functools.partial(vit.features, network(layout), tree["backbone"])
   images = reference.nhwc(file["in/images"])
-  raw = vit.embed(features, images, avgpool=0, raw=True)
+  raw = vit.embed(features, images, pool="cls", final_norm=False)
   want = file["out/checkpoint_features_raw"]
   np.testing.assert_allclose(raw, want, rtol=1e-4, atol=2e-5)
   unit = knn._unit(np.asarray(raw), 0, len(raw))

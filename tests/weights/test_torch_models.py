@@ -212,16 +212,16 @@ def test_classifiers_in_timm_and_transformers(torch, tmp_path):
 FIXED = {  # of the recipes finetune_mae_* and a probe on normed class tokens
   "mean patch": (
     dict(class_token="none", positions="yx"),
-    dict(avgpool=1, raw=True, head_norm="layer"),
+    dict(pool="mean", final_norm=False, head_norm="layer"),
     dict(class_token=False, global_pool="avg", fc_norm=True),
   ),
   "mean patch with class token": (
     dict(positions="xy"),
-    dict(avgpool=1, raw=True, head_norm="layer"),
+    dict(pool="mean", final_norm=False, head_norm="layer"),
     dict(global_pool="avg"),
   ),
   "class token": (
-    dict(positions="yx"), dict(raw=True, head_norm="layer"), {},
+    dict(positions="yx"), dict(final_norm=False, head_norm="layer"), {},
   ),
   "batch norm": (dict(positions="learned"), dict(head_norm="batch"), {}),
 }  # fmt: skip
@@ -257,7 +257,7 @@ def test_other_classifiers(torch, tmp_path, case):
   np.testing.assert_allclose(
     found.method.logits(found.params, x), want, **CLOSE
   )
-  if method.avgpool == 0:
+  if method.pool == "cls":
     file = tmp_path / "hf" / "model.safetensors"
     export.export(str(file), ours, ours, format="hf")
     model = ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()

@@ -21,14 +21,15 @@ from attmask_jax.models.positions import DINO_OFFSET
 from attmask_jax.weights.torch_io.layouts import Layout
 
 NAME = "imported"  # of the method, in the config of such weights
-# What a classifier reads: blocks' class tokens, mean patch, final norm or not.
+# What a classifier reads: class token or mean patch, behind the final norm or
+# not.
 _READS = {
-  "classifier": dict(avgpool=0, raw=False),
-  "hf_classifier": dict(avgpool=0, raw=False),
-  "official_probe": dict(avgpool=0, raw=False),
-  "classifier_fc_norm": dict(avgpool=1, raw=True),
-  "extrema_classifier": dict(avgpool=1, raw=True),
-  "extrema_probe": dict(avgpool=0, raw=True),
+  "classifier": dict(pool="cls", final_norm=True),
+  "hf_classifier": dict(pool="cls", final_norm=True),
+  "official_probe": dict(pool="cls", final_norm=True),
+  "classifier_fc_norm": dict(pool="mean", final_norm=False),
+  "extrema_classifier": dict(pool="mean", final_norm=False),
+  "extrema_probe": dict(pool="cls", final_norm=False),
 }
 # Code bases that resample positions plainly; the others add DINO's offset.
 _PLAIN = (
@@ -170,9 +171,10 @@ def _mae(layout: Layout, backbone: vit.ViT) -> Mae:
 def _classifier(layout: Layout, backbone: vit.ViT) -> Classify:
   """A network with a linear layer, which reads what its code base reads."""
   if layout.kind == "mae_classifier":
-    reads = dict(avgpool=int(layout.class_token == "none"), raw=True)
+    pool = "mean" if layout.class_token == "none" else "cls"
+    reads = dict(pool=pool, final_norm=False)
   elif layout.kind == "classifier" and layout.class_token == "none":
-    reads = dict(avgpool=3, raw=False)
+    reads = dict(pool="mean", final_norm=True)
   elif layout.kind in _READS:
     reads = _READS[layout.kind]
   else:
@@ -215,7 +217,7 @@ def probe_of(backbone: vit.ViT, features: int, classes: int) -> Classify:
     batch_size=1,
     frozen=False,
     last_blocks=1 if pooled else blocks,
-    avgpool=2 if pooled else 0,
+    pool="cls+mean" if pooled else "cls",
   )
 
 
