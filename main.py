@@ -6,8 +6,8 @@
 code bases.
 
 Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
---config.data.batch_size=64; configs/common.py lists all keys with their
-meaning, configs/ the experiments.
+--config.data.batch_size=64; docs/config.md lists all keys with their meaning,
+configs/ the experiments.
 
 Exit codes: 0 the work asked for is done, 1 a failure of the program or the
 machine, 2 bad input, 3 the loss is not finite, 128 + n stopped by signal n
@@ -162,7 +162,7 @@ def _unknown_key(error: str, argv: list[str]) -> str:
   if not near:
     name = error.strip("'\" ")
     flag = next((k for k in keys if name in k.split(".")), name)
-    return f'unknown config key "{flag}": see configs/common.py for all keys'
+    return f'unknown config key "{flag}": see docs/config.md for all keys'
   flag = next((k for k in keys if near[2] in k.split(".")), near[2])
   return f'unknown config key "{flag}": did you mean "{near[1]}"?'
 

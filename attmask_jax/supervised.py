@@ -24,6 +24,7 @@ from attmask_jax.evals.job import Classifier, Result, Table
 from attmask_jax.methods.classify import Classify
 from attmask_jax.models import positions
 from attmask_jax.runs import checkpoint, metrics
+from attmask_jax.runs import config as run_config
 from attmask_jax.weights import loading
 from attmask_jax.weights.torch_io import files, networks
 
@@ -164,7 +165,7 @@ def load(
       f"the probe {where} does not exist: give the directory of a linear probe "
       "or fine-tuning, or a file of one"
     )
-  config = loading.read_config(folder)
+  config = run_config.read_config(folder)
   if config.method.name == networks.NAME:
     return _imported(loading.load(where, network="student", mesh=mesh))
   path = folder / CLASSIFIER

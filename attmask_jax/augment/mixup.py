@@ -8,13 +8,28 @@ differs: partners are found in fixed groups of images instead of in the batch
 of a device, so the groups alone decide who is mixed with whom.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.methods import masking
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Partners of mixup and cutmix."""
+
+  mixup_group: int = schema.key(
+    0,
+    "images that exchange partners, 0 = as many as a device of the releases "
+    "has",
+    low=0,
+  )
+
 
 # --- on the host ------------------------------------------------------------
 

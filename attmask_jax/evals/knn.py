@@ -6,6 +6,7 @@ it may be larger than device memory; top-5 counts only classes that received a
 vote (the reference ranks the others too, in an arbitrary order).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -15,13 +16,40 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from attmask_jax import schema
 from attmask_jax.errors import InputError
+from attmask_jax.evals import cache, features
 from attmask_jax.evals.features import BATCH_AXES
 from attmask_jax.evals.job import Job, Result, Table
 
 ROWS = PartitionSpec(BATCH_AXES)  # queries, split over all devices
 SAME = PartitionSpec()  # bank chunk, a copy on every device
 VOTE_PAIRS = 2**24  # k * k * queries compared at once: 64 MiB of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchKeys:
+  """How neighbours are found and weighted."""
+
+  knn_temp: float = schema.key(
+    0.07,
+    "temperature of the votes; 0 = the method's: 0.07, or the teacher's class "
+    "temperature of AttMask",
+    low=0,
+  )
+  bank_chunk: int = schema.key(
+    65536, "bank images on the device at a time", low=1
+  )
+  query_chunk: int = schema.key(1024, "queries compared at a time", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(SearchKeys, cache.Keys, features.Keys):
+  """Weighted k-NN."""
+
+  knn_ks: tuple[int, ...] = schema.key(
+    (10, 20, 100, 200), "neighbours that vote", low=1
+  )
 
 
 def run(job: Job) -> Result:

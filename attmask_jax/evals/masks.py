@@ -1,5 +1,7 @@
 """What every mask policy hides at given ratios, as a gallery."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -7,6 +9,11 @@ from attmask_jax.evals import pictures, visualize
 from attmask_jax.evals.job import Job, Result, Table
 
 SCORES = {"precision": "precision", "recall": "object hidden", "iou": "IoU"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.MaskKeys, pictures.Keys):
+  """What each mask policy hides."""
 
 
 def run(job: Job) -> Result:

@@ -1,5 +1,6 @@
 """What the picture evaluations share: which pictures, and what is computed."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params, data
+from attmask_jax import Params, data, schema
 from attmask_jax import mesh as meshes
 from attmask_jax.augment import transforms
 from attmask_jax.data import pictures as picture_files
@@ -24,6 +25,29 @@ TABLE_ROWS = 20  # pictures that a table lists at most
 
 # What processes other than the first answer; the first one does the work.
 NOTHING = Result({}, {}, Table((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Which pictures are drawn."""
+
+  images: str = schema.key(
+    "", 'image, folder or video; "" = the run\'s validation images'
+  )
+  count: int = schema.key(8, "pictures at most, 0 = all", low=0)
+  every: int = schema.key(1, "take every n-th frame or file", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskKeys:
+  """Which masks are compared."""
+
+  ratios: tuple[float, ...] = schema.key(
+    (0.1, 0.3, 0.5), "shares of patches that each policy hides", above=0, high=1
+  )
+  show_max: float = schema.key(
+    0.1, "hints come from this share of most attended patches", low=0, high=1
+  )
 
 
 class Picture(NamedTuple):
