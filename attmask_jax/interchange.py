@@ -14,6 +14,7 @@ from attmask_jax import atomic, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.runs import checkpoint
+from attmask_jax.runs import config as run_config
 from attmask_jax.weights import classifier, export, loading
 from attmask_jax.weights.torch_io import files
 
@@ -59,7 +60,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   if aux:
     with ocp.PyTreeCheckpointer() as writer:
       writer.save(root / "train", {"aux": aux})
-  told = checkpoint.flat_config(found["student"].config)
+  told = run_config.flat_config(found["student"].config)
   with atomic.replaced(folder / "config.json") as temporary:
     temporary.write_text(json.dumps(told, indent=2) + "\n")
   layout = found["student"].layout

@@ -5,13 +5,14 @@ Differs: the region is that of the mean over heads; pictures keep their aspect
 ratio; frames of one video share the scale of their colours.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from attmask_jax import atomic
+from attmask_jax import atomic, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
@@ -25,6 +26,23 @@ TITLES = {
   "none": "Attention that patches receive in the last block",
 }
 FRAME_MS = 100  # how long an animation shows each frame
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepKeys:
+  """Which patches count as attended."""
+
+  keep: float = schema.key(
+    0.6,
+    "share of the attention that the outlined patches hold",
+    above=0,
+    high=1,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(KeepKeys, pictures.Keys):
+  """Attention maps."""
 
 
 def run(job: Job) -> Result:
@@ -240,4 +258,4 @@ def _animate(
   return [path]
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -10,6 +10,7 @@ folder; BG-gap is computed; base and large networks keep their final norm,
 with which their probes were trained.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -17,11 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params
+from attmask_jax import Params, schema
 from attmask_jax.augment import transforms
 from attmask_jax.data import backgrounds, imagenet
 from attmask_jax.evals import accuracy
 from attmask_jax.evals.job import Eval, Job, Result, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Backgrounds challenge."""
+
+  backgrounds: str = schema.key(
+    "", "folder with original/, mixed_same/, mixed_rand/, ..."
+  )
 
 
 def check(job: Job) -> None:
@@ -108,4 +118,4 @@ def _notes(resized: Sequence[str], size: int) -> tuple[str, ...]:
   )
 
 
-EVAL = Eval(run, check=check, needs="classifier")
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

@@ -1,5 +1,6 @@
 """Features kept on disk, under a key that says all they depend on."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -10,11 +11,18 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from attmask_jax import atomic
+from attmask_jax import atomic, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals.features import Features
 
 FORMAT = 1  # of the files; raise it when features are computed differently
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Features on disk."""
+
+  cache: str = schema.key("", 'folder that keeps features, "" = none')
 
 
 def key(*, config: Any, indices: np.ndarray | None, **parts: Any) -> str:

@@ -1,5 +1,6 @@
 """Feature extraction: a whole data set through one compiled function."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.models import vit
 
@@ -17,6 +19,19 @@ BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 
 FeaturesFn = Callable[[jax.Array], jax.Array]
 HostBatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Which features of a network are taken."""
+
+  last_blocks: int = schema.key(
+    1, "class tokens of that many last blocks", low=1
+  )
+  pool: str = schema.key("cls", "tokens that are read", choices=vit.POOLS)
+  final_norm: bool = schema.key(
+    True, "behind the backbone's final LayerNorm; MAE, ExtreMA: False"
+  )
 
 
 class Features(NamedTuple):

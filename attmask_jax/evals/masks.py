@@ -1,12 +1,28 @@
 """What every mask policy hides at given ratios, as a gallery."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.evals import pictures, visualize
 from attmask_jax.evals.job import Eval, Job, Result, Table
+from attmask_jax.methods import masking
 
 SCORES = {"precision": "precision", "recall": "object hidden", "iou": "IoU"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.MaskKeys, pictures.Keys):
+  """What each mask policy hides."""
+
+  policies: tuple[str, ...] = schema.key(
+    masking.POLICIES[:-1], "which ones", choices=masking.POLICIES[:-1]
+  )
+  gallery: int = schema.key(
+    16, "pictures in the figure at most, 0 = no figure", low=0
+  )
 
 
 def run(job: Job) -> Result:
@@ -152,4 +168,4 @@ def _table(
   )
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -4,6 +4,7 @@ Source: the idea of DINOv2 (arXiv:2304.07193, figure 1), without its removal
 of the background.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -17,6 +18,11 @@ from attmask_jax.evals.pictures import Picture
 
 COMPONENTS = 3
 RANGE = (1, 99)  # percentiles that become black and full colour
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """Patch tokens as colours."""
 
 
 def run(job: Job) -> Result:
@@ -145,4 +151,4 @@ def _draw(
   drawing.save(figure, path)
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

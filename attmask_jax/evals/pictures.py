@@ -1,5 +1,6 @@
 """What the picture evaluations share: which pictures, and what is computed."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params, data
+from attmask_jax import Params, data, schema
 from attmask_jax import mesh as meshes
 from attmask_jax.augment import transforms
 from attmask_jax.data import pictures as picture_files
@@ -18,6 +19,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.evals import inputs
 from attmask_jax.evals.job import Job, Result, Table
 from attmask_jax.methods import masking
+from attmask_jax.rows import row_keys
 
 # Pictures that go through the network at a time: bounds memory for large ones.
 CHUNK = 8
@@ -27,6 +29,29 @@ TABLE_ROWS = 20  # pictures that a table lists at most
 
 # What processes other than the first answer; the first one does the work.
 NOTHING = Result({}, {}, Table((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Which pictures are drawn."""
+
+  images: str = schema.key(
+    "", 'image, folder or video; "" = the run\'s validation images'
+  )
+  count: int = schema.key(8, "pictures at most, 0 = all", low=0)
+  every: int = schema.key(1, "take every n-th frame or file", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskKeys:
+  """Which masks are compared."""
+
+  ratios: tuple[float, ...] = schema.key(
+    (0.1, 0.3, 0.5), "shares of patches that each policy hides", above=0, high=1
+  )
+  show_max: float = schema.key(
+    0.1, "hints come from this share of most attended patches", low=0, high=1
+  )
 
 
 class Picture(NamedTuple):
@@ -275,7 +300,7 @@ def policy_masks(
   n, patches = attention.shape
   rows = np.arange(n) if rows is None else rows
   n_mask, n_show = masking.attention_counts(patches, ratio, ratio, show_max)
-  keys = masking.row_keys(jax.random.key(seed), jnp.asarray(rows, jnp.int32))
+  keys = row_keys(jax.random.key(seed), jnp.asarray(rows, jnp.int32))
   scores = jnp.asarray(attention)
 
   def drawn(policy: str) -> np.ndarray:

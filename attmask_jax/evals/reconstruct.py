@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Batch, Params
+from attmask_jax import Batch, Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
-from attmask_jax.methods import checks, masking
+from attmask_jax.methods import masking
 from attmask_jax.methods.mae import Mae
 
 TARGETS = {"normalised": True, "raw": False}
@@ -30,6 +30,27 @@ HEADINGS = (
   "Reconstruction",
   "Reconstruction\nwith visible",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """What a masked autoencoder paints."""
+
+  mask: str = schema.key(
+    "",
+    'policy; "" = as in the run',
+    choices=("", *masking.VISIBLE_POLICIES),
+  )
+  ratio: float = schema.key(
+    0.0, "of hidden patches; 0 = as in the run", low=0, high=1
+  )
+  seed: int = schema.key(0, "of masks", low=0)
+  target: str = schema.key(
+    "",
+    'pixels that the decoder predicts; "" = as in the run. Files do not say: '
+    'normalised is assumed ("visualize" models are raw)',
+    choices=("", *TARGETS),
+  )
 
 
 class Painted(NamedTuple):
@@ -91,7 +112,6 @@ def run(job: Job) -> Result:
     mask_ratio=evals.ratio or source.method.mask_ratio,
     norm_target=TARGETS.get(evals.target, source.method.norm_target),
   )
-  checks.visible(method)
   guide = params if guide is None else guide
   painted = paint(method, params, guide, images, seed=evals.seed)
   path = job.figure("reconstruct.png")
@@ -236,4 +256,4 @@ def _result(
   )
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -6,6 +6,7 @@ one class of a classifier. Source: the explanation tools of MAE-priv, see
 ratio, normalised as the network was trained; networks without class token.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from attmask_jax import Params
+from attmask_jax import Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import attention, drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Needs, Result, Table
@@ -22,6 +23,40 @@ from attmask_jax.evals.pictures import Picture
 from attmask_jax.models import rollout
 
 EXPLAINED = ("token", "class")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """Attention through all blocks."""
+
+  explain: str = schema.key(
+    "token",
+    "what is explained: the class token, or a class of the probe or of a "
+    "fine-tuned network",
+    choices=EXPLAINED,
+  )
+  category: int = schema.key(
+    -1, "class that is explained, -1 = the most probable one", low=-1
+  )
+  fusions: tuple[str, ...] = schema.key(
+    ("mean", "max", "min"),
+    'of the heads; explain "class" has its own',
+    choices=rollout.FUSIONS,
+  )
+  discard: float = schema.key(
+    0.9, "share of the weakest links of a block that is left out", low=0
+  )
+  layer: int = schema.key(-1, "the only block, from 0; -1 = all", low=-1)
+  row_sums: str = schema.key(
+    "rows",
+    "how rows are normalised; reference is what the release computes",
+    choices=rollout.ROW_SUMS,
+  )
+  pairing: str = schema.key(
+    "blocks",
+    "gradients that go with a block; reference is what the release computes",
+    choices=rollout.PAIRINGS,
+  )
 
 
 def run(job: Job) -> Result:
@@ -236,4 +271,4 @@ def _needs(evals: ml_collections.ConfigDict) -> Needs:
   return "classifier" if evals.explain == "class" else "weights"
 
 
-EVAL = Eval(run, needs=_needs)
+EVAL = Eval(run, needs=_needs, keys=(Keys,))

@@ -1,11 +1,13 @@
 """Patch tokens in clusters, as colours over the pictures."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
@@ -13,6 +15,16 @@ from attmask_jax.evals.pictures import Picture
 
 COLOURS = "tab20"  # of matplotlib; as many clusters at most
 MOST = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """Patch tokens in clusters."""
+
+  clusters: tuple[int, ...] = schema.key(
+    (3, 6, 12), "numbers of clusters", low=2, high=MOST
+  )
+  seed: int = schema.key(0, "of k-means", low=0)
 
 
 def run(job: Job) -> Result:
@@ -132,4 +144,4 @@ def _draw(
   drawing.save(figure, path)
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -9,16 +9,29 @@ Source: the idea of distributed representations in ExtreMA (arXiv:2206.04667);
 no published protocol.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Params, data
+from attmask_jax import Params, data, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, knn
 from attmask_jax.evals.job import Eval, Job, Result, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(knn.SearchKeys):
+  """What a single patch token knows."""
+
+  places: int = schema.key(
+    8, "tokens taken of an image, at the same random places", low=1
+  )
+  seed: int = schema.key(0, "of the places", low=0)
+  final_norm: bool = schema.inherit(features.Keys, "final_norm", True)
+  knn_k: int = schema.key(20, "neighbours that vote", low=1)
 
 
 def check(job: Job) -> None:
@@ -153,4 +166,4 @@ def _table(values: dict[str, float], k: int) -> Table:
   return Table(("of", f"k-NN ({k}), %", "linear, %"), tuple(rows))
 
 
-EVAL = Eval(run, check=check, needs="classifier")
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

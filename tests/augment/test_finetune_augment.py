@@ -392,8 +392,8 @@ def test_rand_augment_and_erasing_follow_the_crop() -> None:
   [
     (dict(resample="cubic"), "data.resample .cubic. is unknown: use bilinear"),
     (dict(rand_augment="v0"), "data.rand_augment .v0. is not RandAugment"),
-    (dict(erase_prob=1.5), "data.erase_prob 1.5 must lie between 0 and 1"),
-    (dict(jitter_strength=-1), "data.jitter_strength -1 must not be negative"),
+    (dict(erase_prob=1.5), "data.erase_prob 1.5 must be between 0 and 1"),
+    (dict(jitter_strength=-1), "data.jitter_strength -1 must be at least 0"),
   ],
 )
 def test_wrong_settings_stop_at_once(changes: dict, message: str) -> None:

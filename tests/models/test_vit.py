@@ -8,7 +8,7 @@ import reference
 
 from attmask_jax.errors import InputError
 from attmask_jax.models import blocks, layers, positions, vit
-from configs import common
+from attmask_jax.training import setup
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_normalize_images_by_hand():
   ],
 )
 def test_bad_sizes(change, words):
-  config = common.attmask()
+  config = setup.default_config()
   config.update_from_flattened_dict(change)
   with pytest.raises(InputError) as error:
     vit.from_config(config)
@@ -246,7 +246,7 @@ def test_bad_sizes(change, words):
 
 
 def test_published_sizes():
-  model = vit.from_config(common.attmask())
+  model = vit.from_config(setup.default_config())
   assert (model.width, model.depth, model.num_heads) == (384, 12, 6)
   assert model.grid == 14
 

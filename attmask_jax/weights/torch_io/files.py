@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, trees, words
+from attmask_jax import Params, schema, trees
 from attmask_jax.errors import InputError
 from attmask_jax.weights.torch_io import (
   layouts,
@@ -190,7 +190,7 @@ def load(
     )
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from error
-  _check(file.path, found, layout, words.split(allow_missing))
+  _check(file.path, found, layout, schema.words(allow_missing))
   params = _filled(method, wanted, found.tree)
   if layout.kind != "attmask":  # nothing else masks the input
     params["backbone"].pop("mask_token", None)
