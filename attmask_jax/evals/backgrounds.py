@@ -63,10 +63,10 @@ def run(job: Job) -> Result:
   count = accuracy.counter(votes, job.mesh)
   values, counts, resized = {}, {}, []
   for variant in variants:
-    found: set[tuple[int, int]] = set()
+    sizes: set[tuple[int, int]] = set()
 
-    def whole(image: Image.Image, size: int, found: set = found) -> Image.Image:
-      found.add(image.size)
+    def whole(image: Image.Image, size: int, sizes: set = sizes) -> Image.Image:
+      sizes.add(image.size)
       return transforms.eval_whole(image, size)
 
     name = variant.variant
@@ -74,7 +74,7 @@ def run(job: Job) -> Result:
       scores = accuracy.scores(count, classifier.params, batches, mesh=job.mesh)
     values[f"{name}/top1"] = float(scores["top1"][0])
     counts[f"{name} images"] = int(scores["images"])
-    resized += [name] * bool(found - {(size, size)})
+    resized += [name] * bool(sizes - {(size, size)})
   if {"mixed_same/top1", "mixed_rand/top1"} <= values.keys():
     gap = values["mixed_same/top1"] - values["mixed_rand/top1"]
     values["bg_gap"] = gap

@@ -54,11 +54,11 @@ def read(folder: str, name: str) -> Features | None:
   """
   if not folder:
     return None
-  found = _read(folder, name)
+  cached = _read(folder, name)
   if jax.process_count() > 1:
-    there = multihost_utils.process_allgather(np.array(found is not None))
-    found = found if np.all(there) else None
-  return found
+    there = multihost_utils.process_allgather(np.array(cached is not None))
+    cached = cached if np.all(there) else None
+  return cached
 
 
 def _read(folder: str, name: str) -> Features | None:
@@ -67,12 +67,12 @@ def _read(folder: str, name: str) -> Features | None:
     return None
   try:
     with np.load(path) as file:
-      found = Features(*(file[field] for field in Features._fields))
+      cached = Features(*(file[field] for field in Features._fields))
   except Exception as error:  # zip, numpy and the disk have a dozen kinds
     logging.warning("feature cache %s is damaged (%s): not used", path, error)
     return None
   logging.info("features from the cache: %s", path)
-  return found
+  return cached
 
 
 def write(folder: str, name: str, features: Features) -> None:

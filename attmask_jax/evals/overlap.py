@@ -69,19 +69,19 @@ def run(job: Job) -> Result:
     raise InputError(f"evals.count {evals.count} must be at least 0 (0 = all)")
   side = _side(job)
   source = pictures.objects(job)
-  found = _attention(job, source)
+  extracted = _attention(job, source)
   if jax.process_index():
     return pictures.NOTHING
-  cover = _cover(source, found.index, job.config.data.image_size, side)
-  regions = {"attention": attention.keep_mask(found.features, evals.keep)}
+  cover = _cover(source, extracted.index, job.config.data.image_size, side)
+  regions = {"attention": attention.keep_mask(extracted.features, evals.keep)}
   panels = {}
   for ratio in evals.ratios:
     masks = pictures.policy_masks(
-      found.features,
+      extracted.features,
       (side, side),
       ratio=ratio,
       show_max=evals.show_max,
-      rows=found.index,
+      rows=extracted.index,
       seed=evals.seed,
       refill=job.weights.method.refills_hints,
     )

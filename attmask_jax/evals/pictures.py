@@ -95,15 +95,15 @@ def given(job: Job) -> tuple[list[Picture], bool]:
     )
   if evals.images:
     path = os.path.expanduser(evals.images)
-    found = picture_files.load(path, every=evals.every, limit=evals.count)
-    shown = [Picture(n, fit(image, size, patch)) for n, image in found]
-    return shown, len(shown) > 1 and os.path.isfile(path)
+    loaded = picture_files.load(path, every=evals.every, limit=evals.count)
+    selected = [Picture(n, fit(image, size, patch)) for n, image in loaded]
+    return selected, len(selected) > 1 and os.path.isfile(path)
   source = _source(job)
   chosen = inputs.spread(len(source), evals.count)
-  shown = crops(source, chosen, size - size % patch)
-  if not shown:
+  selected = crops(source, chosen, size - size % patch)
+  if not selected:
     raise InputError(f"none of the images of {source.name} can be read")
-  return shown, False
+  return selected, False
 
 
 def _source(job: Job) -> data.Source:
@@ -129,8 +129,8 @@ def objects(job: Job) -> data.Source:
 
 def some(count: int, limit: int = GALLERY_ROWS) -> np.ndarray:
   """Evenly spaced indices of what a gallery shows: [at most `limit`]."""
-  shown = min(count, limit)
-  return np.linspace(0, count - 1, shown).round().astype(int)
+  rows = min(count, limit)
+  return np.linspace(0, count - 1, rows).round().astype(int)
 
 
 def notes(count: int, limit: int = GALLERY_ROWS) -> tuple[str, ...]:
@@ -145,21 +145,21 @@ def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
 
   Images that cannot be read are left out.
   """
-  found = []
+  outputs = []
   for index in map(int, indices):
     try:
       image = source.load(index)
     except data.BrokenImage:
       continue
     known = hasattr(source, "object_mask")
-    found.append(
+    outputs.append(
       Picture(
         os.path.basename(source.describe(index)),
         np.asarray(transforms.eval_crop(image, size)),
         object_crop(source, index, size) if known else None,
       )
     )
-  return found
+  return outputs
 
 
 def object_crop(source: Any, index: int, size: int) -> np.ndarray:
@@ -228,7 +228,7 @@ def forward(
   shapes: dict[tuple[int, ...], list[int]] = {}
   for index, image in enumerate(images):
     shapes.setdefault(image.shape, []).append(index)
-  found: dict[int, np.ndarray] = {}
+  outputs: dict[int, np.ndarray] = {}
   for indices in shapes.values():
     rows = min(CHUNK, len(indices))
     for start in range(0, len(indices), rows):
@@ -236,8 +236,8 @@ def forward(
       # The last chunk is filled up, or it would be compiled once more.
       filled = [images[i] for i in (chunk + chunk[:1] * rows)[:rows]]
       out = np.asarray(_compiled(fn, params, np.stack(filled)))
-      found |= dict(zip(chunk, out, strict=False))
-  return [found[index] for index in range(len(images))]
+      outputs |= dict(zip(chunk, out, strict=False))
+  return [outputs[index] for index in range(len(images))]
 
 
 def attention(

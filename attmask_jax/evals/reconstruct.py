@@ -101,10 +101,10 @@ def run(job: Job) -> Result:
     guide = pictures.to_one_device(job.mesh, job.guide)
   if jax.process_index():
     return pictures.NOTHING
-  shown, _ = pictures.given(job)
+  selected, _ = pictures.given(job)
   p = source.method.backbone.patch_size
-  side = min(min(picture.image.shape[:2]) for picture in shown) // p * p
-  images = np.stack([_square(picture.image, side) for picture in shown])
+  side = min(min(picture.image.shape[:2]) for picture in selected) // p * p
+  images = np.stack([_square(picture.image, side) for picture in selected])
   method = dataclasses.replace(
     source.method,
     backbone=source.method.backbone.clone(image_size=side),
@@ -115,17 +115,17 @@ def run(job: Job) -> Result:
   guide = params if guide is None else guide
   painted = paint(method, params, guide, images, seed=evals.seed)
   path = job.figure("reconstruct.png")
-  some = pictures.some(len(shown))
+  some = pictures.some(len(selected))
   draw(
     path,
     images[some],
     Painted(*(x[some] for x in painted)),
-    labels=[shown[i].name for i in some],
+    labels=[selected[i].name for i in some],
     title=f"{method.n_hidden} of {method.num_patches} patches hidden, "
     f"{job.weights.network} network",
     note=note_of(method),
   )
-  result = _result([p.name for p in shown], painted, path)
+  result = _result([p.name for p in selected], painted, path)
   notes = (note_of(method),) if note_of(method) else ()
   return result._replace(notes=result.notes + notes)
 
@@ -215,10 +215,10 @@ def draw(
   )
   for row, image in enumerate(images):
     visible = drawing.hide(image, painted.hidden[row], p)
-    for axis, shown in zip(
+    for axis, selected in zip(
       axes[row], (image, visible, painted.pixels[row], pasted[row]), strict=True
     ):
-      axis.imshow(shown, interpolation="nearest")
+      axis.imshow(selected, interpolation="nearest")
   drawing.save(figure, path)
 
 

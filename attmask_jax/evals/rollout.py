@@ -84,23 +84,23 @@ def run(job: Job) -> Result:
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING
-  shown, _ = pictures.given(job)
-  images = [picture.image for picture in shown]
+  selected, _ = pictures.given(job)
+  images = [picture.image for picture in selected]
   if by_class:
     maps = {"gradient": _by_class(job, images)}
   else:
     maps = {f: _by_token(job, params, images, f) for f in evals.fusions}
   empty = _fill_empty(maps)
   path = job.figure("rollout.png")
-  some = pictures.some(len(shown))
+  some = pictures.some(len(selected))
   _draw(
     path,
-    [shown[i] for i in some],
+    [selected[i] for i in some],
     {name: [found[i] for i in some] for name, found in maps.items()},
     patch_size=job.weights.method.backbone.patch_size,
     title=_title(job),
   )
-  result = _result(shown, maps, path)
+  result = _result(selected, maps, path)
   if not empty:
     return result
   note = (
@@ -210,22 +210,22 @@ def _title(job: Job) -> str:
 
 def _draw(
   path: pathlib.Path,
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   maps: dict[str, list[np.ndarray]],
   *,
   patch_size: int,
   title: str,
 ) -> None:
   figure, axes = drawing.grid(
-    [p.image.shape[0] / p.image.shape[1] for p in shown],
+    [p.image.shape[0] / p.image.shape[1] for p in selected],
     1 + len(maps),
     headings={0: ("Image", *(name.capitalize() for name in maps))},
-    labels=[p.name for p in shown],
+    labels=[p.name for p in selected],
     title=title,
     caption="Colours run from the patch that counts least to the one that "
     "counts most.",
   )
-  for row, picture in enumerate(shown):
+  for row, picture in enumerate(selected):
     height, width, _ = picture.image.shape
     grid = height // patch_size, width // patch_size
     axes[row][0].imshow(picture.image)
@@ -236,7 +236,7 @@ def _draw(
 
 
 def _result(
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   maps: dict[str, list[np.ndarray]],
   path: pathlib.Path,
 ) -> Result:
@@ -253,16 +253,16 @@ def _result(
   shown_number = lambda x: f"{x:.3f}" if np.isfinite(x) else "-"
   rows = [
     (picture.name, *(shown_number(numbers[f][i]) for f in maps))
-    for i, picture in enumerate(shown)
+    for i, picture in enumerate(selected)
   ][: pictures.TABLE_ROWS]
   rows.append(("mean", *map(shown_number, values.values())))
   headings = ("entropy in nats", *maps)
   return Result(
     values,
-    {"pictures": len(shown)},
+    {"pictures": len(selected)},
     Table(headings, tuple(rows)),
     (path,),
-    pictures.notes(len(shown)),
+    pictures.notes(len(selected)),
   )
 
 
