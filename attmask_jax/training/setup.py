@@ -62,7 +62,9 @@ class EvaluationKeys(inputs.Keys):
   name: str = schema.key("", "of the evaluation, see configs/evals.py")
 
 
-RUN_KEYS = (run_config.RunKeys, vit.ComputeKeys, attmask.ComputeKeys)
+RUN_KEYS = (
+  run_config.RunKeys, keys.LoadKeys, vit.ComputeKeys, attmask.ComputeKeys
+)  # fmt: skip
 OPTIM_KEYS = (
   optim.NameKeys, optim.Optimizer, schedules.RateKeys, schedules.Schedules
 )  # fmt: skip
