@@ -23,9 +23,47 @@ rates) are computed on the host in float64 and enter compiled code as traced
 arguments, so no new value ever compiles a new program.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
+if TYPE_CHECKING:
+  from attmask_jax.weights.loading import Weights
+
+__version__ = "0.2.0"
+
 Params = Any  # a nested dict of arrays
 Batch = dict[str, jax.Array]
+
+
+def load(
+  path: str, network: str = "", *, num_heads: int = 0, allow_missing: str = ""
+) -> "Weights":
+  """Loads trained weights onto one device.
+
+    w = attmask_jax.load("runs/tiny", network="teacher")
+    cls, patches = w.features(images)  # [B, D], [B, N, D]
+    attention = w.attention(images)  # [B, A, N]
+
+  Args:
+    path: a run directory (its newest checkpoint), a checkpoint of one, a .pth
+      or a .safetensors file.
+    network: "teacher", "student" or "untrained"; "" = the student of a
+      fine-tuned network, else the teacher.
+    num_heads: attention heads of a file, 0 = by convention.
+    allow_missing: "A,B": tensors of a file, or how their names begin, that may
+      be missing.
+
+  Raises:
+    InputError: see `weights.loading.load`.
+  """
+  from attmask_jax import mesh
+  from attmask_jax.weights import loading
+
+  return loading.load(
+    path,
+    network=network,
+    mesh=mesh.make_mesh(devices=jax.local_devices()[:1]),
+    num_heads=num_heads,
+    allow_missing=allow_missing,
+  )

@@ -1,4 +1,4 @@
-"""Files that are never half there."""
+"""Atomic file writes."""
 
 import contextlib
 import os

@@ -4,11 +4,10 @@ python -m attmask_jax.config_reference > docs/config.md
 """
 
 import dataclasses
-import importlib
 import inspect
 import pathlib
 
-from attmask_jax import augment, evaluate, schema
+from attmask_jax import augment, evals, schema
 from attmask_jax.data import keys as data_keys
 from attmask_jax.methods import METHODS
 from attmask_jax.methods import Keys as MethodKeys
@@ -58,11 +57,11 @@ def page() -> str:
   parts += tables("evals", (*training["evals"], setup.AccuracyKeys))
   parts.append("## `evals` of an evaluation\n")
   parts += tables("evals", (setup.EvaluationKeys,))
-  for name in evaluate.EVALS:
-    declared = importlib.import_module(f"attmask_jax.evals.{name}").Keys
-    if schema.keys(declared):
+  for name in evals.NAMES:
+    declared = evals.by_name(name).keys
+    if schema.keys(*declared):
       parts.append(f"### `evals.name={name}`\n")
-      parts += tables("evals", (declared,))
+      parts += tables("evals", declared)
   parts.append("## `run`\n")
   parts += tables("run", training["run"])
   return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""The one error users meet: a wrong config value, path or file."""
+"""Errors that the command line answers with one sentence and an exit code."""
 
 
 class InputError(ValueError):

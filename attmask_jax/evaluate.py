@@ -1,81 +1,39 @@
-"""Evaluations by name: load the weights, run one, write what it found.
+"""Evaluates trained weights: loads them, runs an evaluation, writes results.
 
-`run(job)` of a module in evals/ measures; the supervised ones train first,
-on the loop of pretraining.
+The evaluations are the modules of evals/, see `evals.NAMES`. One that trains,
+such as linear, does so on the loop of pretraining before it measures.
 """
 
 import dataclasses
-import datetime
 import json
-import math
 import pathlib
-import sys
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import ml_collections
 from absl import logging
 
-from attmask_jax import atomic, schema, supervised
+from attmask_jax import evals, runtime, schema, train
 from attmask_jax import mesh as meshes
 from attmask_jax.data import keys
 from attmask_jax.errors import InputError
-from attmask_jax.evals import (
-  attention,
-  backgrounds,
-  clusters,
-  compare,
-  fewshot,
-  knn,
-  masked,
-  masks,
-  overlap,
-  pca,
-  reconstruct,
-  rollout,
-  token_clusters,
-  tokens,
-)
-from attmask_jax.evals.job import Job, Result
-from attmask_jax.runs import checkpoint, report
-from attmask_jax.runs import config as run_config
-from attmask_jax.training import setup
-from attmask_jax.weights import loading
+from attmask_jax.evals import linear, results
+from attmask_jax.evals.job import Eval, Job, Result
+from attmask_jax.runs import checkpoint
+from attmask_jax.training import setup, supervised
+from attmask_jax.weights import classifier, loading
 
-EVALS: dict[str, Callable[[Job], Result]] = {
-  "knn": knn.run,
-  "fewshot": fewshot.run,
-  "masked": masked.run,
-  "backgrounds": backgrounds.run,
-  "clusters": clusters.run,
-  "attention": attention.run,
-  "masks": masks.run,
-  "overlap": overlap.run,
-  "pca": pca.run,
-  "reconstruct": reconstruct.run,
-  "rollout": rollout.run,
-  "tokens": tokens.run,
-  "token_clusters": token_clusters.run,
-  "compare": compare.run,
-}
-CHECKS: dict[str, Callable[[Job], None]] = {
-  "masked": masked.check,
-  "backgrounds": backgrounds.check,
-  "tokens": tokens.check,
-}
-SUPERVISED = ("linear", "finetune")
-WITH_CLASSIFIER = ("masked", "backgrounds", "tokens")
-WITHOUT_WEIGHTS = ("compare",)
 GENERATED = ("shapes",)  # sources that read no path
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
+def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
   """Runs the evaluation `config.evals.name` and writes its results.
 
   Args:
     config: see configs/evals.py.
     workdir: directory of this evaluation; made if missing.
+
+  Returns:
+    What results.json holds; the same on every process.
 
   Raises:
     InputError: bad config, weights, data or directory.
@@ -85,44 +43,49 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
       "this config describes a training run: use --config=configs/evals.py:"
       "NAME with --mode=eval"
     )
-  name = config.evals.name
-  if name not in (*EVALS, *SUPERVISED):
-    raise InputError(
-      f'evals.name "{name}" is unknown: use {", ".join((*EVALS, *SUPERVISED))}'
-    )
+  evaluation = evals.by_name(config.evals.name)
+  runtime.setup(config.run)
   check_values(config)
+  needs = evaluation.needed(config.evals)
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   source = None
-  if name not in WITHOUT_WEIGHTS:
-    source = loading.load(
-      config.weights,
-      network=config.network,
-      mesh=mesh,
-      num_heads=config.num_heads,
-      allow_missing=config.allow_missing,
-    )
-    if "backbone" not in source.params:
-      raise InputError(
-        f"{source.where} is a linear probe without a network: give the weights "
-        "it was trained on with --config.weights, and the probe itself with "
-        "--config.probe (masked, backgrounds, tokens, rollout of a class)"
-      )
+  if needs != "none":
+    source = _load(config, mesh)
     config = complete(config, source)
   folder = checkpoint.check_workdir(workdir)
-  _check_folder(config, folder, source)
-  if name in SUPERVISED:
-    config = supervised.complete(config, source)
-    job = Job(config, mesh, folder, source)
-    result = supervised.run(config, source, folder)
-  else:
-    job = Job(config, mesh, folder, source)
-    if name in CHECKS:  # before a probe is trained, or images are read
-      CHECKS[name](job)
-    if name in WITH_CLASSIFIER or config.evals.get("explain") == "class":
-      job = _with_classifier(job)
-    result = EVALS[name](job)
+  _check_folder(config, folder, source, evaluation)
+  job = Job(config, mesh, folder, source)
+  if evaluation.check:  # before a probe is trained, or images are read
+    evaluation.check(job)
+  if evaluation.trains:
+    job = _trained(job)
+  elif needs == "classifier":
+    job = _with_classifier(job)
+  result = results.with_notes(job, evaluation.run(job))
+  result = results.everywhere(result)
   if jax.process_index() == 0:
-    _write(job, result)
+    results.write(job, result)
+  return result
+
+
+def _load(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> loading.Weights:
+  """The weights that are evaluated."""
+  source = loading.load(
+    config.weights,
+    network=config.network,
+    mesh=mesh,
+    num_heads=config.num_heads,
+    allow_missing=config.allow_missing,
+  )
+  if "backbone" not in source.params:
+    raise InputError(
+      f"{source.where} is a linear probe without a network: give the weights "
+      "it was trained on with --config.weights, and the probe itself with "
+      "--config.probe (masked, backgrounds, tokens, rollout of a class)"
+    )
+  return source
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
@@ -131,9 +94,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
   Raises:
     InputError: the first value that is not as declared.
   """
-  own = ()
-  if config.evals.name in EVALS:
-    own = (sys.modules[EVALS[config.evals.name].__module__].Keys,)
+  own = evals.by_name(config.evals.name).keys
   trains = "method" in config
   setup.check(config, setup.evaluation_classes(*own, trains=trains))
 
@@ -181,6 +142,7 @@ def _check_folder(
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
   source: loading.Weights | None,
+  evaluation: Eval,
 ) -> None:
   """Refuses a directory that holds a run or another evaluation."""
   path = folder / "results.json"
@@ -191,123 +153,48 @@ def _check_folder(
     )
   if path.exists():
     try:
-      found = json.loads(path.read_text())["evaluation"]
+      name = json.loads(path.read_text())["evaluation"]
     except (ValueError, KeyError, TypeError):
-      found = "damaged"
-    if found != config.evals.name:
+      name = "damaged"
+    if name != config.evals.name:
       raise InputError(
-        f"{path} holds results of another evaluation ({found}): use another "
+        f"{path} holds results of another evaluation ({name}): use another "
         "--workdir"
       )
-  elif (folder / "config.json").exists() and (
-    config.evals.name not in SUPERVISED
-  ):
+  elif (folder / "config.json").exists() and not evaluation.trains:
     raise InputError(
       f"workdir {folder} holds a training run: use another --workdir"
     )
 
 
+def _trained(job: Job) -> Job:
+  """Trains on the job's weights, or continues what the folder holds.
+
+  Returns:
+    A job of that run, with its whole config.
+  """
+  config = supervised.complete(job.config, job.weights)
+  start = supervised.start_values(config, job.weights)
+  run = train.train(config, str(job.folder), start=start)
+  sources = {"train": run.train_source, "val": run.val_source}
+  return dataclasses.replace(job, config=config, mesh=run.mesh, sources=sources)
+
+
 def _with_classifier(job: Job) -> Job:
   """Adds the classifier: a given probe, a fine-tuned net, or a short probe."""
-  config, source, where = job.config, job.weights, job.config.probe
+  source, where = job.weights, job.config.probe
   if where:
-    classifier = supervised.load(where, source, mesh=job.mesh)
+    loaded = classifier.load(where, source, mesh=job.mesh)
   elif source.method.classifies:
-    classifier = supervised.own(source)
+    loaded = classifier.own(source)
   else:
-    folder = job.folder / "probe"
-    epochs = config.optim.epochs
+    epochs = job.config.optim.epochs
     logging.info("no config.probe: training one for %d epochs", epochs)
-    probe = supervised.complete(config, source)
-    probe.evals.name = "linear"
-    probe.evals.eval_epochs = 1
-    supervised.run(probe, source, checkpoint.check_workdir(str(folder)))
-    classifier = supervised.load(str(folder), source, mesh=job.mesh)
-    classifier = classifier._replace(trained_here=epochs)
-  return dataclasses.replace(job, classifier=classifier)
-
-
-def _write(job: Job, result: Result) -> None:
-  """results.json, the table on the terminal, and both report pages."""
-  record = _record(job, result)
-  path = job.folder / "results.json"
-  _remove_figures(path, record["figures"])
-  with atomic.replaced(path) as temporary:
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-  print(_text(result))
-  run_dir = None if job.weights is None else job.weights.run_dir
-  if run_dir is not None:
-    try:
-      report.append_record(run_dir, record)
-      report.write(run_dir)
-    except OSError as error:  # someone else's run, read-only
-      logging.warning("%s is left as it is: %s", run_dir, error)
-  page = report.write(job.folder)
-  logging.info("written: %s, %s", path, page)
-
-
-def _remove_figures(path: pathlib.Path, kept: list[str]) -> None:
-  """Pictures of the evaluation before this one, but for those of one name."""
-  if path.exists():
-    for name in set(json.loads(path.read_text()).get("figures", ())):
-      if name not in kept:
-        (path.parent / name).unlink(missing_ok=True)
-
-
-def _record(job: Job, result: Result) -> dict[str, Any]:
-  """What results.json holds; docs/evaluation.md describes it."""
-  config, source, classifier = job.config, job.weights, job.classifier
-  notes = list(result.notes)
-  if classifier is not None and classifier.trained_here:
-    notes.insert(
-      0,
-      "No probe was given: one was trained for "
-      f"{classifier.trained_here} epochs, which is short.",
-    )
-  return {
-    "evaluation": config.evals.name,
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "values": {k: _json(v) for k, v in result.values.items()},
-    "counts": {k: int(v) for k, v in result.counts.items()},
-    "table": {
-      "headings": list(result.table.headings),
-      "rows": [list(row) for row in result.table.rows],
-    },
-    "figures": [
-      str(pathlib.Path(figure).relative_to(job.folder))
-      for figure in result.figures
-    ],
-    "notes": notes,
-    "weights": source
-    and {
-      "where": source.where,
-      "network": source.network,
-      "step": source.step,
-      "digest": source.digest,
-      "method": source.config.method.name,
-    },
-    "classifier": classifier
-    and {"where": classifier.where, "digest": classifier.digest},
-    "folder": str(job.folder.resolve()),
-    "config": run_config.flat_config(config),
-  }
-
-
-def _json(value: float) -> float | str:
-  """A number as strict JSON has it."""
-  return float(value) if math.isfinite(value) else str(value)
-
-
-def _text(result: Result) -> str:
-  """The table in columns, the notes below."""
-  rows = [result.table.headings, *result.table.rows]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = []
-  for row in rows:
-    first, *rest = (
-      cell.ljust(w) if i == 0 else cell.rjust(w)
-      for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-    )
-    lines.append("  ".join([first, *rest]).rstrip())
-  lines.insert(1, "-" * len(lines[0]))
-  return "\n".join([*lines, *result.notes])
+    config = ml_collections.ConfigDict(job.config.to_dict())
+    config.evals.update(name="linear", eval_epochs=1)
+    folder = checkpoint.check_workdir(str(job.folder / "probe"))
+    probe = _trained(dataclasses.replace(job, config=config, folder=folder))
+    linear.run(probe)  # chooses the layer that is used
+    loaded = classifier.load(str(folder), source, mesh=job.mesh)
+    loaded = loaded._replace(trained_here=epochs)
+  return dataclasses.replace(job, classifier=loaded)

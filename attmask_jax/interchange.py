@@ -10,12 +10,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import atomic, supervised
+from attmask_jax import atomic, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.runs import checkpoint
 from attmask_jax.runs import config as run_config
-from attmask_jax.weights import export, loading
+from attmask_jax.weights import classifier, export, loading
 from attmask_jax.weights.torch_io import files
 
 
@@ -29,6 +29,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   Raises:
     InputError: see `files.load`; or the directory is not empty.
   """
+  runtime.setup(config.run)
   if not files.is_file(config.weights):
     raise InputError(
       f'weights "{config.weights}" are no file: --mode=import reads .pth and '
@@ -92,6 +93,7 @@ def export_weights(
   Raises:
     InputError: see `loading.load` and `export.export`.
   """
+  runtime.setup(config.run)
   if os.path.lexists(pathlib.Path(output).expanduser()):
     raise InputError(f"{output} exists: give another file, or remove it")
   if format in export.PAIRS and config.probe:
@@ -137,7 +139,7 @@ def _with_probe(
   source: loading.Weights, where: str, mesh: jax.sharding.Mesh
 ) -> loading.Weights:
   """The network with a linear layer that was trained on it."""
-  found = supervised.load(where, source, mesh=mesh)
+  found = classifier.load(where, source, mesh=mesh)
   return source._replace(method=found.method, params=found.params)
 
 

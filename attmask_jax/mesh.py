@@ -5,9 +5,10 @@ large parameters. Arrays carry NamedShardings; the compiler adds the
 all-reduces.
 """
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ FSDP_MIN_SIZE = 2**16
 
 
 def init_distributed(wanted: bool) -> None:
-  """Joins the other processes of a run, if there are any.
+  """Joins the other processes of a run, if there are any; once per process.
 
   `wanted` asks JAX to detect the cluster (Cloud TPU, Slurm, Open MPI, GKE).
   Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
@@ -32,6 +33,8 @@ def init_distributed(wanted: bool) -> None:
   Raises:
     InputError: only some of the three variables are set.
   """
+  if jax.distributed.is_initialized():
+    return
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   values = [os.environ.get(name) for name in names]
   if all(values):
@@ -164,8 +167,13 @@ def put(mesh: Mesh, tree: Params) -> Params:
 
 def to_host(mesh: Mesh, tree: Params) -> Params:
   """Whole numpy arrays on every process, whatever they are split over."""
-  whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
-  return jax.device_get(whole)
+  return jax.device_get(_whole(mesh)(tree))
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[Params], Params]:
+  """Copies a tree whole to every device; compiles once per kind of tree."""
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from attmask_jax import Params
+from attmask_jax import Params, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import NotFiniteError, StoppedError
 from attmask_jax.runs import checkpoint, metrics, progress, report
@@ -46,6 +46,7 @@ def train(
     NotFiniteError: the loss left the numbers; the last checkpoint is kept.
     StoppedError: SIGTERM or Ctrl-C; the state was saved first.
   """
+  runtime.setup(config.run)
   run = build(config)
   folder = checkpoint.check_workdir(workdir)
   run_config.check_config(

@@ -1,6 +1,7 @@
 """A run small enough for dozens of them, and how to compile it quickly."""
 
 import contextlib
+import functools
 import os
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import mesh as meshes
-from attmask_jax import trees
+from attmask_jax import trees as parameter_trees
+from attmask_jax.methods import METHODS
 from attmask_jax.training import setup, train_step
 from configs import tiny
 
@@ -126,6 +128,102 @@ def run_steps(config, count):
   return state, history
 
 
+def example(changes=None, *, arg="attmask", rows=4):
+  """A method, its trees (params, teacher, aux) and a batch, all of noise.
+
+  Images are uint8. Teacher and student differ from each other.
+  """
+  cfg = config(changes, arg=arg)
+  method = METHODS[arg].from_config(cfg, steps_per_epoch=STEPS_PER_EPOCH)
+  noise = np.random.default_rng(1)
+
+  def leaf(path, x):
+    start = float(
+      parameter_trees.path_name(path).endswith(("scale", "weight_g"))
+    )
+    return start + 0.2 * noise.normal(size=x.shape).astype(x.dtype)
+
+  trees = jax.tree_util.tree_map_with_path(
+    leaf, jax.eval_shape(method.init, jax.random.key(0))
+  )
+  views = {"extrema": 2, "mae": 1}.get(arg) or method.global_crops
+  image = lambda n, side: noise.integers(
+    0, 256, (rows, n, side, side, 3), np.uint8
+  )
+  batch = {
+    "images": image(views, cfg.data.image_size),
+    "position": np.arange(rows, dtype=np.int32),
+    "label": np.zeros(rows, np.int32),
+  }
+  if arg == "attmask" and method.local_crops:
+    batch["local_images"] = image(method.local_crops, cfg.data.local_size)
+  extras = [method.item_extras(0, i) for i in range(rows)]
+  for name in extras[0]:
+    batch[name] = np.stack([item[name] for item in extras])
+  return method, trees, batch
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_of(method, params, teacher, aux, batch, rng, scalars):
+  """(loss, stats, metrics, per_image), compiled: tests call it alone."""
+  out = method.loss(params, teacher, aux, batch, rng, scalars)
+  return out.loss, out.stats, out.metrics, out.per_image
+
+
+def normalised(images):
+  """uint8 -> float32 as ImageNet is normalised, by hand."""
+  mean = np.array([0.485, 0.456, 0.406])
+  std = np.array([0.229, 0.224, 0.225])
+  return ((images / 255 - mean) / std).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(method, trees, batch, rng, scalars):
+  """The loss, its metrics, and its gradient by the images of the batch.
+
+  Args:
+    trees: params, teacher, aux.
+    batch: images and local_images, if any, are floats.
+
+  Returns:
+    loss [], metrics, {name: [B, V, H, W, 3]}.
+  """
+  images = {name: x for name, x in batch.items() if name.endswith("images")}
+
+  def loss(images):
+    batch_now = batch | images
+    loss, _, values, _ = loss_of(method, *trees, batch_now, rng, scalars)
+    return loss, values
+
+  (loss, values), grads = jax.value_and_grad(loss, has_aux=True)(images)
+  return loss, values, grads
+
+
+def floats(batch):
+  """The same batch with normalised images."""
+  return {
+    name: normalised(x) if name.endswith("images") else x
+    for name, x in batch.items()
+  }
+
+
+def in_patches(x, patch=4):
+  """[B, V, H, W, 3] -> [B, V, N, P * P * 3]."""
+  b, v, h, w, c = x.shape
+  x = x.reshape(b, v, h // patch, patch, w // patch, patch, c)
+  return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, v, -1, patch * patch * c)
+
+
+def visible(method, trees, batch, rng, scalars):
+  """Patches that the student sees: [B, V, N] bool, from the loss alone.
+
+  No gradient of the loss reaches the pixels of a hidden patch through the
+  student, and none ever reaches those of the teacher.
+  """
+  *_, grads = gradient(method, trees, floats(batch), rng, scalars)
+  return np.abs(in_patches(np.asarray(grads["images"]))).max(-1) > 0
+
+
 PROGRAMS = {
   "jax_disable_most_optimizations": True,
   "jax_persistent_cache_min_compile_time_secs": 0,
@@ -164,7 +262,7 @@ def assert_close(got, want, atol):
 
   def one(path, a, b):
     a, b = np.array(a), np.array(b)
-    name = trees.path_name(path)
+    name = parameter_trees.path_name(path)
     if name.endswith("attn/qkv/bias"):
       width = a.shape[-1] // 3
       a[:, width : 2 * width] = b[:, width : 2 * width] = 0

@@ -11,14 +11,13 @@ import small
 from absl.testing import flagsaver
 from PIL import Image
 
-import main
-from attmask_jax import evaluate, interchange, schema, train
+from attmask_jax import cli, evaluate, interchange, schema, train
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 from attmask_jax.runs import checkpoint
 from attmask_jax.runs import config as run_config
 from attmask_jax.training import epoch
 
-ROOT = pathlib.Path(main.__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 
 
@@ -28,14 +27,14 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 @pytest.fixture
 def call(monkeypatch, capsys):
   """call(*flags) -> exit code and stderr, without a new process."""
-  monkeypatch.setattr(main, "_quiet_libraries", lambda: None)
+  monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
 
   def call(*flags):
     argv = ["main.py", *map(str, flags)]
     monkeypatch.setattr(sys, "argv", argv)
     with flagsaver.flagsaver():
       try:
-        code = main.main(main.parse(argv))
+        code = cli.main(cli.parse(argv))
       except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err

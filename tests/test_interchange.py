@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import evaluate, interchange, supervised, train
+from attmask_jax import evaluate, interchange, train
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, classify
 from attmask_jax.models import vit
+from attmask_jax.weights import classifier as classifiers
 from attmask_jax.weights import export as exporting
 from attmask_jax.weights import init_from as starts
 from attmask_jax.weights import loading
@@ -262,7 +263,7 @@ def test_a_trained_probe_is_exported(trained, tmp_path):
   with pytest.raises(InputError, match="the probe with --config.probe"):
     export(probe, tmp_path / "a.pth", format="timm")
   mesh, source = meshes.make_mesh(), load(trained)
-  classifier = supervised.load(str(probe), source, mesh=mesh)
+  classifier = classifiers.load(str(probe), source, mesh=mesh)
   images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype("f4")
   want = classifier.method.logits(classifier.params, images)
   for form in ("timm", "hf"):

@@ -1,35 +1,36 @@
-"""Accuracy of a classifier: top-1, top-5 and loss over a validation set.
+"""Accuracy of classifiers: top-1, top-5 and loss over a validation set.
 
 Source: validate_network of AttMask eval_linear.py.
 """
 
-import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from PIL import Image
 
-from attmask_jax import Params, data
+from attmask_jax import Batch, Params, data
 from attmask_jax import mesh as meshes
-from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
 from attmask_jax.evals import inputs
 from attmask_jax.evals.features import HostBatch
-from attmask_jax.runs import progress
+from attmask_jax.evals.job import Job, State
+from attmask_jax.methods import base
+from attmask_jax.methods.classify import Classify
+from attmask_jax.weights.classifier import Classifier, crop_of
 
 LogitsFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
+Counter = Callable[[Params, Batch], dict[str, jax.Array]]
 TOP5_CLASSES = 5  # fewer classes have no top-5
 
 
-def counter(logits_fn: LogitsFn, mesh: jax.sharding.Mesh) -> Any:
-  """Compiled (weights, batch) -> sums over the batch, for `run`.
+def counter(logits_fn: LogitsFn, mesh: jax.sharding.Mesh) -> Counter:
+  """Compiled (weights, batch) -> sums over the batch, for `scores`.
 
   Args:
     logits_fn: (weights, batch) -> [B, J, C]; the batch has "images"
@@ -42,8 +43,8 @@ def counter(logits_fn: LogitsFn, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
-def run(
-  count: Any,
+def scores(
+  count: Counter,
   weights: Params,
   batches: Iterable[HostBatch],
   *,
@@ -75,8 +76,25 @@ def run(
       "the validation set holds no images: check data.path and data.source"
     )
   percent = {"top1": 100, "top5": 100, "loss": 1}
-  scores = {k: percent[k] * v / images for k, v in total.items()}
-  return scores | {"images": images}
+  means = {k: percent[k] * v / images for k, v in total.items()}
+  return means | {"images": images}
+
+
+def measure(job: Job) -> dict[str, np.ndarray]:
+  """Scores of all linear layers of the job's classifier, see `scores`."""
+  classifier = job.classifier
+  count = _layers(classifier.method, job.mesh)
+  options = dict(desc="validation", crop=classifier.crop)
+  with job.batches(job.source("val"), **options) as batches:
+    return scores(count, classifier.params, batches, mesh=job.mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _layers(method: Classify, mesh: jax.sharding.Mesh) -> Counter:
+  """`counter` of every linear layer; compiles once for equal methods."""
+  return counter(
+    lambda weights, batch: method.all_logits(weights, batch["images"]), mesh
+  )
 
 
 def _count(
@@ -113,7 +131,7 @@ def _count(
 
 def check(
   config: ml_collections.ConfigDict,
-  method: Any,
+  method: base.Method,
   train_source: data.Source,
   val_source: data.Source | None,
 ) -> None:
@@ -137,21 +155,8 @@ def check(
   inputs.every_class(val_source)
 
 
-def crop_of(
-  section: ml_collections.ConfigDict,
-) -> Callable[[Image.Image, int], Image.Image] | None:
-  """How validation images of a classifier are cut; None = evaluation crop.
-
-  Args:
-    section: `data` of its training.
-  """
-  # As small images are trained on: whole.
-  whole = section.transform == "supervised" and section.image_size <= 32
-  return transforms.eval_whole if whole else None
-
-
 class Evaluator:
-  """Measures the classifier of a run as it trains; compiles once.
+  """Measures the classifier of a run as it trains, see `measure`.
 
   Attributes:
     best: the number whose maximum marks the best checkpoint.
@@ -163,51 +168,52 @@ class Evaluator:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    method: Any,
+    method: Classify,
     train_source: data.Source,
     val_source: data.Source,
     mesh: jax.sharding.Mesh,
   ) -> None:
-    self._config, self._method, self._mesh = config, method, mesh
-    self._val = val_source
-    self._count = counter(
-      lambda weights, batch: method.all_logits(weights, batch["images"]), mesh
-    )
+    self._method = method
+    sources = {"train": train_source, "val": val_source}
+    self._job = Job(config, mesh, pathlib.Path(), sources=sources)
 
-  def before(self, state: Any) -> dict[str, float]:
+  def before(self, state: State) -> dict[str, float]:
     """Nothing: an untrained linear layer has nothing to say."""
     return {}
 
-  def figures(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
+  def figures(self, state: State, folder: pathlib.Path) -> dict[str, float]:
     """Nothing to draw."""
     return {}
 
-  def scores(self, state: Any) -> dict[str, float]:
+  def scores(self, state: State) -> dict[str, float]:
     """Accuracy of every linear layer, and of the moving average.
 
     Returns:
       "val/top1", "val/top5", "val/loss" of the best layer; "val/J/top1", ...
       of layer J where there are several; "ema/top1", ... of the average.
     """
-    found = _named("val", self.measure(state.params, state.aux))
+    values = _named("val", self._measure(state.params, state.aux))
     if state.teacher:
-      found |= _named("ema", self.measure(state.teacher, state.aux))
-    return found
+      values |= _named("ema", self._measure(state.teacher, state.aux))
+    return values
 
-  def measure(self, params: Params, aux: Params) -> dict[str, np.ndarray]:
-    """Scores of all linear layers, see `run`."""
-    crop = crop_of(self._config.data)
-    host, total = inputs.batches(self._val, self._config, crop=crop)
-    weights = self._method.assemble(params, aux)
-    with contextlib.closing(host):
-      batches = progress.track(host, total, "validation")
-      return run(self._count, weights, batches, mesh=self._mesh)
+  def _measure(self, params: Params, aux: Params) -> dict[str, np.ndarray]:
+    source = self._job.source("val")
+    classifier = Classifier(
+      self._method,
+      self._method.assemble(params, aux),
+      tuple(source.class_names),
+      digest="",
+      where="this run",
+      crop=crop_of(self._job.config.data),
+    )
+    return measure(dataclasses.replace(self._job, classifier=classifier))
 
 
-def _named(prefix: str, scores: dict[str, np.ndarray]) -> dict[str, float]:
+def _named(prefix: str, parts: dict[str, np.ndarray]) -> dict[str, float]:
   """Scores for the log; those of the best layer stand under the prefix."""
-  layers, best = len(scores["top1"]), int(np.argmax(scores["top1"]))
-  values = {k: v for k, v in scores.items() if k != "images"}
+  layers, best = len(parts["top1"]), int(np.argmax(parts["top1"]))
+  values = {k: v for k, v in parts.items() if k != "images"}
   named = {f"{prefix}/{k}": float(v[best]) for k, v in values.items()}
   for j in range(layers if layers > 1 else 0):
     named |= {f"{prefix}/{j}/{k}": float(v[j]) for k, v in values.items()}

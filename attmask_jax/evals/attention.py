@@ -15,7 +15,7 @@ import numpy as np
 from attmask_jax import atomic, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
 
 HEADS_PER_LINE = 6
@@ -256,3 +256,6 @@ def _animate(
       loop=0,
     )
   return [path]
+
+
+EVAL = Eval(run, keys=(Keys,))

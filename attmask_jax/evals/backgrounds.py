@@ -22,7 +22,7 @@ from attmask_jax import Params, schema
 from attmask_jax.augment import transforms
 from attmask_jax.data import backgrounds, imagenet
 from attmask_jax.evals import accuracy
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run(job: Job) -> Result:
 
     name = variant.variant
     with job.batches(variant, desc=name, crop=whole) as batches:
-      scores = accuracy.run(count, classifier.params, batches, mesh=job.mesh)
+      scores = accuracy.scores(count, classifier.params, batches, mesh=job.mesh)
     values[f"{name}/top1"] = float(scores["top1"][0])
     counts[f"{name} images"] = int(scores["images"])
     resized += [name] * bool(found - {(size, size)})
@@ -116,3 +116,6 @@ def _notes(resized: Sequence[str], size: int) -> tuple[str, ...]:
     f"Images of {', '.join(resized)} were resized to {size} pixels, the size "
     "that the classifier sees.",
   )
+
+
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

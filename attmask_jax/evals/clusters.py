@@ -4,21 +4,14 @@ Source: the per-epoch scores of train_one_epoch in AttMask main_attmask.py, and
 its stand-alone evaluation of unsupervised classification.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attmask_jax.errors import InputError
 from attmask_jax.evals import features
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.methods import clustering
-
-
-@dataclasses.dataclass(frozen=True)
-class Keys:
-  """Prototypes against labels: nothing to set."""
 
 
 def run(job: Job) -> Result:
@@ -58,3 +51,6 @@ def run(job: Job) -> Result:
   }
   rows = tuple((names[k], f"{v:.4f}") for k, v in values.items())
   return Result(values, counts, Table(("score", "value"), rows))
+
+
+EVAL = Eval(run)

@@ -12,7 +12,7 @@ import jax
 from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.runs import config as run_config
 from attmask_jax.runs import metrics
 
@@ -214,3 +214,6 @@ def _draw(path: pathlib.Path, histories: list[History]) -> None:
       axis.text(0.5, 0.5, "not measured", ha="center", va="center",
                 transform=axis.transAxes)  # fmt: skip
   drawing.save(figure, path)
+
+
+EVAL = Eval(run, needs="none", keys=(Keys,))

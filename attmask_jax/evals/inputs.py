@@ -69,6 +69,16 @@ def batches(
   return host, -(-len(mine) // rows)
 
 
+def spread(size: int, limit: int) -> np.ndarray:
+  """A fixed random choice of indices, all of them for limit 0: [n] int64.
+
+  Random, since any regular stride may meet a data set's own period.
+  """
+  if not limit or limit >= size:
+    return np.arange(size)
+  return np.random.default_rng([0, size, 4]).permutation(size)[:limit]
+
+
 def same_classes(train: data.Source, val: data.Source) -> None:
   """Refuses splits whose classes differ.
 

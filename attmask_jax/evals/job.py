@@ -1,28 +1,40 @@
-"""What every evaluation gets and gives: one shape for all of them.
+"""The shape of every evaluation: a job goes in, a result comes out.
 
-An evaluation is a function `run(job) -> Result`. It asks the job for images,
-features and figure paths, and answers with numbers, counts and a table; the
-caller writes, prints and reports them.
+An evaluation is a module of this package that ends in `EVAL = Eval(run, ...)`.
+Its `run(job) -> Result` asks the job for images, features and figure paths, and
+returns numbers, counts and a table; the caller writes, prints and reports them.
 """
 
 import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import ml_collections
 import numpy as np
 from PIL import Image
 
-from attmask_jax import data
+from attmask_jax import Params, data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import cache, features, inputs
+from attmask_jax.methods import base
 from attmask_jax.models import vit
 from attmask_jax.runs import progress
+from attmask_jax.weights.classifier import Classifier
 from attmask_jax.weights.loading import Weights
+
+Needs = Literal["none", "weights", "classifier"]
+
+
+class State(Protocol):
+  """What evaluations read of a run's `TrainState`."""
+
+  params: Params
+  teacher: Params
+  aux: Params
 
 
 class Table(NamedTuple):
@@ -33,7 +45,7 @@ class Table(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What an evaluation found.
+  """What an evaluation measured.
 
   Attributes:
     values: metric -> number; relative names such as "k20/top1".
@@ -50,29 +62,6 @@ class Result(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-class Classifier(NamedTuple):
-  """A backbone with a linear layer.
-
-  Attributes:
-    method: `logits(params, images [B, H, W, 3]) -> [B, C]`.
-    params: its parameters, whole on every device.
-    class_names: [C], of the images it was trained on.
-    digest: of the parameters.
-    where: its checkpoint.
-    crop: (image, size) -> square, as its validation images were cut; None for
-      the evaluation crop.
-    trained_here: epochs of a probe that was trained for this evaluation alone.
-  """
-
-  method: Any
-  params: Any
-  class_names: tuple[str, ...]
-  digest: str
-  where: str
-  crop: Callable[[Image.Image, int], Image.Image] | None = None
-  trained_here: int = 0
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One evaluation of one network.
@@ -83,7 +72,11 @@ class Job:
     mesh: all devices.
     folder: the evaluation's own directory.
     weights: what is evaluated; None where the evaluation needs none.
-    classifier: backbone and trained probe, where the evaluation asks for it.
+    classifier: backbone and trained probe, where the evaluation needs it.
+    sources: split -> images that a training run has built and checked already;
+      without an entry they are built from the config.
+    guide: network whose attention chooses the visible patches of a
+      reconstruction; None = the weights themselves.
   """
 
   config: ml_collections.ConfigDict
@@ -91,6 +84,16 @@ class Job:
   folder: pathlib.Path
   weights: Weights | None = None
   classifier: Classifier | None = None
+  sources: Mapping[str, data.Source | None] = dataclasses.field(
+    default_factory=dict
+  )
+  guide: Params | None = None
+
+  def build(self, split: str) -> data.Source | None:
+    """Images of a split, with or without labels; None where there are none."""
+    if split in self.sources:
+      return self.sources[split]
+    return data.build(self.config.data, split)
 
   def source(self, split: str) -> data.Source:
     """Labelled images of a split, "train" or "val".
@@ -98,7 +101,7 @@ class Job:
     Raises:
       InputError: there are none, or they have no labels.
     """
-    source = data.build(self.config.data, split)
+    source = self.build(split)
     if source is None or not len(source.class_names):
       raise InputError(
         f"evaluation {self.config.evals.name} needs labelled images, and "
@@ -110,6 +113,8 @@ class Job:
   def pair(self) -> tuple[data.Source, data.Source]:
     """Training and validation images with the same classes."""
     train, val = self.source("train"), self.source("val")
+    if self.sources:
+      return train, val  # checked before the run began
     inputs.same_classes(train, val)
     inputs.every_class(val)
     return train, val
@@ -157,25 +162,61 @@ class Job:
       final_norm=evals.final_norm,
       precision=self.config.run.matmul_precision,
     )
-    found = cache.read(evals.cache, key)
-    if found is not None:
-      return found
-    compiled = jax.jit(
-      lambda params, images: vit.embed(
-        functools.partial(weights.method.features, params),
-        images,
-        last=evals.last_blocks,
-        pool=evals.pool,
-        final_norm=evals.final_norm,
-      )
+    cached = cache.read(evals.cache, key)
+    if cached is not None:
+      return cached
+    embed = functools.partial(
+      _embed,
+      weights.method,
+      evals.last_blocks,
+      evals.pool,
+      evals.final_norm,
+      weights.params,
     )
     with self.batches(source, indices, desc=desc) as batches:
-      found = features.extract(
-        functools.partial(compiled, weights.params), batches, mesh=self.mesh
-      )
-    cache.write(evals.cache, key, found)
-    return found
+      extracted = features.extract(embed, batches, mesh=self.mesh)
+    cache.write(evals.cache, key, extracted)
+    return extracted
 
   def figure(self, name: str) -> pathlib.Path:
     """Where a picture goes: FOLDER/figures/NAME."""
     return self.folder / "figures" / name
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _embed(
+  method: base.Method,
+  last: int,
+  pool: str,
+  final_norm: bool,
+  params: Params,
+  images: jax.Array,
+) -> jax.Array:
+  """[B, H, W, 3] uint8 -> [B, F]; compiles once for equal methods."""
+  read = functools.partial(method.features, params)
+  return vit.embed(read, images, last=last, pool=pool, final_norm=final_norm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """An evaluation as its module describes it.
+
+  Attributes:
+    run: measures; all processes call it, and the result of the first counts.
+    check: refuses settings before a probe is trained or images are read.
+    needs: what the job must hold: "weights", "classifier" (weights and a
+      classifier on them) or "none"; or a function of the section evals.
+    trains: the weights are trained first, by the sections method and optim, in
+      the job's folder; `run` measures the checkpoints of that run.
+    keys: dataclasses of the config keys in the section evals, see schema.py.
+  """
+
+  run: Callable[[Job], Result]
+  check: Callable[[Job], None] | None = None
+  needs: Needs | Callable[[ml_collections.ConfigDict], Needs] = "weights"
+  trains: bool = False
+  keys: tuple[type, ...] = ()
+
+  def needed(self, evals: ml_collections.ConfigDict) -> Needs:
+    """`needs` with these settings."""
+    return self.needs(evals) if callable(self.needs) else self.needs

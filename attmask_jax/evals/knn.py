@@ -18,12 +18,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attmask_jax import schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import cache, features
+from attmask_jax.evals import cache, features, inputs
 from attmask_jax.evals.features import BATCH_AXES
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 
 ROWS = PartitionSpec(BATCH_AXES)  # queries, split over all devices
 SAME = PartitionSpec()  # bank chunk, a copy on every device
+# Bank rows on the device at a time, and queries compared at a time.
+BANK_CHUNK, QUERY_CHUNK = 65536, 1024
 VOTE_PAIRS = 2**24  # k * k * queries compared at once: 64 MiB of float32
 
 
@@ -38,13 +40,23 @@ class SearchKeys:
     low=0,
   )
   bank_chunk: int = schema.key(
-    65536, "bank images on the device at a time", low=1
+    BANK_CHUNK, "bank images on the device at a time", low=1
   )
-  query_chunk: int = schema.key(1024, "queries compared at a time", low=1)
+  query_chunk: int = schema.key(
+    QUERY_CHUNK, "queries compared at a time", low=1
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys(SearchKeys, cache.Keys, features.Keys):
+class BankKeys:
+  """How many images are compared."""
+
+  knn_bank: int = schema.key(0, "training images in the bank, 0 = all", low=0)
+  knn_queries: int = schema.key(0, "validation images, 0 = all", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(BankKeys, SearchKeys, cache.Keys, features.Keys):
   """Weighted k-NN."""
 
   knn_ks: tuple[int, ...] = schema.key(
@@ -55,14 +67,22 @@ class Keys(SearchKeys, cache.Keys, features.Keys):
 def run(job: Job) -> Result:
   """k-NN of the validation images on the training images.
 
+  Reads evals.knn_ks, knn_temp, knn_bank, knn_queries, bank_chunk, query_chunk,
+  last_blocks, pool, final_norm and cache.
+
   Raises:
     InputError: see `knn`; or images without labels.
   """
   evals = job.config.evals
   train, val = job.pair()
-  check(evals, max(evals.knn_ks, default=0), len(train))
-  bank = job.embed(train, desc="bank")
-  queries = job.embed(val, desc="queries")
+  bank_size = len(inputs.spread(len(train), evals.knn_bank))
+  check(evals, max(evals.knn_ks, default=0), bank_size)
+  # Features of all images have the cache key that other evaluations use.
+  chosen = lambda source, limit: (
+    inputs.spread(len(source), limit) if limit else None
+  )
+  bank = job.embed(train, chosen(train, evals.knn_bank), desc="bank")
+  queries = job.embed(val, chosen(val, evals.knn_queries), desc="queries")
   values = knn(
     bank.features,
     bank.labels,
@@ -124,8 +144,8 @@ def knn(
   temp: float,
   num_classes: int,
   mesh: Mesh | None = None,
-  bank_chunk: int = 65536,
-  query_chunk: int = 1024,
+  bank_chunk: int = BANK_CHUNK,
+  query_chunk: int = QUERY_CHUNK,
 ) -> dict[str, float]:
   """Accuracy of the vote of each query's k nearest bank rows.
 
@@ -397,3 +417,6 @@ def _rank(
   rank = jnp.sum(first & ahead)
   # A query of padding, or with no neighbour of its class, is never a hit.
   return jnp.where(jnp.any(right), rank, max(k, 5))
+
+
+EVAL = Eval(run, keys=(Keys,))

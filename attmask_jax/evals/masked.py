@@ -20,7 +20,7 @@ import numpy as np
 from attmask_jax import Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, drawing, inputs, pictures, visualize
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.methods import masking
 from attmask_jax.weights import loading
 
@@ -92,7 +92,7 @@ def run(job: Job) -> Result:
   trees = {"guide": guide.params, "classifier": classifier.params}
   count = accuracy.counter(logits, job.mesh)
   with job.batches(source, desc="masked", crop=classifier.crop) as batches:
-    scores = accuracy.run(count, trees, batches, mesh=job.mesh)
+    scores = accuracy.scores(count, trees, batches, mesh=job.mesh)
   return _result(job, cells, counts / grid**2, scores)
 
 
@@ -121,9 +121,7 @@ def _hidden(
   if policy != "random":
     return masking.attention_mask(attention, policy=policy, n_mask=n_mask)
   keys = masking.row_keys(jax.random.key(seed), index)
-  n = attention.shape[1]
-  noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-  return masking.rank(noise) < n_mask
+  return masking.random_patches(keys, attention.shape[1], n_mask)
 
 
 def check(job: Job) -> None:
@@ -195,3 +193,6 @@ def _draw(
   axis.spines[["top", "right"]].set_visible(False)
   axis.legend(frameon=False)
   drawing.save(figure, path)
+
+
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.evals import pictures, visualize
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
+from attmask_jax.methods import masking
 
 SCORES = {"precision": "precision", "recall": "object hidden", "iou": "IoU"}
 
@@ -15,18 +17,28 @@ SCORES = {"precision": "precision", "recall": "object hidden", "iou": "IoU"}
 class Keys(pictures.MaskKeys, pictures.Keys):
   """What each mask policy hides."""
 
+  policies: tuple[str, ...] = schema.key(
+    ("attmask_high", "attmask_hint", "attmask_low", "random", "block"),
+    "what is compared",
+    choices=masking.POLICIES[:-1],
+  )
+  gallery: int = schema.key(
+    16, "pictures in the figure at most, 0 = no figure", low=0
+  )
+
 
 def run(job: Job) -> Result:
   """Draws figures/masks_30.png for ratio 0.3, one picture per ratio.
 
-  Reads evals.images, count, every, ratios and show_max.
+  Reads evals.images, count, every, ratios, show_max, policies and gallery.
 
   Returns:
     "attmask_high_30/hidden": share of patches the policy hides, and where
     objects are known "/precision", "/recall" and "/iou": see
-    `visualize.overlap_scores`.
+    `visualize.overlap_scores`; then also "object_share" of the pictures.
   """
-  evals = job.config.evals
+  evals, method = job.config.evals, job.weights.method
+  pictures.check_policies(evals.policies)
   pictures.check_ratios(evals.ratios, evals.show_max)
   params = pictures.one_copy(job)
   if jax.process_index():
@@ -35,8 +47,10 @@ def run(job: Job) -> Result:
   images = [picture.image for picture in shown]
   found = pictures.attention(job, params, images)
   attention = [heads.mean(axis=0) for heads in found]
-  patch_size = job.weights.method.backbone.patch_size
-  some = pictures.some(len(shown))
+  some = pictures.some(len(shown), evals.gallery)
+  patch_size = method.backbone.patch_size
+  token = method.backbone.class_token != "none"
+  whose = "of the class token" if token else "that patches receive"
   known = any(picture.object_mask is not None for picture in shown)
   caption = (
     "Colours run from the least to the most attended patch of each picture. "
@@ -44,22 +58,27 @@ def run(job: Job) -> Result:
     "patches." + (" Outlined: the object." if known else "")
   )
   figures, values, rows = [], {}, []
-  for ratio in evals.ratios:
-    masks = _masks(images, attention, patch_size, ratio, evals.show_max)
-    name = pictures.percent(ratio)
-    figures.append(job.figure(f"masks_{name}.png"))
-    visualize.mask_gallery(
-      figures[-1],
-      [images[i] for i in some],
-      [attention[i] for i in some],
-      {policy: [hidden[i] for i in some] for policy, hidden in masks.items()},
-      patch_size=patch_size,
-      object_masks=[shown[i].object_mask for i in some],
-      labels=[shown[i].name for i in some],
-      title=f"What each policy hides at mask ratio {ratio:g}",
-      caption=caption,
-      network=job.weights.network.capitalize(),
+  if known:
+    values["object_share"] = float(
+      np.concatenate(_covers(shown, patch_size)).mean()
     )
+  for ratio in evals.ratios:
+    masks = _masks(job, images, attention, ratio)
+    name = pictures.percent(ratio)
+    if len(some):
+      figures.append(job.figure(f"masks_{name}.png"))
+      visualize.mask_gallery(
+        figures[-1],
+        [images[i] for i in some],
+        [attention[i] for i in some],
+        {policy: [hidden[i] for i in some] for policy, hidden in masks.items()},
+        patch_size=patch_size,
+        object_masks=[shown[i].object_mask for i in some],
+        labels=[shown[i].name for i in some],
+        title=f"Attention {whose}, and what each policy hides at {name} %",
+        caption=caption,
+        network=job.weights.network.capitalize(),
+      )
     for policy, hidden in masks.items():
       scores = _scores(shown, hidden, patch_size)
       values |= {f"{policy}_{name}/{k}": v for k, v in scores.items()}
@@ -69,18 +88,19 @@ def run(job: Job) -> Result:
     {"pictures": len(shown)},
     _table(rows, SCORES if known else {}),
     tuple(figures),
-    pictures.notes(len(shown)),
+    pictures.notes(len(shown), evals.gallery),
   )
 
 
 def _masks(
+  job: Job,
   images: list[np.ndarray],
   attention: list[np.ndarray],
-  patch_size: int,
   ratio: float,
-  show_max: float,
 ) -> dict[str, list[np.ndarray]]:
   """policy -> n times [N] bool, for pictures of any sizes."""
+  evals, method = job.config.evals, job.weights.method
+  patch_size = method.backbone.patch_size
   grids: dict[tuple[int, int], list[int]] = {}
   for row, image in enumerate(images):
     height, width, _ = image.shape
@@ -92,8 +112,10 @@ def _masks(
       np.stack([attention[row] for row in rows]),
       grid,
       ratio=ratio,
-      show_max=show_max,
+      show_max=evals.show_max,
+      policies=tuple(evals.policies),
       rows=np.asarray(rows),
+      refill=method.refills_hints,
     )
     for policy, hidden in found.items():
       masks.setdefault(policy, {}).update(zip(rows, hidden, strict=True))
@@ -107,20 +129,28 @@ def _scores(
   shown: list[pictures.Picture], hidden: list[np.ndarray], patch_size: int
 ) -> dict[str, float]:
   """Share hidden, and overlap over the pictures whose objects are known."""
-  everything = np.concatenate(hidden)
-  covers, masks = [], []
-  for picture, mask in zip(shown, hidden, strict=True):
+  scores = {"hidden": float(np.concatenate(hidden).mean())}
+  masks = [
+    mask
+    for picture, mask in zip(shown, hidden, strict=True)
+    if picture.object_mask is not None
+  ]
+  if masks:
+    scores |= visualize.overlap_scores(
+      np.concatenate(masks), np.concatenate(_covers(shown, patch_size))
+    )
+  return scores
+
+
+def _covers(shown: list[pictures.Picture], patch_size: int) -> list[np.ndarray]:
+  """Share of each patch that is object, [N], where objects are known."""
+  covers = []
+  for picture in shown:
     if picture.object_mask is not None:
       height, width = picture.object_mask.shape
       grid = height // patch_size, width // patch_size
       covers.append(visualize.patch_cover(picture.object_mask, grid=grid))
-      masks.append(mask)
-  scores = {"hidden": float(everything.mean())}
-  if covers:
-    scores |= visualize.overlap_scores(
-      np.concatenate(masks), np.concatenate(covers)
-    )
-  return scores
+  return covers
 
 
 def _table(
@@ -138,3 +168,6 @@ def _table(
       for policy, ratio, found in rows
     ),
   )
+
+
+EVAL = Eval(run, keys=(Keys,))

@@ -1,29 +1,29 @@
-"""What a run evaluates on its own teacher: k-NN, and where its masks fall."""
+"""What a pretraining run evaluates on itself: k-NN, masks, reconstructions."""
 
-import contextlib
-import functools
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from absl import logging
 
-from attmask_jax import Params, data
-from attmask_jax import mesh as meshes
+from attmask_jax import data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import (
   features,
   inputs,
   knn,
+  masks,
   pictures,
   reconstruct,
-  visualize,
 )
-from attmask_jax.methods import masking
-from attmask_jax.models import vit
+from attmask_jax.evals.job import Job, Result, State
+from attmask_jax.methods import base, masking
+from attmask_jax.weights.loading import Weights
+
+POLICIES = (*masking.ATTENTION_POLICIES, "random")  # of masks.png
+# Settings of reconstruct: as in training.
+_PICTURES = dict(images="", every=1, mask="", ratio=0.0, seed=0, target="")
 
 
 def enabled(
@@ -37,7 +37,7 @@ def enabled(
 
 def check(
   config: ml_collections.ConfigDict,
-  method: Any,
+  method: base.Method,
   train_source: data.Source,
   val_source: data.Source | None,
 ) -> None:
@@ -61,7 +61,7 @@ def check(
       f"{train_source.name} has one class, so there is nothing to vote on: "
       "set evals.knn=False"
     )
-  bank = len(pictures.spread(len(train_source), evals.knn_bank))
+  bank = len(inputs.spread(len(train_source), evals.knn_bank))
   if (
     not evals.knn_ks or not 1 <= min(evals.knn_ks) <= max(evals.knn_ks) <= bank
   ):
@@ -73,7 +73,9 @@ def check(
 
 
 class Evaluator:
-  """Evaluates the teacher of a pretraining run; compiles once.
+  """Runs evaluations on the teacher of a pretraining run as it trains.
+
+  Each is the function of --mode=eval on a job of the run. Compiles once.
 
   Attributes:
     best: the number whose maximum marks the best checkpoint, "" = none.
@@ -85,187 +87,132 @@ class Evaluator:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    method: Any,
+    method: base.Method,
     train_source: data.Source,
     val_source: data.Source | None,
     mesh: jax.sharding.Mesh,
   ) -> None:
     self._config, self._method, self._mesh = config, method, mesh
-    self._train, self._val = train_source, val_source
+    self._sources = {"train": train_source, "val": val_source}
     self.best = "knn/top1" if enabled(config, val_source) else ""
-    evals = config.evals
-    self._embed = jax.jit(
-      lambda weights, images: vit.embed(
-        functools.partial(method.features, weights),
-        images,
-        last=evals.last_blocks,
-        pool=evals.pool,
-        final_norm=evals.final_norm,
-      )
-    )
     if config.evals.knn and val_source and not val_source.class_names:
       logging.warning(
         "online k-NN is off: %s has no labels", config.data.source
       )
 
-  def before(self, state: Any) -> dict[str, float]:
-    """Of the untrained network: k-NN, see `knn`."""
+  def before(self, state: State) -> dict[str, float]:
+    """Of the untrained network: k-NN, see `scores`."""
     return self.scores(state)
 
-  def scores(self, state: Any) -> dict[str, float]:
-    """After an epoch: k-NN, see `knn`."""
-    return self.knn(state.teacher or state.params)
-
-  def figures(self, state: Any, folder: pathlib.Path) -> dict[str, float]:
-    """Draws folder/masks.png, see `masks`, and reconstructions.png.
-
-    The latter where the method reconstructs. At every evaluation, so that a
-    run shows what it does while it runs.
-    """
-    if self._method.reconstructs:
-      self._reconstruct(state, folder / "reconstructions.png")
-    return self.masks(state, folder / "masks.png")
-
-  def _reconstruct(self, state: Any, path: pathlib.Path) -> None:
-    """Draws what the decoder paints of the first images of the gallery."""
-    count, source = self._config.evals.mask_images, self._val or self._train
-    if not count:
-      return
-    params, guide = meshes.to_host(self._mesh, (state.params, state.teacher))
-    if jax.process_index():
-      return
-    chosen = pictures.spread(len(source), count)
-    shown = pictures.crops(source, chosen, self._config.data.image_size)
-    images = np.stack([picture.image for picture in shown])
-    method = self._method
-    painted = reconstruct.paint(method, params, guide, images, seed=0)
-    reconstruct.draw(
-      path,
-      images,
-      painted,
-      labels=[picture.name for picture in shown],
-      title=f"{method.n_hidden} of {method.num_patches} patches hidden",
-      note=reconstruct.note_of(method),
-    )
-
-  def knn(self, weights: Params) -> dict[str, float]:
-    """Weighted k-NN of validation on training images, in percent.
+  def scores(self, state: State) -> dict[str, float]:
+    """After an epoch: weighted k-NN of validation images, in percent.
 
     Returns:
       "knn/k10/top1" and "knn/k10/top5" for every k of `evals.knn_ks`, and
       "knn/top1", "knn/top5" for the first; {} where k-NN is off.
     """
-    config = self._config
-    if not enabled(config, self._val):
+    if not self.best:
       return {}
-    bank = self._features(weights, self._train, config.evals.knn_bank)
-    queries = self._features(weights, self._val, config.evals.knn_queries)
-    temp = config.evals.knn_temp or self._method.knn_temp
-    scores = knn.knn(
-      bank.features,
-      bank.labels,
-      queries.features,
-      queries.labels,
-      ks=config.evals.knn_ks,
-      temp=temp,
-      num_classes=len(self._train.class_names),
-      mesh=self._mesh,
-    )
-    first = f"k{config.evals.knn_ks[0]}/"
-    scores |= {k: scores[first + k] for k in ("top1", "top5")}
-    return {f"knn/{k}": float(v) for k, v in scores.items()}
+    chunks = dict(bank_chunk=knn.BANK_CHUNK, query_chunk=knn.QUERY_CHUNK)
+    job = self._job("knn", state, cache="", **chunks)
+    values = knn.run(job).values
+    first = f"k{job.config.evals.knn_ks[0]}/"
+    values = values | {k: values[first + k] for k in ("top1", "top5")}
+    return {f"knn/{k}": v for k, v in values.items()}
 
-  def masks(
-    self, state: Any, path: pathlib.Path | None = None
-  ) -> dict[str, float]:
-    """Measures where the masks fall, and draws the mask gallery.
+  def figures(self, state: State, folder: pathlib.Path) -> dict[str, float]:
+    """Draws folder/masks.png and, of an autoencoder, reconstructions.png.
+
+    At every evaluation, so that a run shows what it does while it runs.
 
     Args:
       state: of the run; its teacher, or without one the encoder, attends.
-      path: the PNG to write; None draws nothing.
+      folder: RUN/figures.
 
     Returns:
       "overlap/POLICY": share of the hidden area that lies on the object, and
       "overlap/object": share of the image the object covers; {} for images
       without object masks.
     """
-    evals = self._config.evals
-    source = self._val or self._train
-    count = evals.mask_images if path else 0
-    if hasattr(source, "object_mask"):
-      count = max(count, evals.overlap_images)
-    if not count:
+    count = self._config.evals.mask_images
+    if self._method.reconstructs and count:
+      job = self._job("reconstruct", state, folder, **_PICTURES, count=count)
+      _rename(reconstruct.run(job), folder / "reconstructions.png")
+    source = self._sources["val"] or self._sources["train"]
+    known = hasattr(source, "object_mask")
+    images = max(count, self._config.evals.overlap_images if known else 0)
+    if not images:
       return {}
-    # Every process takes part.
-    weights = meshes.to_host(self._mesh, state.teacher or state.params)
-    if jax.process_index():
-      return {}
-    indices = pictures.spread(len(source), count)
-    shown = pictures.crops(source, indices, self._config.data.image_size)
-    images = np.stack([picture.image for picture in shown])
-    objects = None
-    if hasattr(source, "object_mask"):
-      objects = np.stack([picture.object_mask for picture in shown])
-    attention = np.asarray(self._attention(weights, images))
-    grid = (self._method.backbone.grid,) * 2
-    hidden = pictures.policy_masks(
-      attention,
-      grid,
-      ratio=self._method.picture_mask_ratio,
+    ratio = self._method.picture_mask_ratio
+    job = self._job(
+      "masks",
+      state,
+      folder,
+      images="",
+      every=1,
+      count=images,
+      gallery=count,
+      ratios=(ratio,),
       show_max=self._method.picture_show_max,
-      policies=(*masking.ATTENTION_POLICIES, "random"),
-      refill=self._method.refills_hints,
+      policies=POLICIES,
     )
-    if path and evals.mask_images:
-      teacher = bool(state.teacher)
-      self._draw(path, images, attention, hidden, objects, teacher=teacher)
-    if objects is None:
-      return {}
-    overlap = {
-      f"overlap/{name}": visualize.mask_overlap(mask, objects, grid=grid)[
-        "precision"
-      ]
-      for name, mask in hidden.items()
-    }
-    return overlap | {"overlap/object": float(objects.mean())}
+    result = masks.run(job)
+    _rename(result, folder / "masks.png")
+    return _overlap(result, pictures.percent(ratio)) if known else {}
 
-  def _draw(
+  def _job(
     self,
-    path: pathlib.Path,
-    images: np.ndarray,
-    attention: np.ndarray,
-    hidden: dict[str, np.ndarray],
-    objects: np.ndarray | None,
-    *,
-    teacher: bool,
-  ) -> None:
-    """Writes the gallery of the first `evals.mask_images` images."""
-    n = self._config.evals.mask_images
-    token = self._method.backbone.class_token != "none"
-    whose = "of the class token" if token else "that patches receive"
-    visualize.mask_gallery(
-      path,
-      images[:n],
-      attention[:n],
-      {name: mask[:n] for name, mask in hidden.items()},
-      patch_size=self._method.backbone.patch_size,
-      object_masks=None if objects is None else objects[:n],
-      title=f"Attention {whose}, and what each policy hides "
-      f"at {pictures.percent(self._method.picture_mask_ratio)} %",
-      network="Teacher" if teacher else "Encoder",
+    name: str,
+    state: State,
+    figures: pathlib.Path = pathlib.Path("figures"),
+    **settings: Any,
+  ) -> Job:
+    """A job of the run as it is now.
+
+    Args:
+      name: of the evaluation.
+      state: of the run. The student is evaluated where the decoder is needed
+        or there is no teacher.
+      figures: folder of the figures.
+      **settings: of the evaluation, besides the run's own in `evals`.
+    """
+    plain = self._config.to_dict()
+    plain["evals"] = plain["evals"] | settings | {"name": name}
+    config = ml_collections.ConfigDict(plain)
+    student = name == "reconstruct" or not state.teacher
+    weights = Weights(
+      self._method,
+      state.params if student else state.teacher,
+      {},
+      config,
+      digest="",
+      step=0,
+      network="student" if student else "teacher",
+      where="this run",
+      run_dir=None,
+    )
+    return Job(
+      config,
+      self._mesh,
+      figures.parent,
+      weights,
+      sources=self._sources,
+      guide=state.teacher or None,
     )
 
-  def _attention(self, weights: Params, images: np.ndarray) -> jax.Array:
-    """[n, H, W, 3] -> [n, N], mean over heads. On one device."""
-    attend = jax.jit(self._method.attention)
-    return jnp.mean(attend(weights, jnp.asarray(images)), axis=1)
 
-  def _features(
-    self, weights: Params, source: data.Source, limit: int
-  ) -> features.Features:
-    """Features of at most `limit` images, spread over the source."""
-    chosen = pictures.spread(len(source), limit)
-    batches, _ = inputs.batches(source, self._config, chosen)
-    embed_images = functools.partial(self._embed, weights)
-    with contextlib.closing(batches):
-      return features.extract(embed_images, batches, mesh=self._mesh)
+def _rename(result: Result, path: pathlib.Path) -> None:
+  """Gives the one figure of a result, where it has one, another name."""
+  for figure in result.figures:
+    figure.replace(path)
+
+
+def _overlap(result: Result, percent: str) -> dict[str, float]:
+  """What a run logs of the evaluation masks; {} on other processes."""
+  if not result.values:
+    return {}
+  logged = {
+    f"overlap/{policy}": result.values[f"{policy}_{percent}/precision"]
+    for policy in POLICIES
+  }
+  return logged | {"overlap/object": result.values["object_share"]}

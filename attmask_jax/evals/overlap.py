@@ -12,8 +12,15 @@ import numpy as np
 
 from attmask_jax import data, schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import attention, drawing, features, pictures, visualize
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals import (
+  attention,
+  drawing,
+  features,
+  inputs,
+  pictures,
+  visualize,
+)
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.runs import progress
 
 if TYPE_CHECKING:
@@ -76,6 +83,7 @@ def run(job: Job) -> Result:
       show_max=evals.show_max,
       rows=found.index,
       seed=evals.seed,
+      refill=job.weights.method.refills_hints,
     )
     name = pictures.percent(ratio)
     masks = {f"{policy}_{name}": mask for policy, mask in masks.items()}
@@ -113,9 +121,9 @@ def _side(job: Job) -> int:
 
 def _attention(job: Job, source: data.Source) -> features.Features:
   """Mean over heads, [n, N], of the readable images, on every process."""
-  attend = pictures.attend(job)
+  attend = job.weights.method.attention
   mean = jax.jit(lambda params, x: jnp.mean(attend(params, x), axis=1))
-  chosen = np.sort(pictures.spread(len(source), job.config.evals.count))
+  chosen = np.sort(inputs.spread(len(source), job.config.evals.count))
   with job.batches(source, chosen, desc="attention") as batches:
     return features.extract(
       functools.partial(mean, job.weights.params), batches, mesh=job.mesh
@@ -225,3 +233,6 @@ def _bars(
     for text in texts:  # readable where the dashed line passes
       text.set_bbox(dict(facecolor="white", edgecolor="none", pad=0.4))
   return handles
+
+
+EVAL = Eval(run, keys=(Keys,))

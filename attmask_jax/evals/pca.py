@@ -13,7 +13,7 @@ import numpy as np
 
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
 
 COMPONENTS = 3
@@ -149,3 +149,6 @@ def _draw(
       first, cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
     )
   drawing.save(figure, path)
+
+
+EVAL = Eval(run, keys=(Keys,))

@@ -1,6 +1,7 @@
 """What the picture evaluations share: which pictures, and what is computed."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,12 +16,14 @@ from attmask_jax import mesh as meshes
 from attmask_jax.augment import transforms
 from attmask_jax.data import pictures as picture_files
 from attmask_jax.errors import InputError
+from attmask_jax.evals import inputs
 from attmask_jax.evals.job import Job, Result, Table
 from attmask_jax.methods import masking
 
 # Pictures that go through the network at a time: bounds memory for large ones.
 CHUNK = 8
 GALLERY_ROWS = 16  # pictures that a gallery shows at most
+POLICIES = tuple(p for p in masking.POLICIES if p != "none")
 TABLE_ROWS = 20  # pictures that a table lists at most
 
 # What processes other than the first answer; the first one does the work.
@@ -95,7 +98,7 @@ def given(job: Job) -> tuple[list[Picture], bool]:
     shown = [Picture(n, fit(image, size, patch)) for n, image in found]
     return shown, len(shown) > 1 and os.path.isfile(path)
   source = _source(job)
-  chosen = spread(len(source), evals.count)
+  chosen = inputs.spread(len(source), evals.count)
   shown = crops(source, chosen, size - size % patch)
   if not shown:
     raise InputError(f"none of the images of {source.name} can be read")
@@ -104,8 +107,7 @@ def given(job: Job) -> tuple[list[Picture], bool]:
 
 def _source(job: Job) -> data.Source:
   """Validation images, with or without labels; training images without any."""
-  config = job.config.data
-  return data.build(config, "val") or data.build(config, "train")
+  return job.build("val") or job.build("train")
 
 
 def objects(job: Job) -> data.Source:
@@ -124,27 +126,17 @@ def objects(job: Job) -> data.Source:
   return source
 
 
-def spread(size: int, limit: int) -> np.ndarray:
-  """A fixed random choice of indices, all of them for limit 0: [n] int64.
-
-  Random, since any regular stride may meet a data set's own period.
-  """
-  if not limit or limit >= size:
-    return np.arange(size)
-  return np.random.default_rng([0, size, 4]).permutation(size)[:limit]
-
-
-def some(count: int) -> np.ndarray:
-  """Evenly spaced indices of what a gallery shows: [at most GALLERY_ROWS]."""
-  shown = min(count, GALLERY_ROWS)
+def some(count: int, limit: int = GALLERY_ROWS) -> np.ndarray:
+  """Evenly spaced indices of what a gallery shows: [at most `limit`]."""
+  shown = min(count, limit)
   return np.linspace(0, count - 1, shown).round().astype(int)
 
 
-def notes(count: int) -> tuple[str, ...]:
+def notes(count: int, limit: int = GALLERY_ROWS) -> tuple[str, ...]:
   """What a reader must know of a gallery of `count` pictures."""
-  if count <= GALLERY_ROWS:
+  if not 0 < limit < count:
     return ()
-  return (f"The gallery shows {GALLERY_ROWS} of {count} pictures.",)
+  return (f"The gallery shows {limit} of {count} pictures.",)
 
 
 def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
@@ -197,8 +189,23 @@ def one_copy(job: Job) -> Params:
 
   Every process takes part; the first one then works alone.
   """
-  whole = meshes.to_host(job.mesh, job.weights.params)
+  return to_one_device(job.mesh, job.weights.params)
+
+
+def to_one_device(mesh: jax.sharding.Mesh, params: Params) -> Params:
+  """Parameters on this process's first device; all processes take part."""
+  whole = meshes.to_host(mesh, params)
   return jax.device_put(whole, jax.local_devices()[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(
+  fn: Callable[[Params, jax.Array], jax.Array],
+  params: Params,
+  images: jax.Array,
+) -> jax.Array:
+  """A function of batches; compiles once for each function and size."""
+  return fn(params, images)
 
 
 def forward(
@@ -209,14 +216,14 @@ def forward(
   """A function of batches on pictures of any sizes; compiles once per size.
 
   Args:
-    fn: (params, [B, H, W, 3] uint8) -> [B, ...].
+    fn: (params, [B, H, W, 3] uint8) -> [B, ...]. A method of the same object,
+      such as `attention` of a run's method, is not compiled again.
     params: on one device.
     images: n times [H, W, 3] uint8.
 
   Returns:
     n rows of what `fn` gives, in the order of the images.
   """
-  compiled = jax.jit(fn)
   shapes: dict[tuple[int, ...], list[int]] = {}
   for index, image in enumerate(images):
     shapes.setdefault(image.shape, []).append(index)
@@ -227,7 +234,7 @@ def forward(
       chunk = indices[start : start + rows]
       # The last chunk is filled up, or it would be compiled once more.
       filled = [images[i] for i in (chunk + chunk[:1] * rows)[:rows]]
-      out = np.asarray(compiled(params, np.stack(filled)))
+      out = np.asarray(_compiled(fn, params, np.stack(filled)))
       found |= dict(zip(chunk, out, strict=False))
   return [found[index] for index in range(len(images))]
 
@@ -235,27 +242,17 @@ def forward(
 def attention(
   job: Job, params: Params, images: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-  """Class-token attention of the last block: n times [A, N] float32.
-
-  Raises:
-    InputError: the weights' method has none.
-  """
-  return forward(attend(job), params, images)
+  """Last attention to each patch: n times [A, N] float32."""
+  return forward(job.weights.method.attention, params, images)
 
 
-def attend(job: Job) -> Callable[[Params, jax.Array], jax.Array]:
-  """(params, [B, H, W, 3]) -> [B, A, N], where the method has attention.
-
-  Raises:
-    InputError: it has none.
-  """
-  method = job.weights.method
-  if not hasattr(method, "attention"):
-    raise InputError(
-      f"weights of method {job.weights.config.method.name} have no class-token "
-      f"attention, which evaluation {job.config.evals.name} needs: give others"
-    )
-  return method.attention
+def check_policies(policies: Sequence[str]) -> None:
+  """Refuses policies that hide nothing or do not exist."""
+  for policy in policies:
+    if policy not in POLICIES:
+      raise InputError(
+        f'evals.policies "{policy}" is unknown: use {", ".join(POLICIES)}'
+      )
 
 
 def check_ratios(ratios: Sequence[float], show_max: float) -> None:
@@ -281,7 +278,7 @@ def policy_masks(
   *,
   ratio: float,
   show_max: float,
-  policies: Sequence[str] = masking.POLICIES[:-1],
+  policies: Sequence[str] = POLICIES,
   rows: np.ndarray | None = None,
   seed: int = 0,
   refill: bool = False,
@@ -289,58 +286,46 @@ def policy_masks(
   """What each policy would hide: policy -> [n, N] bool.
 
   Args:
-    attention: [n, N] float32.
+    attention: [n, N] float32, mean over heads.
     grid: (h, w) with h * w = N.
     ratio: share to hide, the same for all.
     show_max: share of most attended patches that hints come from.
-    policies: which ones; all that hide anything by default.
+    policies: of POLICIES.
     rows: [n] identities of the images, which random draws depend on; 0 to n-1
       by default.
     seed: of the draws.
-    refill: a revealed hint makes room for the next most attended patch, as
-      MAE has it.
+    refill: see `Method.refills_hints`.
   """
   n, patches = attention.shape
   rows = np.arange(n) if rows is None else rows
   n_mask, n_show = masking.attention_counts(patches, ratio, ratio, show_max)
   keys = masking.row_keys(jax.random.key(seed), jnp.asarray(rows, jnp.int32))
-  masks = {}
-  for policy in policies:
-    if policy in masking.HOST_POLICIES:
-      drawn = [
-        masking.host_masks(
-          policy,
-          seeds=(seed, 0, int(row)),
-          grid=grid,
-          views=1,
-          ratios=(ratio,),
-          variances=(0.0,),
-        )
-        for row in rows
-      ]
-      masks[policy] = np.concatenate(drawn)
-      continue
-    if refill:
-      order = masking.visible_first(
-        policy,
-        keys=keys,
-        grid=grid,
-        n_hidden=n_mask,
-        scores=jnp.asarray(attention),
-        show_max=show_max,
-      )
-      masks[policy] = np.zeros((n, patches), bool)
-      hidden = np.asarray(order[:, patches - n_mask :])
-      np.put_along_axis(masks[policy], hidden, True, axis=1)
-      continue
-    masks[policy] = np.asarray(
+  scores = jnp.asarray(attention)
+
+  def drawn(policy: str) -> np.ndarray:
+    options = dict(grid=grid, views=1, ratios=(ratio,), variances=(0.0,))
+    one = lambda row: masking.host_masks(
+      policy, seeds=(seed, 0, int(row)), **options
+    )
+    return np.concatenate([one(row) for row in rows])
+
+  def ordered(policy: str) -> np.ndarray:
+    options = dict(grid=grid, n_hidden=n_mask, show_max=show_max)
+    order = masking.visible_first(policy, keys=keys, scores=scores, **options)
+    return masking.hidden_of(np.asarray(order), n_mask)
+
+  def ranked(policy: str) -> np.ndarray:
+    options = dict(n_show=n_show, n_eligible=int(patches * show_max))
+    return np.asarray(
       masking.attention_mask(
-        jnp.asarray(attention),
-        policy=policy,
-        n_mask=n_mask,
-        keys=keys,
-        n_show=n_show,
-        n_eligible=int(patches * show_max),
+        scores, policy=policy, n_mask=n_mask, keys=keys, **options
       )
     )
-  return masks
+
+  by_attention = ordered if refill else ranked
+  return {
+    policy: drawn(policy)
+    if policy in masking.HOST_POLICIES
+    else by_attention(policy)
+    for policy in policies
+  }

@@ -7,19 +7,21 @@ were made with.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Params, schema
+from attmask_jax import Batch, Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.methods import masking
+from attmask_jax.methods.mae import Mae
 
 TARGETS = {"normalised": True, "raw": False}
 HEADINGS = (
@@ -93,7 +95,10 @@ def run(job: Job) -> Result:
       f'evals.target "{evals.target}" is unknown: use normalised or raw, or '
       "leave it out"
     )
-  params = pictures.one_copy(job)
+  params, guide = pictures.one_copy(job), None
+  if job.guide:
+    # Other weights do not hold the encoder's average: they guide themselves.
+    guide = pictures.to_one_device(job.mesh, job.guide)
   if jax.process_index():
     return pictures.NOTHING
   shown, _ = pictures.given(job)
@@ -107,8 +112,8 @@ def run(job: Job) -> Result:
     mask_ratio=evals.ratio or source.method.mask_ratio,
     norm_target=TARGETS.get(evals.target, source.method.norm_target),
   )
-  # The encoder's average is not in these weights: it guides itself.
-  painted = paint(method, params, params, images, seed=evals.seed)
+  guide = params if guide is None else guide
+  painted = paint(method, params, guide, images, seed=evals.seed)
   path = job.figure("reconstruct.png")
   some = pictures.some(len(shown))
   draw(
@@ -125,7 +130,7 @@ def run(job: Job) -> Result:
   return result._replace(notes=result.notes + notes)
 
 
-def note_of(method: Any) -> str:
+def note_of(method: Mae) -> str:
   """What must be known of the colours of a reconstruction; "" = nothing."""
   if not method.norm_target:
     return ""
@@ -136,12 +141,12 @@ def note_of(method: Any) -> str:
 
 
 def paint(
-  method: Any, params: Params, guide: Params, images: np.ndarray, *, seed: int
+  method: Mae, params: Params, guide: Params, images: np.ndarray, *, seed: int
 ) -> Painted:
   """Reconstructs pictures of the size that the method is trained on.
 
   Args:
-    method: an `mae.Mae`.
+    method: as it is trained, for images of this size.
     params: encoder and decoder, on one device.
     guide: network whose attention chooses, for policies that need it.
     images: [n, H, W, 3] uint8.
@@ -153,30 +158,37 @@ def paint(
   if extras[0]:
     batch["masks"] = jnp.stack([jnp.asarray(e["masks"]) for e in extras])
 
-  @jax.jit
-  def one(params: Params, guide: Params, image: jax.Array, batch: Any) -> Any:
-    order = method.order(guide, image, batch, jax.random.key(seed))
-    return order, method.reconstruct(params, image, order)
-
   parts = []
   rows = min(n, pictures.CHUNK)
   for start in range(0, n, rows):
     # The last chunk is filled up, or it would be compiled once more.
     chosen = np.minimum(np.arange(start, start + rows), n - 1)
     chunk = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
-    found = one(params, guide, images[chosen], chunk)
-    parts.append([np.asarray(x)[: n - start] for x in found])
+    rng = jax.random.key(seed)
+    both = _paint(method, params, guide, images[chosen], chunk, rng)
+    parts.append([np.asarray(x)[: n - start] for x in both])
   order, pixels = (np.concatenate(x) for x in zip(*parts, strict=True))
-  hidden = np.zeros(order.shape, bool)
-  np.put_along_axis(
-    hidden, order[:, method.num_patches - method.n_hidden :], True, 1
-  )
+  hidden = masking.hidden_of(order, method.n_hidden)
   grid = method.backbone.grid
   hidden = hidden.reshape(n, grid, grid)
   where = _pixels(hidden, method.backbone.patch_size)[..., None]
   wrong = np.square(pixels - images / 255) * where
   error = wrong.sum(axis=(1, 2, 3)) / (3 * where.sum(axis=(1, 2, 3)))
   return Painted(hidden, np.round(255 * pixels).astype(np.uint8), error)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _paint(
+  method: Mae,
+  params: Params,
+  guide: Params,
+  images: jax.Array,
+  batch: Batch,
+  rng: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Order of patches [B, N] and painted images [B, H, W, 3], 0-1."""
+  order = method.order(guide, images, batch, rng)
+  return order, method.reconstruct(params, images, order)
 
 
 def draw(
@@ -242,3 +254,6 @@ def _result(
     (path,),
     pictures.notes(len(names)),
   )
+
+
+EVAL = Eval(run, keys=(Keys,))

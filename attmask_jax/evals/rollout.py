@@ -12,12 +12,13 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import ml_collections
 import numpy as np
 
 from attmask_jax import Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import attention, drawing, pictures
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Needs, Result, Table
 from attmask_jax.evals.pictures import Picture
 from attmask_jax.models import rollout
 
@@ -263,3 +264,11 @@ def _result(
     (path,),
     pictures.notes(len(shown)),
   )
+
+
+def _needs(evals: ml_collections.ConfigDict) -> Needs:
+  """A class is one of a classifier's."""
+  return "classifier" if evals.explain == "class" else "weights"
+
+
+EVAL = Eval(run, needs=_needs, keys=(Keys,))

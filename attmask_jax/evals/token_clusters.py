@@ -10,7 +10,7 @@ import numpy as np
 from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
 
 COLOURS = "tab20"  # of matplotlib; as many clusters at most
@@ -142,3 +142,6 @@ def _draw(
     for axis, ids in zip(axes[row][1:], clusters.values(), strict=True):
       axis.imshow(palette[ids[row].reshape(grid)], interpolation="nearest")
   drawing.save(figure, path)
+
+
+EVAL = Eval(run, keys=(Keys,))

@@ -19,7 +19,7 @@ import numpy as np
 from attmask_jax import Params, data, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, knn
-from attmask_jax.evals.job import Job, Result, Table
+from attmask_jax.evals.job import Eval, Job, Result, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,9 @@ def _linear(
 
   count = accuracy.counter(logits, job.mesh)
   with job.batches(source, desc="linear") as batches:
-    scores = accuracy.run(count, job.classifier.params, batches, mesh=job.mesh)
+    scores = accuracy.scores(
+      count, job.classifier.params, batches, mesh=job.mesh
+    )
   top1 = scores["top1"]
   return {"mean/linear": float(top1[0]), "token/linear": float(top1[1:].mean())}
 
@@ -162,3 +164,6 @@ def _table(values: dict[str, float], k: int) -> Table:
     if f"{name}/knn" in values
   ]
   return Table(("of", f"k-NN ({k}), %", "linear, %"), tuple(rows))
+
+
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

@@ -23,6 +23,12 @@ Scalars = dict[str, jax.Array]
 LrScale = Callable[[str, jax.Array], Any]
 
 
+def split_key(seed: int) -> tuple[jax.Array, jax.Array]:
+  """Keys of a run: for the start values, and for the steps."""
+  init, steps = jax.random.split(jax.random.key(seed))
+  return init, steps
+
+
 class InitialState(NamedTuple):
   """Three trees of a method before the first step.
 

@@ -159,6 +159,30 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
+def priority(
+  policy: str,
+  *,
+  scores: jax.Array | None = None,
+  noise: jax.Array | None = None,
+) -> jax.Array:
+  """What a policy hides first: [R, N] float32, the largest values.
+
+  Args:
+    policy: "attmask_high" and "attmask_hint" the most attended patches,
+      "attmask_low" the least attended, "random" any.
+    scores: [R, N] attention, for ATTENTION_POLICIES.
+    noise: [R, N] uniform in [0, 1), for "random".
+  """
+  if policy == "random":
+    return noise
+  return -scores if policy == "attmask_low" else scores
+
+
+def uniform(keys: jax.Array, n: int) -> jax.Array:
+  """Draws n numbers in [0, 1) with each of [R] keys: [R, n] float32."""
+  return jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+
+
 def attention_mask(
   scores: jax.Array,
   *,
@@ -188,15 +212,13 @@ def attention_mask(
   differs: draws are per row, so they do not depend on the device count;
   revealing nothing is allowed (the release crashes).
   """
-  place = rank(scores)
-  order = rank(-scores) if policy == "attmask_low" else place
-  mask = order < n_mask
+  mask = rank(priority(policy, scores=scores)) < n_mask
   if keys is None:
     return mask
-  n = scores.shape[-1]
-  noise = jax.vmap(lambda key: jax.random.uniform(key, (n + 1,)))(keys)
+  noise = uniform(keys, scores.shape[-1] + 1)
   mask &= noise[:, :1] <= probability
   if policy == "attmask_hint":
+    place = rank(scores)
     mask &= ~reveal(place, noise[:, 1:], n_show=n_show, n_eligible=n_eligible)
   return mask
 
@@ -252,25 +274,33 @@ def visible_first(
       many of the hidden ones; never more than may be visible.
   """
   n = grid[0] * grid[1]
-  noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-  if policy == "random":
-    priority = noise
-  elif policy == "block":
-    priority = masks + noise
+  noise = uniform(keys, n)
+  if policy == "block":
+    order = masks + noise
   elif policy == "grid":
-    priority = jnp.broadcast_to(jnp.asarray(_bayer(grid)), (len(keys), n))
-  elif policy == "attmask_low":
-    priority = -scores
+    order = jnp.broadcast_to(jnp.asarray(_bayer(grid)), (len(keys), n))
   else:
-    priority = scores
+    order = priority(policy, scores=scores, noise=noise)
   if policy == "attmask_hint":
     # More would tie, and the first places of the image win every tie.
     n_show = min(int(show_max * n_hidden), n - n_hidden)
     hints = reveal(
       rank(scores), noise, n_show=n_show, n_eligible=int(n * show_max)
     )
-    priority = jnp.where(hints, -jnp.inf, priority)
-  return jnp.argsort(priority, axis=-1, stable=True).astype(jnp.int32)
+    order = jnp.where(hints, -jnp.inf, order)
+  return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+
+
+def random_patches(keys: jax.Array, n: int, n_mask: int) -> jax.Array:
+  """Hides n_mask of n patches of each row, uniformly: [R] keys -> [R, n]."""
+  return rank(priority("random", noise=uniform(keys, n))) < n_mask
+
+
+def hidden_of(order: np.ndarray, n_hidden: int) -> np.ndarray:
+  """The mask of `visible_first`'s order: [n, N] -> [n, N] bool."""
+  mask = np.zeros(order.shape, bool)
+  np.put_along_axis(mask, order[:, order.shape[1] - n_hidden :], True, axis=1)
+  return mask
 
 
 def _bayer(grid: tuple[int, int]) -> np.ndarray:

@@ -204,30 +204,5 @@ class Checkpoints:
         )
 
 
-def combine(
-  backbone: Params, head: Params, *, width: int, layer: int = 0
-) -> Params:
-  """A classifier from a backbone and a linear layer trained on its features.
-
-  Args:
-    backbone: parameters of the ViT.
-    head: kernel [J, F, C], bias [J, C], of J layers trained side by side,
-      and what else they share.
-    width: F that the backbone's features have.
-    layer: which of the J.
-
-  Raises:
-    InputError: the layer is for features of another width.
-  """
-  found = head["kernel"].shape[1]
-  if found != width:
-    raise InputError(
-      f"the probe is for features of width {found}, and these weights give "
-      f"{width}: use the weights that the probe was trained on"
-    )
-  one = {k: head[k][layer : layer + 1] for k in ("kernel", "bias")}
-  return {"backbone": backbone, "head": head | one}
-
-
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

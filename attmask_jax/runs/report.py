@@ -19,7 +19,7 @@ from absl import logging
 from PIL import Image
 
 from attmask_jax import atomic
-from attmask_jax.runs import metrics
+from attmask_jax.runs import metrics, records
 
 MAX_POINTS = 500  # of a curve; longer ones are averaged in bins
 MAX_PICTURE_BYTES = 1_000_000  # larger pictures are shown as JPEG
@@ -65,18 +65,18 @@ def write(folder: pathlib.Path) -> pathlib.Path:
   """Rewrites FOLDER/report.html in one move; its path."""
   folder = pathlib.Path(folder)
   problems: list[str] = []
-  config = _read_json(folder / "config.json", problems) or {}
+  config = records.read_json(folder / "config.json", problems) or {}
   lines = _read_lines(folder / "metrics.jsonl", problems)
   per_epoch = _steps_per_epoch(config)
-  records = read_records(folder, problems)
-  if not config and records:
-    config = records[-1].get("config") or {}
+  evaluations = records.read(folder, problems)
+  if not config and evaluations:
+    config = evaluations[-1].get("config") or {}
   parts = [
     _head(folder, config, lines, per_epoch),
     _curves(lines, per_epoch),
     _scores(lines, per_epoch),
     _pictures(folder, problems),
-    *(_record(record, folder) for record in reversed(records)),
+    *(_record(record, folder) for record in reversed(evaluations)),
     _config(config),
   ]
   body = "\n".join(part for part in parts if part)
@@ -91,61 +91,6 @@ def write(folder: pathlib.Path) -> pathlib.Path:
   with atomic.replaced(path) as temporary:
     temporary.write_text(page, encoding="utf-8")
   return path
-
-
-def append_record(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
-  """Adds the record of an evaluation to FOLDER/evals.jsonl, one line."""
-  with (folder / "evals.jsonl").open("a", encoding="utf-8") as file:
-    file.write(json.dumps(record) + "\n")
-
-
-def read_records(
-  folder: pathlib.Path, problems: list[str] | None = None
-) -> list[dict[str, Any]]:
-  """Records of evals.jsonl and results.json, in order of writing.
-
-  Of the same evaluation with the same settings on the same weights the last.
-
-  Args:
-    folder: run or evaluation directory.
-    problems: gets a sentence for each damaged file or line.
-  """
-  problems = [] if problems is None else problems
-  found = []
-  path = folder / "evals.jsonl"
-  if path.is_file():
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-      try:
-        found.append(dict(json.loads(line)))
-      except (ValueError, TypeError):
-        problems.append(f"{path.name} line {number} is damaged.")
-  own = _read_json(folder / "results.json", problems)
-  latest = {}
-  for record in [*found, *([own] if own else [])]:
-    weights = record.get("weights") or {}
-    key = json.dumps(
-      [
-        record.get("evaluation"),
-        weights.get("digest"),
-        weights.get("network"),
-        record.get("config"),
-      ]
-    )
-    latest.pop(key, None)  # a later one moves to the end
-    latest[key] = record
-  return list(latest.values())
-
-
-def _read_json(
-  path: pathlib.Path, problems: list[str]
-) -> dict[str, Any] | None:
-  if not path.is_file():
-    return None
-  try:
-    return dict(json.loads(path.read_text()))
-  except (ValueError, TypeError, OSError):
-    problems.append(f"{path.name} is damaged.")
-    return None
 
 
 def _read_lines(
@@ -371,7 +316,7 @@ def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
     figures = ""
     if home.resolve() != folder.resolve():  # its own are shown above
       # A later evaluation in that directory has drawn over these.
-      if (_read_json(home / "results.json", []) or {}) == record:
+      if (records.read_json(home / "results.json", []) or {}) == record:
         figures = "".join(
           _figure(home / name, name, []) for name in record.get("figures", ())
         )

@@ -13,7 +13,7 @@ from attmask_jax.augment import TRANSFORMS, mixup, supervised
 from attmask_jax.data import keys
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, inputs, online
-from attmask_jax.evals.knn import SearchKeys
+from attmask_jax.evals.knn import BankKeys, SearchKeys
 from attmask_jax.methods import attmask
 from attmask_jax.methods.base import Method
 from attmask_jax.models import vit
@@ -24,7 +24,7 @@ Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineKeys(features.Keys):
+class OnlineKeys(BankKeys, features.Keys):
   """What is measured on the teacher during pretraining."""
 
   knn: bool = schema.key(True, "k-NN; needs labels")
@@ -37,8 +37,6 @@ class OnlineKeys(features.Keys):
     low=1,
   )
   knn_temp: float = schema.inherit(SearchKeys, "knn_temp", 0.0)
-  knn_bank: int = schema.key(0, "training images in the bank, 0 = all", low=0)
-  knn_queries: int = schema.key(0, "validation images, 0 = all", low=0)
   mask_images: int = schema.key(
     8, "rows of figures/masks.png, 0 = no picture", low=0
   )

@@ -16,6 +16,7 @@ from flax import struct
 
 from attmask_jax import Batch, Params, trees
 from attmask_jax import mesh as meshes
+from attmask_jax.methods import base
 from attmask_jax.methods.base import LossOutput, Method
 from attmask_jax.training import optim
 
@@ -82,17 +83,11 @@ class StepResult(NamedTuple):
 Step = Callable[[TrainState, Batch, dict[str, jax.Array]], StepResult]
 
 
-def split_key(seed: int) -> tuple[jax.Array, jax.Array]:
-  """Keys of a run: for the start values, and for the steps."""
-  init, steps = jax.random.split(jax.random.key(seed))
-  return init, steps
-
-
 def _maker(
   method: Method, tx: optax.GradientTransformationExtraArgs, seed: int
 ) -> Callable[[], TrainState]:
   def make() -> TrainState:
-    rng, _ = split_key(seed)
+    rng, _ = base.split_key(seed)
     start = method.init(rng)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, *start, tx.init(start.params))
@@ -195,7 +190,7 @@ def make_step(
   def train_step(
     state: TrainState, batch: Batch, scalars: dict[str, jax.Array]
   ) -> StepResult:
-    _, rng = split_key(seed)
+    _, rng = base.split_key(seed)
     rng = jax.random.fold_in(rng, state.step)
     momentum = scalars["momentum"]
     teacher = state.teacher

@@ -1,8 +1,13 @@
-"""Trained weights, wherever they lie, with the network they belong to."""
+"""Loads weights from a run, checkpoint or file, with their network.
 
+The door to trained weights for evaluations, exports and users: `load` returns
+`Weights`, whose `features` and `attention` take images.
+"""
+
+import functools
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +19,11 @@ from absl import logging
 from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
-from attmask_jax.methods import METHODS
+from attmask_jax.methods import METHODS, base
+from attmask_jax.methods.base import Method
 from attmask_jax.runs import checkpoint
 from attmask_jax.runs import config as run_config
+from attmask_jax.weights.images import as_batch
 from attmask_jax.weights.torch_io import files, networks
 
 # Which tree of a run; "untrained" is the one before the first step.
@@ -27,7 +34,7 @@ class Weights(NamedTuple):
   """One network and what is known of it.
 
   Attributes:
-    method: what trained it; gives `features`, `attention`, `backbone`.
+    method: what trained it; its `backbone` is the network.
     params: its parameters, whole on every device of the mesh.
     aux: a classifier's batch norm, else {}.
     config: of the run that trained it.
@@ -38,7 +45,7 @@ class Weights(NamedTuple):
     run_dir: the run directory it belongs to, or None.
   """
 
-  method: Any
+  method: Method
   params: Params
   aux: Params
   config: ml_collections.ConfigDict
@@ -47,6 +54,87 @@ class Weights(NamedTuple):
   network: str
   where: str
   run_dir: pathlib.Path | None
+
+  def features(
+    self,
+    images: Any,
+    *,
+    last: int = 1,
+    final_norm: bool = True,
+    normalised: bool = False,
+    batch_size: int = 64,
+  ) -> tuple[np.ndarray | None, np.ndarray]:
+    """Features of whole images.
+
+    Args:
+      images: uint8 [B, H, W, 3], Pillow images or paths, see `images.as_batch`.
+      last: class tokens of that many last blocks.
+      final_norm: apply the network's final LayerNorm.
+      normalised: the images are normalised floats.
+      batch_size: images on the device at a time.
+
+    Returns:
+      cls [B, last * D], None for a network without class token, and patches
+      [B, N, D], float32.
+
+    Raises:
+      InputError: see `images.as_batch`; or more blocks than there are.
+    """
+    depth = self.method.backbone.depth
+    if not 1 <= last <= depth:
+      raise InputError(f"last {last} must lie between 1 and the {depth} blocks")
+    compiled = _compiled(self.method, last, final_norm)
+    return self._in_batches(compiled, images, normalised, batch_size)
+
+  def attention(
+    self, images: Any, *, normalised: bool = False, batch_size: int = 64
+  ) -> np.ndarray:
+    """Attention of the last block to each patch: [B, A, N] float32.
+
+    Of the class token or, without one, what patches receive on average; see
+    `features` for the arguments.
+    """
+    compiled = _compiled(self.method, 0, False)
+    return self._in_batches(compiled, images, normalised, batch_size)
+
+  def _in_batches(
+    self,
+    compiled: Callable[[Params, np.ndarray], Any],
+    images: Any,
+    normalised: bool,
+    batch_size: int,
+  ) -> Any:
+    """Outputs on the host, of padded batches: one shape compiles once."""
+    backbone = self.method.backbone
+    batch = as_batch(
+      images,
+      size=backbone.image_size,
+      patch_size=backbone.patch_size,
+      normalised=normalised,
+    )
+    n, rows = len(batch), min(batch_size, len(batch))
+    if n < 1:
+      raise InputError("there are no images: give at least one")
+    parts = []
+    for start in range(0, n, rows):
+      chosen = np.minimum(np.arange(start, start + rows), n - 1)
+      outputs = jax.device_get(compiled(self.params, batch[chosen]))
+      parts.append(jax.tree.map(lambda x, s=start: x[: n - s], outputs))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(
+  method: Method, last: int, final_norm: bool
+) -> Callable[[Params, jax.Array], Any]:
+  """(weights, images) -> features, or attention for last = 0."""
+  if not last:
+    return jax.jit(method.attention)
+  return jax.jit(
+    lambda params, images: method.features(
+      params, images, last=last, norm=final_norm
+    )
+  )
 
 
 def load(
@@ -105,7 +193,7 @@ def load(
   )
 
 
-def method_of(config: ml_collections.ConfigDict) -> Any:
+def method_of(config: ml_collections.ConfigDict) -> Method:
   """The method that a config names, trained here or imported.
 
   Raises:
@@ -196,14 +284,14 @@ def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   return folder.parent, steps[-1]
 
 
-def _shapes(method: Any, network: str) -> Params:
+def _shapes(method: Method, network: str) -> Params:
   """ShapeDtypeStructs of a network."""
   params, teacher, _ = jax.eval_shape(method.init, jax.random.key(0))
   return params if network == "student" or not teacher else teacher
 
 
 def _untrained(
-  method: Any, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+  method: Method, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> Params:
   """The teacher (or, without one, the student) before the first step.
 
@@ -218,9 +306,9 @@ def _untrained(
     )
 
   def make() -> Params:
-    rng, _ = jax.random.split(jax.random.key(config.method.get("seed", 0)))
-    params, teacher, _ = method.init(rng)
-    return teacher or params
+    rng, _ = base.split_key(config.method.get("seed", 0))
+    start = method.init(rng)
+    return start.teacher or start.params
 
   return jax.jit(make, out_shardings=meshes.replicated(mesh))()
 
@@ -265,12 +353,10 @@ def _restore(
 
 
 def _restore_aux(
-  run_dir: pathlib.Path, step: int, method: Any, mesh: jax.sharding.Mesh
+  run_dir: pathlib.Path, step: int, method: Method, mesh: jax.sharding.Mesh
 ) -> Params:
   """Those parts of `aux` without which the network cannot be used."""
-  return _restore_parts(
-    run_dir, step, method, mesh, getattr(method, "served_aux", ())
-  )
+  return _restore_parts(run_dir, step, method, mesh, method.served_aux)
 
 
 def load_centers(source: Weights) -> Params:
@@ -293,7 +379,7 @@ def load_centers(source: Weights) -> Params:
 def _restore_parts(
   run_dir: pathlib.Path,
   step: int,
-  method: Any,
+  method: Method,
   mesh: jax.sharding.Mesh,
   names: Sequence[str],
 ) -> Params:

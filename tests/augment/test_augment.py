@@ -370,3 +370,22 @@ def test_colour_strength_reaches_every_view() -> None:
     recipe(_noise(16, 16), _rng())["images"][0].astype(float), axis=1
   ).std()
   assert detail(soft) < detail(sharp) / 2
+
+
+def test_views_are_mirrored_half_of_the_time_each_by_itself() -> None:
+  ramp = np.tile(np.linspace(0, 255, 32).astype(np.uint8)[None, :, None], 3)
+  image = Image.fromarray(np.repeat(ramp, 32, axis=0))
+  recipe = _recipe(jitter=0.0, grey=0.0, blur_radius=0.1)
+  mirrored = []
+  for seed in range(400):
+    crops = recipe(image, _rng(seed))
+    # The other global views may be solarised, which turns brightness around.
+    views = [crops["images"][0][None], crops["local_images"]]
+    views = [view.astype(float).mean((1, 3)) for view in views]
+    mirrored.append([row[0] > row[-1] for view in views for row in view])
+  mirrored = np.array(mirrored)
+  # Five standard deviations of 400 fair coins.
+  assert np.abs(mirrored.mean(0) - 0.5).max() < 0.125
+  for i, one in enumerate(mirrored.T):
+    for other in mirrored.T[:i]:
+      assert abs((one == other).mean() - 0.5) < 0.125

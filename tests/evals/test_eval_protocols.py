@@ -68,7 +68,7 @@ def few_shot_job(**changes):
   }
   settings = dict(
     shots=(1, 3), knn_ks=(1, 4), starts=((0, 2, 5), (0, 3)), knn_temp=0.1,
-    bank_chunk=64, query_chunk=8,
+    bank_chunk=64, query_chunk=8, knn_bank=0, knn_queries=0,
   )  # fmt: skip
   job = Job(Source(labels, 3), Source(truth, 3), vectors, **settings | changes)
   return job, labels, truth, vectors
@@ -160,7 +160,7 @@ def test_accuracy_of_several_classifiers_over_padded_batches():
       }
 
   count = accuracy.counter(lambda t, batch: t[batch["index"]], mesh)
-  found = accuracy.run(count, table, batches(), mesh=mesh)
+  found = accuracy.scores(count, table, batches(), mesh=mesh)
   kept = [i for i in range(rows) if i != 19]
   assert found["images"] == 36
   for j in range(layers):
@@ -188,7 +188,7 @@ def test_broken_logits_are_never_right():
     "valid": np.ones(4, bool),
   }
   count = accuracy.counter(lambda t, b: t[b["index"]], mesh)
-  found = accuracy.run(count, jnp.asarray(logits), [batch], mesh=mesh)
+  found = accuracy.scores(count, jnp.asarray(logits), [batch], mesh=mesh)
   assert (found["top1"][0], found["top5"][0]) == (25, 50)
 
 
@@ -204,7 +204,7 @@ def test_golden_accuracy(golden):
     "valid": np.ones(rows, bool),
   }
   count = accuracy.counter(lambda t, b: t[b["index"]][:, None], mesh)
-  found = accuracy.run(count, logits, [batch], mesh=mesh)
+  found = accuracy.scores(count, logits, [batch], mesh=mesh)
   got = [found[name][0] for name in ("top1", "top5")]
   np.testing.assert_allclose(got, file["out/ce/acc15"])
   np.testing.assert_allclose(found["loss"][0], file["out/ce/plain"], rtol=1e-6)
@@ -214,7 +214,7 @@ def test_accuracy_of_nothing_is_refused():
   mesh = meshes.make_mesh()
   count = accuracy.counter(lambda t, batch: t, mesh)
   with pytest.raises(InputError, match="validation set holds no images"):
-    accuracy.run(count, np.zeros(1), iter(()), mesh=mesh)
+    accuracy.scores(count, np.zeros(1), iter(()), mesh=mesh)
 
 
 # Masked images --------------------------------------------------------------
@@ -284,5 +284,5 @@ def test_backgrounds_on_many_devices_count_as_on_one():
   for devices in (1, 8):
     mesh = meshes.make_mesh(devices=jax.devices()[:devices])
     count = accuracy.counter(votes, mesh)
-    found = accuracy.run(count, logits, [batch], mesh=mesh)
+    found = accuracy.scores(count, logits, [batch], mesh=mesh)
     assert found["top1"][0] == pytest.approx(100 * right)

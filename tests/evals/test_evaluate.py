@@ -11,10 +11,11 @@ import pytest
 import small
 from PIL import Image
 
-from attmask_jax import evaluate, supervised, train
+from attmask_jax import evaluate, train
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import features
+from attmask_jax.training import supervised
 from attmask_jax.weights import loading
 from configs import evals
 

@@ -110,6 +110,7 @@ class Brightness:
   """Attends to bright patches of 4 pixels three times as much."""
 
   backbone = types.SimpleNamespace(patch_size=4)
+  refills_hints = False
 
   def attention(self, weights, images):
     b, height, width, _ = images.shape
@@ -434,10 +435,7 @@ def test_clear_messages(monkeypatch, tmp_path):
     job("overlap", {"data.image_size": 18}),
     "18 is not a multiple of the patch size 4: .*=16",
   )
-  none = types.SimpleNamespace(backbone=Brightness.backbone)
-  refuses(
-    masks.run, job("masks", {}, method=none), "attmask have no class-token"
-  )
+  refuses(masks.run, job("masks", {"evals.policies": ("none",)}), "none")
   plain = types.SimpleNamespace(name="plain pictures")
   monkeypatch.setattr(data, "build", lambda config, split: plain)
   refuses(overlap.run, job("overlap", {}), "plain pictures has none: set")

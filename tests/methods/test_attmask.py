@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from small import loss_of
 
 from attmask_jax import mesh as meshes
 from attmask_jax import rows, trees
@@ -297,8 +298,8 @@ def small_batch(method, b=4):
 def run_loss(method, batch, key=0):
   params, teacher, aux = jax.jit(method.init)(jax.random.key(1))
   teacher = jax.tree.map(lambda t: t + 0.01, teacher)
-  return jax.jit(method.loss)(
-    params, teacher, aux, batch, jax.random.key(key), method.at(0)
+  return loss_of(
+    method, params, teacher, aux, batch, jax.random.key(key), method.at(0)
   )
 
 
@@ -355,7 +356,7 @@ def test_ratio_draws_stay_in_range_and_follow_the_step_alone():
 @pytest.mark.parametrize("mask", masking.POLICIES)
 def test_every_policy_gives_a_finite_loss_and_its_own_mask(mask):
   method = small(mask=mask)
-  loss, values, stats, per_image = run_loss(method, small_batch(method))
+  loss, stats, values, per_image = run_loss(method, small_batch(method))
   assert np.isfinite(loss)
   assert ("masked_share" in values) == (mask != "none")
   assert mask == "none" or values["masked_share"] > 0
@@ -407,7 +408,7 @@ def test_dino_has_neither_masks_nor_a_patch_loss():
   params, teacher, aux = jax.jit(method.init)(jax.random.key(0))
   assert "mask_token" not in params["backbone"]
   assert set(aux) == {"center"}
-  values = run_loss(method, small_batch(method)).metrics
+  _, _, values, _ = run_loss(method, small_batch(method))
   assert values["patch"] == 0 and values["loss"] == values["cls"]
 
 
@@ -416,7 +417,7 @@ def test_mask_input_off_leaves_the_student_its_whole_view():
   seen = small(mask_input=False, mask_prob=1.0)
   params, _, _ = jax.jit(seen.init)(jax.random.key(1))
   assert "mask_token" not in params["backbone"]
-  values = run_loss(seen, small_batch(seen)).metrics
+  _, _, values, _ = run_loss(seen, small_batch(seen))
   assert values["masked_share"] == 1 and values["patch"] > 0
 
 
@@ -429,7 +430,7 @@ def test_separate_student_with_shared_teacher_starts_from_the_patch_layer():
     teacher["head"]["last_layer"]["weight_v"],
     params["head"]["last_layer2"]["weight_v"],
   )
-  loss = run_loss(method, small_batch(method)).loss
+  loss, *_ = run_loss(method, small_batch(method))
   assert np.isfinite(loss)
 
 

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import loss_of
 
-from attmask_jax import evaluate, mesh, supervised, trees
+from attmask_jax import evaluate, mesh, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 from attmask_jax.methods.classify import Classify
 from attmask_jax.models import vit
-from attmask_jax.runs import checkpoint
-from attmask_jax.training import optim, schedules, train_step
+from attmask_jax.training import optim, schedules, supervised, train_step
+from attmask_jax.weights import classifier as classifiers
 from attmask_jax.weights import loading
 from configs import evals, tiny
 
@@ -45,7 +46,8 @@ def classifier(cls=Classify, **changes):
 
 def sgd(method, **changes):
   recipe = optim.Optimizer(name="sgd", clip=0.0, sgd_momentum=0.9)
-  return recipe._replace(**changes).build(lr_scale=method.lr_scale)
+  recipe = dataclasses.replace(recipe, **changes)
+  return recipe.build(lr_scale=method.lr_scale)
 
 
 def one_device():
@@ -198,8 +200,8 @@ def test_loss_against_a_loop():
   method = classifier(smoothing=0.1, last_blocks=1)
   params, teacher, aux = method.init(jax.random.key(3))
   batch = image_batch(np.random.default_rng(3))
-  loss, metrics, _, _ = method.loss(
-    params, teacher, aux, batch, jax.random.key(0), {}
+  loss, _, metrics, _ = loss_of(
+    method, params, teacher, aux, batch, jax.random.key(0), {}
   )
   weights = method.assemble(params, aux)
   logits = np.asarray(method.logits(weights, batch["images"][:, 0]), np.float64)
@@ -211,6 +213,34 @@ def test_loss_against_a_loop():
   assert float(loss) == pytest.approx(total / 8, rel=1e-5)
   right = logits.argmax(1) == np.asarray(batch["label"])
   assert float(metrics["acc"]) == pytest.approx(right.mean())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fine_tuning_drops_branches_and_a_probe_none(frozen):
+  batch = image_batch(np.random.default_rng(4))
+  noise = np.random.default_rng(5).normal(size=(1, 10, 7))
+  ends = []
+  for rate in (0.0, 0.5):
+    method = classifier(frozen=frozen, backbone=backbone(drop_path=rate))
+    params, teacher, aux = jax.jit(method.init)(jax.random.key(3))
+    # Its start is too small to tell features apart.
+    params["head"]["kernel"] += noise
+    for key in (0, 1):
+      loss, *_ = loss_of(
+        method, params, teacher, aux, batch, jax.random.key(key), {}
+      )
+      ends.append(float(loss))
+  assert ends[0] == ends[1]
+  assert len(set(ends)) == (1 if frozen else 3)
+
+
+def test_every_step_mixes_otherwise():
+  method = classifier(frozen=False, mixup=0.8)
+  shares = [float(method.at(step)["mix_lam"]) for step in range(8)]
+  assert len(set(shares)) == 8
+  assert shares == [float(method.at(step)["mix_lam"]) for step in range(8)]
+  other = dataclasses.replace(method, seed=1)
+  assert shares[0] != float(other.at(0)["mix_lam"])
 
 
 def test_one_device_and_eight_agree():
@@ -248,14 +278,14 @@ def test_combine_takes_one_layer_and_refuses_another_width():
   method = classifier(rates=(1.0, 2.0))
   params, _, aux = method.init(jax.random.key(0))
   params["head"]["bias"] = params["head"]["bias"].at[1, 3].set(50.0)
-  whole = checkpoint.combine(
+  whole = classifiers.combine(
     aux["backbone"], params["head"], width=method.feature_width, layer=1
   )
   images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
   single = dataclasses.replace(method, rates=(1.0,))
   assert single.logits(whole, images).argmax(-1).tolist() == [3, 3]
   with pytest.raises(InputError, match="width 10.*give 20"):
-    checkpoint.combine(aux["backbone"], params["head"], width=20)
+    classifiers.combine(aux["backbone"], params["head"], width=20)
 
 
 def completed(family, name, **changes):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from small import loss_of
 
 from attmask_jax import mesh, trees
 from attmask_jax.errors import InputError
@@ -300,7 +301,7 @@ def test_attention_chooses_what_the_student_sees(policy):
     else:  # 8 = int(.25 * 32) of the 16 most attended in the others' place
       assert (row < 16).sum() == 8 and (row >= 40).sum() == 24
   assert not np.array_equal(np.sort(seen[0]), seen[0])  # dealt at random
-  loss = method.loss(params, teacher, aux, batch, jax.random.key(2), {}).loss
+  loss, *_ = loss_of(method, params, teacher, aux, batch, jax.random.key(2), {})
   assert 0 <= float(loss) <= 4
 
 
@@ -317,7 +318,7 @@ def test_one_view_serves_both_networks():
     vit.normalize_images(batch["images"][:, 0]),
   )
   target = method.projector.apply({"params": teacher["head"]}, out.tokens[:, 0])
-  loss = method.loss(params, teacher, aux, batch, jax.random.key(1), {}).loss
+  loss, *_ = loss_of(method, params, teacher, aux, batch, jax.random.key(1), {})
   q, k = np.asarray(whole)[:, 0], np.asarray(target)
   cos = [
     a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -354,7 +355,7 @@ def test_share_of_patches_that_some_subset_shows(disjoint):
   params, teacher, aux = method.init(key)
   ids = method.subsets(None, batch, jax.random.split(key)[0])
   want = np.mean([len(set(np.ravel(row).tolist())) for row in ids]) / 64
-  metrics = method.loss(params, teacher, aux, batch, key, {}).metrics
+  _, _, metrics, _ = loss_of(method, params, teacher, aux, batch, key, {})
   assert float(metrics["seen"]) == pytest.approx(want, rel=1e-6)
   if disjoint:
     assert want == 48 / 64

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from small import loss_of
 
 from attmask_jax import mesh, trees
 from attmask_jax.errors import InputError
@@ -81,7 +82,7 @@ def test_golden_forward(golden, variant):
   pred = method.predict(params, images, order)
   close(pred, file[f"out/{variant}/pred"])
   batch = {"images": images[:, None], "order": order}
-  loss = method.loss(params, {}, {}, batch, jax.random.key(0), {}).loss
+  loss, *_ = loss_of(method, params, {}, {}, batch, jax.random.key(0), {})
   close(loss, file[f"out/{variant}/loss"])
 
 
@@ -234,8 +235,19 @@ def test_every_policy_hides_the_same_count(policy):
       # int(.2 * 48) = 9 of the 12 most attended are shown, 9 others hidden.
       assert ((~hidden) & (place < 12)).sum(1).tolist() == [9] * 4
       assert (hidden & (place >= 48)).sum(1).tolist() == [9] * 4
-  loss = method.loss(params, teacher, aux, batch, jax.random.key(2), {}).loss
+  loss, *_ = loss_of(method, params, teacher, aux, batch, jax.random.key(2), {})
   assert np.isfinite(loss)
+
+
+def test_block_masks_follow_seed_epoch_and_image():
+  masks = lambda seed, epoch: np.stack([
+    small(mask="block", seed=seed).item_extras(epoch, i)["masks"]
+    for i in range(8)
+  ])  # fmt: skip
+  np.testing.assert_array_equal(masks(0, 1), masks(0, 1))
+  assert (masks(0, 1) != masks(0, 2)).any()
+  assert (masks(0, 1) != masks(1, 1)).any()
+  assert (masks(0, 1)[1:] != masks(0, 1)[:1]).any((1, 2)).all()
 
 
 def test_masks_are_per_image_unless_shared():

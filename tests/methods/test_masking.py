@@ -146,6 +146,28 @@ def test_every_eligible_patch_is_revealed_equally_often():
   assert np.abs(counts[3:] - rows * 0.4).max() < 190
 
 
+def test_hints_do_not_share_the_draw_that_keeps_a_row():
+  """Among the rows that keep their mask every patch is revealed as often."""
+  rows = 12000
+  scores = jnp.tile(jnp.arange(8.0)[::-1][None], (rows, 1))  # 0 leads
+  mask = masking.attention_mask(
+    scores,
+    policy="attmask_hint",
+    n_mask=5,
+    keys=masking.row_keys(jax.random.key(2), jnp.arange(rows)),
+    probability=0.5,
+    n_show=1,
+    n_eligible=4,
+  )
+  kept = np.asarray(mask)[np.asarray(mask).any(1)]
+  assert abs(len(kept) - rows / 2) < 5 * (rows / 4) ** 0.5
+  assert (kept.sum(1) == 4).all() and kept[:, 4].all()
+  revealed = (~kept[:, :4]).sum(0)
+  # Binomial(6000, 1/4): 5 standard deviations are 168.
+  spread = 5 * (len(kept) * 3 / 16) ** 0.5
+  assert np.abs(revealed - len(kept) / 4).max() < spread
+
+
 def test_revealing_nothing_is_allowed():
   scores = jax.random.normal(jax.random.key(0), (2, 10))
   keys = masking.row_keys(jax.random.key(1), jnp.arange(2))

@@ -13,7 +13,7 @@ from PIL import Image
 from attmask_jax.errors import InputError
 from attmask_jax.evals import compare
 from attmask_jax.evals.job import Job
-from attmask_jax.runs import report
+from attmask_jax.runs import records, report
 
 CONFIG = {
   "data.images": 40,
@@ -56,7 +56,7 @@ def test_page_shows_all_that_the_folder_holds(tmp_path):
   folder = write_run(tmp_path / "my <run>")
   (folder / "figures").mkdir()
   Image.new("RGB", (4, 3), (9, 8, 7)).save(folder / "figures" / "masks.png")
-  report.append_record(folder, record(12.34))
+  records.append(folder, record(12.34))
   page = report.write(folder).read_text()
   assert "my &lt;run&gt;" in page and "<run>" not in page
   assert "A &lt;note&gt; &amp; more." in page
@@ -93,7 +93,7 @@ def test_pictures_of_a_folder_used_again_are_not_shown(tmp_path):
   (home / "figures").mkdir(parents=True)
   Image.new("RGB", (4, 3)).save(home / "figures" / "a.png")
   told = record(12.34) | {"figures": ["figures/a.png"], "folder": str(home)}
-  report.append_record(folder, told)
+  records.append(folder, told)
   (home / "results.json").write_text(json.dumps(told))
   assert 'alt="figures/a.png"' in report.write(folder).read_text()
   (home / "results.json").write_text(json.dumps(told | {"date": "later"}))
@@ -124,8 +124,8 @@ def test_of_the_same_evaluation_the_last_record_counts(tmp_path):
   for entry in (
     record(1.0), record(2.0, k=5), record(3.0, digest="e"), record(4.0),
   ):  # fmt: skip
-    report.append_record(tmp_path, entry)
-  found = [r["values"]["k20/top1"] for r in report.read_records(tmp_path)]
+    records.append(tmp_path, entry)
+  found = [r["values"]["k20/top1"] for r in records.read(tmp_path)]
   assert found == [2.0, 3.0, 4.0]
 
 

@@ -93,6 +93,35 @@ def test_the_state_is_donated():
   assert not any(x.is_deleted() for x in jax.tree.leaves((new, batch)))
 
 
+def test_each_step_draws_by_its_own_key():
+  """The second half of the seed's key, folded with the steps completed."""
+  changes = {
+    "method.mask": "attmask_hint",
+    "method.show_max": 0.5,
+    "method.drop_path": 0.5,
+    "method.seed": 3,
+  }
+  built, state, step = small.parts(small.config(changes))
+  batch, scalars = next(small.arguments(built, 1))  # whose rate is 0
+  _, root = jax.random.split(jax.random.key(3))
+  losses = []
+  for i in range(3):
+    trees = jax.tree.map(np.asarray, (state.params, state.teacher, state.aux))
+    by_hand = [
+      small.loss_of(
+        built.method, *trees, batch, jax.random.fold_in(root, j), scalars
+      )
+      for j in range(3)
+    ]
+    state, values, _ = step(state, batch, scalars)
+    for name in ("loss", "mask_ratio"):
+      want = by_hand[i][2][name]
+      np.testing.assert_allclose(values[name], want, rtol=1e-5, err_msg=name)
+    losses.append(float(values["loss"]))
+    assert len({float(loss) for loss, *_ in by_hand}) == 3
+  assert min(abs(np.diff(losses))) > 1e-3
+
+
 DRAWS = {
   "data.batch_size": 16,
   "method.mask": "attmask_hint",

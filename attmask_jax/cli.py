@@ -1,0 +1,252 @@
+"""Command line: attmask-jax --config=NAME --workdir=DIR.
+
+In a source checkout also python main.py --config=configs/NAME.py. NAME is a
+file of configs/, or a path to a config file of your own; an argument for it
+follows after a colon, as in --config=tiny:mae.
+
+--mode=train (the default) trains; --mode=eval --config=configs/evals.py:NAME
+--config.weights=RUN measures what a run has learned; --mode=export
+--output=FILE and --mode=import --output=DIR move weights to and from PyTorch
+code bases.
+
+Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
+--config.data.batch_size=64; docs/config.md lists all keys with their meaning,
+configs/ the experiments.
+
+Exit codes: 0 the work asked for is done, 1 a failure of the program or the
+machine, 2 bad input, 3 the loss is not finite, 128 + n stopped by signal n
+after saving.
+"""
+
+import logging as python_logging
+import pathlib
+import re
+import sys
+import types
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from attmask_jax.errors import InputError, NotFiniteError, StoppedError
+
+PACKAGE = pathlib.Path(__file__).parent
+# Installed beside the modules, or in the source checkout.
+CONFIGS = next(
+  (p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir()),
+  PACKAGE / "configs",
+)
+EXAMPLE = "--config=tiny --workdir=runs/tiny"
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Name in configs/ or path of a config file; an argument for it follows after "
+  "a colon.",
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Run directory: made if missing, continued if it holds a run.",
+)
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "import", "export"], "What to do."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "import: new directory; export: .pth or .safetensors file."
+)
+_FORMAT = flags.DEFINE_string(
+  "format", "timm", "export: attmask, timm, hf, mae or extrema."
+)
+_DTYPE = flags.DEFINE_string(
+  "dtype", "float32", "export: float32, float16 or bfloat16."
+)
+_BACKBONE_ONLY = flags.DEFINE_bool(
+  "backbone_only", False, "export: leave heads, decoder and predictor out."
+)
+
+
+def run(argv: list[str]) -> None:
+  """Runs one mode of the program.
+
+  Raises:
+    InputError: bad flags, config or files; see `train`, `evaluate` and
+      `interchange`.
+  """
+  # Here, so that a wrong flag is answered at once.
+  from attmask_jax import evaluate, interchange, train
+
+  if len(argv) > 1:
+    raise InputError(
+      f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
+    )
+  _quiet_libraries()
+  config = _CONFIG.value
+  if _MODE.value == "train":
+    if "name" in config.get("evals", {}):
+      raise InputError(
+        "this config describes an evaluation: add --mode=eval and "
+        "--config.weights=RUN"
+      )
+    train.train(config, _WORKDIR.value)
+  elif _MODE.value == "eval":
+    evaluate.evaluate(config, _WORKDIR.value)
+  elif _MODE.value == "import":
+    interchange.import_weights(config, _OUTPUT.value)
+  else:
+    interchange.export_weights(
+      config,
+      _OUTPUT.value,
+      format=_FORMAT.value,
+      dtype=_DTYPE.value,
+      backbone_only=_BACKBONE_ONLY.value,
+    )
+
+
+def main(argv: list[str]) -> int:
+  """`run`, with one sentence instead of a traceback where the user can act."""
+  try:
+    run(argv)
+  except InputError as error:
+    return _fail(error, 2)
+  except NotFiniteError as error:
+    return _fail(error, 3)
+  except StoppedError as error:
+    return _fail(error, 128 + error.signal)
+  except KeyboardInterrupt:
+    return _fail(
+      "interrupted; the same command continues from the last save", 130
+    )
+  return 0
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags; a wrong one ends the program with one sentence."""
+  try:
+    _share_configs()
+    rest = flags.FLAGS(_with_config(argv))
+    moves = _MODE.value in ("import", "export")  # weights, and nothing else
+    for flag in (_CONFIG, _OUTPUT if moves else _WORKDIR):
+      if flag.value is None:
+        raise flags.IllegalFlagValueError(
+          f"--{flag.name} is missing, for example: {_example()}"
+        )
+    _CONFIG.value.lock()
+  except (AttributeError, KeyError) as error:
+    sys.exit(_fail(_unknown_key(str(error), argv), 2))
+  except OSError:  # of the config file; ml_collections keeps it until now
+    sys.exit(
+      _fail(
+        f"{_config_flag(argv)}: no such config file, neither here nor in "
+        f"{CONFIGS}: it holds {', '.join(_names())}",
+        2,
+      )
+    )
+  except (flags.Error, ValueError, TypeError) as error:
+    sys.exit(_fail(_sentence(str(error)), 2))
+  return rest
+
+
+def _example() -> str:
+  """A command of this mode."""
+  examples = {
+    "train": EXAMPLE,
+    "eval": "--mode=eval --config=evals:knn --config.weights=runs/tiny "
+    "--workdir=runs/tiny_knn",
+    "import": "--mode=import --config.weights=FILE.pth --output=DIR",
+    "export": "--mode=export --config.weights=runs/tiny "
+    "--output=backbone.safetensors",
+  }
+  return examples[_MODE.value]
+
+
+def _names() -> list[str]:
+  """Names of the experiments in configs/."""
+  shared = ("__init__", "common", "supervised")
+  return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in shared)
+
+
+def _share_configs() -> None:
+  """Makes `from configs import ...` work in config files, wherever they are.
+
+  The installed folder is no top-level package: it would take a name that
+  everybody uses.
+  """
+  package = types.ModuleType("configs")
+  package.__path__ = [str(CONFIGS), str(pathlib.Path.cwd() / "configs")]
+  sys.modules.setdefault("configs", package)
+
+
+def _with_config(argv: list[str]) -> list[str]:
+  """The words with the path of a config that is given by name.
+
+  Import and export need no config of the user's: any evaluation's does.
+  """
+  words = list(argv)
+  for i, word in enumerate(words):
+    flag = re.fullmatch(r"(--?config)(?:=(.*))?", word)
+    if flag and flag[2] is not None:
+      words[i] = f"{flag[1]}={_path(flag[2])}"
+    elif flag and i + 1 < len(words):
+      words[i + 1] = _path(words[i + 1])
+  moves = any(re.fullmatch(r"--?mode=(im|ex)port", word) for word in words)
+  if not moves or any(re.match(r"--?config(=|$)", word) for word in words):
+    return words
+  return [words[0], f"--config={CONFIGS / 'evals.py'}:knn", *words[1:]]
+
+
+def _path(config: str) -> str:
+  """Path of a config file: as given, else the one of this name in configs/."""
+  path, colon, argument = config.partition(":")
+  own = CONFIGS / f"{pathlib.Path(path).name.removesuffix('.py')}.py"
+  if not path or pathlib.Path(path).is_file() or not own.is_file():
+    return config
+  return f"{own}{colon}{argument}"
+
+
+def _config_flag(argv: list[str]) -> str:
+  """--config=FILE as it was given, in one word or two."""
+  words = " ".join(argv).replace("--config ", "--config=").split()
+  return next((w for w in words if w.startswith("--config=")), "--config")
+
+
+def _sentence(error: str) -> str:
+  """The first line, or the last of an error from within a config file."""
+  if "before a value for --config was specified" in error:
+    return "--config=FILE must stand before the flags --config.KEY=VALUE"
+  lines = error.strip().splitlines()
+  if len(lines) > 1 and "Traceback" in error:
+    return lines[-1].split(": ", 1)[-1]
+  return lines[0]
+
+
+def _unknown_key(error: str, argv: list[str]) -> str:
+  """A sentence for ml_collections' complaint about a key."""
+  near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', error)
+  keys = [a.split("=")[0] for a in argv if a.startswith("--config.")]
+  if not near:
+    name = error.strip("'\" ")
+    flag = next((k for k in keys if name in k.split(".")), name)
+    return f'unknown config key "{flag}": see docs/config.md for all keys'
+  flag = next((k for k in keys if near[2] in k.split(".")), near[2])
+  return f'unknown config key "{flag}": did you mean "{near[1]}"?'
+
+
+def _fail(error: object, code: int) -> int:
+  print(f"error: {error}", file=sys.stderr)
+  return code
+
+
+def _quiet_libraries() -> None:
+  """Our own progress to the terminal; libraries from warnings up."""
+  logging.set_verbosity(logging.INFO)
+
+  def is_ours(record: python_logging.LogRecord) -> bool:
+    ours = record.pathname.startswith(str(PACKAGE))
+    return ours or record.levelno >= python_logging.WARNING
+
+  logging.get_absl_handler().addFilter(is_ours)
+
+
+def entry() -> None:
+  """The command attmask-jax."""
+  app.run(main, flags_parser=parse)

@@ -1,0 +1,274 @@
+"""Loads classifiers: a backbone with the linear layer trained on it.
+
+From the directory of a linear probe or fine-tuning that has finished, or from a
+file of another code base.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from attmask_jax import Params, atomic
+from attmask_jax import mesh as meshes
+from attmask_jax.augment import transforms
+from attmask_jax.errors import InputError
+from attmask_jax.methods.classify import Classify
+from attmask_jax.models import positions
+from attmask_jax.runs import config as run_config
+from attmask_jax.weights import loading
+from attmask_jax.weights.torch_io import files, networks
+
+FILE = "classifier.json"  # in the run directory, when the run is complete
+Crop = Callable[[Image.Image, int], Image.Image]  # (image, size) -> square
+
+
+class Classifier(NamedTuple):
+  """A backbone with a linear layer.
+
+  Attributes:
+    method: `logits(params, images [B, H, W, 3]) -> [B, C]`.
+    params: its parameters, whole on every device.
+    class_names: [C], of the images it was trained on.
+    digest: of the parameters.
+    where: its checkpoint.
+    crop: how its validation images were cut; None = the evaluation crop.
+    trained_here: epochs of a probe that was trained for this evaluation alone.
+  """
+
+  method: Classify
+  params: Params
+  class_names: tuple[str, ...]
+  digest: str
+  where: str
+  crop: Crop | None = None
+  trained_here: int = 0
+
+
+def load(
+  where: str, source: loading.Weights, *, mesh: jax.sharding.Mesh
+) -> Classifier:
+  """Loads a trained probe with its backbone, or a fine-tuned network.
+
+  Args:
+    where: run directory of a linear probe or of a fine-tuning; a .pth or
+      .safetensors file of one; or imported weights with a linear layer.
+    source: the backbone of a probe.
+    mesh: devices that get a copy.
+
+  Raises:
+    InputError: no finished classifier there, or one of other weights.
+  """
+  if files.is_file(where):
+    return _of_file(where, source, mesh)
+  folder = pathlib.Path(where).expanduser()
+  if not folder.exists():
+    raise InputError(
+      f"the probe {where} does not exist: give the directory of a linear probe "
+      "or fine-tuning, or a file of one"
+    )
+  config = run_config.read_config(folder)
+  if config.method.name == networks.NAME:
+    return _imported(loading.load(where, network="student", mesh=mesh))
+  path = folder / FILE
+  if config.method.name != "classify" or not path.exists():
+    raise InputError(
+      f"{where} holds no finished classifier: give the directory of a linear "
+      "probe or fine-tuning that ran to its end (--config=configs/evals.py:"
+      "linear)"
+    )
+  record = json.loads(path.read_text())
+  trained = loading.load(
+    f"{folder}/checkpoints/{record['step']}", network="student", mesh=mesh
+  )
+  loaded = _classifier(trained, source, record)
+  if trained.method.frozen and config.digest != source.digest:
+    raise InputError(
+      f"the probe in {where} was trained on other weights ({config.digest}) "
+      f"than {source.where} ({source.digest}): give the weights it belongs to"
+    )
+  return loaded
+
+
+def own(source: loading.Weights) -> Classifier:
+  """Fine-tuned weights, ours or imported, as a classifier.
+
+  Raises:
+    InputError: they are of a fine-tuning that has not come to its end.
+  """
+  if source.run_dir is None or source.config.method.name == networks.NAME:
+    return _imported(source)
+  path = source.run_dir / FILE
+  if not path.exists():
+    raise InputError(
+      f"{source.run_dir} has not finished its training: run it to its end first"
+    )
+  return _classifier(source, source, json.loads(path.read_text()))
+
+
+def _classifier(
+  trained: loading.Weights, source: loading.Weights, record: dict[str, Any]
+) -> Classifier:
+  """A linear layer of `trained` behind the network it was trained with.
+
+  Args:
+    trained: of a probe or of a fine-tuning.
+    source: network of a probe.
+    record: what `finish` wrote.
+  """
+  method: Classify = trained.method
+  backbone = trained.params.get("backbone")
+  if method.frozen:
+    method = dataclasses.replace(method, backbone=source.method.backbone)
+    backbone = pretrained_backbone(source, trained.config.method)
+  params = combine(
+    backbone,
+    trained.params["head"],
+    width=method.feature_width,
+    layer=record["layer"],
+  )
+  params |= trained.aux
+  return Classifier(
+    method,
+    params,
+    tuple(record["class_names"]),
+    loading.digest(params),
+    trained.where,
+    crop_of(trained.config.data),
+  )
+
+
+def _of_file(
+  where: str, source: loading.Weights, mesh: jax.sharding.Mesh
+) -> Classifier:
+  """A classifier of another code base: whole, or the linear layer alone."""
+  if where == source.where:
+    return _imported(source)
+  file = files.read(where)
+  if files.kind_of(file) != "linear":
+    return _imported(loading.load(where, network="student", mesh=mesh))
+  head = files.load_probe(file)
+  _, features, classes = head["kernel"].shape
+  method = networks.probe_of(source.method.backbone, features, classes)
+  params = combine(
+    source.params["backbone"],
+    meshes.put(mesh, head),
+    width=method.feature_width,
+  )
+  return Classifier(
+    method, params, numbered(classes), loading.digest(params), where
+  )
+
+
+def _imported(source: loading.Weights) -> Classifier:
+  """Weights of another code base that end in a linear layer."""
+  if not source.method.classifies:
+    raise InputError(
+      f"{source.where} has no linear layer: give a fine-tuned network, or a "
+      "probe's file"
+    )
+  params = dict(source.params) | source.aux
+  classes = numbered(source.method.num_classes)
+  return Classifier(source.method, params, classes, source.digest, source.where)
+
+
+def numbered(classes: int) -> tuple[str, ...]:
+  """Class names of weights that do not know any: "0", "1", ..."""
+  return tuple(map(str, range(classes)))
+
+
+def pretrained_backbone(
+  source: loading.Weights, section: ml_collections.ConfigDict
+) -> Params:
+  """Parameters of the backbone that a classifier starts from or stays with.
+
+  Args:
+    source: pretrained weights.
+    section: `method` of the classifier; class_token and positions are read.
+  """
+  own = dict(source.params["backbone"])
+  own.pop("mask_token", None)
+  theirs = source.method.backbone
+  num_prefix_tokens = int(section.class_token == "input")
+  if section.class_token == "none":  # fine-tuning of ExtreMA drops its reader
+    own = {
+      name: x
+      for name, x in own.items()
+      if name != "cls_token" and not name.startswith("readout_")
+    }
+  if section.positions == "learned":
+    if theirs.positions != "learned":
+      table = positions.sin_cos(
+        (theirs.grid,) * 2, theirs.width, theirs.positions
+      )
+      own["pos_embed"] = jnp.pad(
+        table, ((0, 0), (num_prefix_tokens, 0), (0, 0))
+      )
+    elif theirs.num_prefix_tokens > num_prefix_tokens:
+      # The class token's, which is dropped.
+      own["pos_embed"] = own["pos_embed"][:, theirs.num_prefix_tokens :]
+  return own
+
+
+def combine(
+  backbone: Params, head: Params, *, width: int, layer: int = 0
+) -> Params:
+  """A classifier from a backbone and a linear layer trained on its features.
+
+  Args:
+    backbone: parameters of the ViT.
+    head: kernel [J, F, C], bias [J, C], of J layers trained side by side,
+      and what else they share.
+    width: F that the backbone's features have.
+    layer: which of the J.
+
+  Raises:
+    InputError: the layer is for features of another width.
+  """
+  probe_width = head["kernel"].shape[1]
+  if probe_width != width:
+    raise InputError(
+      f"the probe is for features of width {probe_width}, and these weights "
+      f"give {width}: use the weights that the probe was trained on"
+    )
+  one = {k: head[k][layer : layer + 1] for k in ("kernel", "bias")}
+  return {"backbone": backbone, "head": head | one}
+
+
+def crop_of(section: ml_collections.ConfigDict) -> Crop | None:
+  """How validation images of a classifier are cut; None = evaluation crop.
+
+  Args:
+    section: `data` of its training.
+  """
+  # As small images are trained on: whole.
+  whole = section.transform == "supervised" and section.image_size <= 32
+  return transforms.eval_whole if whole else None
+
+
+def finish(
+  folder: pathlib.Path, *, step: int, layer: int, class_names: Sequence[str]
+) -> None:
+  """Marks the run as complete and records which of its layers to use.
+
+  Every process takes part; the first one writes.
+
+  Args:
+    folder: run directory.
+    step: of the checkpoint.
+    layer: index among the linear layers trained side by side.
+    class_names: [C].
+  """
+  if jax.process_index() == 0:
+    record = {"step": step, "layer": layer, "class_names": list(class_names)}
+    with atomic.replaced(folder / FILE) as temporary:
+      temporary.write_text(json.dumps(record) + "\n")
+  if jax.process_count() > 1:  # the others read it next
+    multihost_utils.sync_global_devices(FILE)

@@ -1,0 +1,143 @@
+"""The documents name files, configs and keys that exist."""
+
+import functools
+import importlib
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SECTIONS = "method|data|optim|evals|run"
+NO_KEYS = ("py", "md", "json", "jsonl", "html")  # files, such as evals.jsonl
+PLACEHOLDERS = ("NAME", "ARGUMENT", "FILE")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def names(config):
+  """Dotted names of all keys and sections: {"data", "data.path", ...}."""
+  found = set()
+  for name, value in config.items():
+    found.add(name)
+    if hasattr(value, "items"):
+      found |= {f"{name}.{inner}" for inner in names(value)}
+  return found
+
+
+def module(name):
+  """configs/NAME.py, or the example of that name in CONTRIBUTING.md."""
+  path = ROOT / "configs" / f"{name}.py"
+  if path.exists():
+    return vars(importlib.import_module(f"configs.{name}"))
+  code = re.findall(
+    r"```python\n(.*?)```", text(ROOT / "CONTRIBUTING.md"), re.S
+  )
+  block = next((c for c in code if c.startswith(f"# configs/{name}.py")), None)
+  assert block, f"{path} does not exist"
+  space = {}
+  exec(block, space)
+  return space
+
+
+@functools.cache
+def keys(name, argument=""):
+  """Keys of one recipe; none of a file that others import, such as common."""
+  get_config = module(name).get("get_config")
+  if get_config is None:
+    assert not argument, f"configs/{name}.py has no recipes"
+    return set()
+  return names(get_config(argument) if argument else get_config())
+
+
+@functools.cache
+def any_keys():
+  """Keys of all recipes."""
+  found = set()
+  for path in (ROOT / "configs").glob("*.py"):
+    space = module(path.stem)
+    lists = (space.get(name, {}) for name in ("RUNS", "MASKS", "NAMES"))
+    arguments = {a for options in lists for a in options}
+    if "get_config" in space:
+      found |= set().union(*(keys(path.stem, a) for a in {"", *arguments}))
+  return found
+
+
+def text(page):
+  """The page with each continued command on one line."""
+  return re.sub(r" *\\\n\s*", " ", page.read_text())
+
+
+def parts(page):
+  """Prose and fenced code of a page, each as one text."""
+  pieces = re.split(r"^```.*$", text(page), flags=re.M)
+  return "\n".join(pieces[::2]), "\n".join(pieces[1::2])
+
+
+def spans(prose):
+  """Code within the prose; a span may run over lines."""
+  return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def recipes(line):
+  """(config, argument) of each config file that a line names."""
+  found = re.findall(r"configs/(\w+)\.py(?::(\w+))?", line)
+  found += re.findall(r"--config=(\w+)(?::(\w+))?(?![\w/.])", line)
+  return [(name, arg) for name, arg in found if name not in PLACEHOLDERS]
+
+
+def anchors(page):
+  """Anchors that the page's headings have on a rendered page."""
+  titles = re.findall(r"^#+ (.*)$", parts(page)[0], re.M)
+  return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+@pages
+def test_relative_links(page):
+  for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    if target.startswith("http"):
+      continue
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve() if path else page
+    assert file.exists(), target
+    assert not anchor or anchor in anchors(file), target
+
+
+def test_length_of_the_readme():
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+@pages
+def test_scripts_of_commands(page):
+  for script in re.findall(r"\bpython ([\w/.]+\.py)\b", text(page)):
+    assert (ROOT / script).exists(), script
+
+
+@pages
+def test_configs_and_their_arguments(page):
+  for name, argument in recipes(text(page)):
+    keys(name, "" if argument in PLACEHOLDERS else argument)
+
+
+@pages
+def test_flags_of_commands(page):
+  """Of the one config that a command names, or else of any config."""
+  if page.name == "CHANGELOG.md":
+    return  # it names old keys
+  prose, code = parts(page)
+  for line in [*code.splitlines(), *spans(prose)]:
+    named = [r for r in recipes(line) if r[1] not in PLACEHOLDERS]
+    known = keys(*named[0]) if len(named) == 1 else any_keys()
+    for flag in re.findall(r"--config\.([\w.]+)", line):
+      assert flag in known or flag in ("SECTION.KEY", "KEY"), line
+
+
+@pages
+def test_keys_in_the_prose(page):
+  if page.name == "CHANGELOG.md":
+    return  # it names old keys
+  pattern = rf"(?<![\w./])((?:{SECTIONS})\.[\w.]*\w)(?![\w/(])"
+  for key in re.findall(pattern, "\n".join(spans(parts(page)[0]))):
+    if key.rsplit(".")[-1] not in NO_KEYS:
+      assert key in any_keys(), key
