@@ -32,22 +32,17 @@ Paper:     arXiv:2203.12719; protocols as in the AttMask release. Published
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 
 import ml_collections
 
+from attmask_jax import evals
 from attmask_jax.training import setup
 from configs import common, supervised
 
 
-def _keys(name: str) -> type:
-  """What declares the settings of an evaluation: `Keys` of its module."""
-  return importlib.import_module(f"attmask_jax.evals.{name}").Keys
-
-
 def _evaluation(name: str) -> ml_collections.ConfigDict:
-  return setup.evaluation_config(name, _keys(name))
+  return setup.evaluation_config(name, *evals.by_name(name).keys)
 
 
 def knn() -> ml_collections.ConfigDict:
@@ -74,7 +69,7 @@ def fewshot() -> ml_collections.ConfigDict:
 
 def _probed(name: str, **settings: object) -> ml_collections.ConfigDict:
   """Needs a trained linear probe; without config.probe trains a short one."""
-  config = supervised.probe(name, _keys(name), **settings)
+  config = supervised.probe(name, *evals.by_name(name).keys, **settings)
   config.method.last_blocks = 4
   config.method.lrs = (0.005, 0.02, 0.1)  # the best on the validation set
   config.optim.epochs = 3

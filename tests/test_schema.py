@@ -1,13 +1,13 @@
 """Config keys: what a declaration gives, and what is refused."""
 
 import dataclasses
-import importlib
 import pathlib
 
 import pytest
 
 from attmask_jax import config_reference, schema
 from attmask_jax.errors import InputError
+from attmask_jax.evals import by_name
 from attmask_jax.methods import METHODS
 from attmask_jax.training import setup
 from configs import evals
@@ -118,10 +118,10 @@ def test_what_is_refused(changes, sentence):
   assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize("value", [10, 2])
+@pytest.mark.parametrize("value", [10, 2, 0])
 def test_sizes_that_patches_do_not_tile(value):
   schema.check_multiple("a.b", 8, 4, "c.d")
-  near = {10: "8 or 12", 2: "4 or 8"}[value]
+  near = "8 or 12" if value == 10 else "4 or 8"
   with pytest.raises(InputError) as error:
     schema.check_multiple("a.b", value, 4, "c.d")
   assert str(error.value) == (
@@ -159,10 +159,7 @@ def test_every_key_of_a_training_config_is_declared(method, transform):
 @pytest.mark.parametrize("name", evals.NAMES)
 def test_every_key_of_an_evaluation_is_declared(name):
   config = evals.get_config(name)
-  own = ()
-  if config.evals.name not in ("linear", "finetune"):
-    module = importlib.import_module(f"attmask_jax.evals.{config.evals.name}")
-    own = (module.Keys,)
+  own = by_name(config.evals.name).keys
   trains = "method" in config
   names = declared(setup.evaluation_classes(*own, trains=trains))
   for section in ("evals", "data", "run", *(("method", "optim") * trains)):

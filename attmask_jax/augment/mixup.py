@@ -37,11 +37,11 @@ class Keys:
 def draw(
   rng: np.random.Generator,
   *,
-  mixup_alpha: float = 0.8,
-  cutmix_alpha: float = 1.0,
-  prob: float = 1.0,
-  switch_prob: float = 0.5,
-  size: tuple[int, int] = (224, 224),
+  mixup_alpha: float,
+  cutmix_alpha: float,
+  prob: float,
+  switch_prob: float,
+  size: tuple[int, int],
 ) -> dict[str, np.generic | np.ndarray]:
   """How one batch is mixed.
 

@@ -34,7 +34,7 @@ def erase_box(
   width: int,
   rng: np.random.Generator,
   *,
-  prob: float = 0.25,
+  prob: float,
   area: tuple[float, float] = (0.02, 1 / 3),
   aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> np.ndarray:

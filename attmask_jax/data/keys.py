@@ -1,4 +1,4 @@
-"""Keys of the config's section `data`, but for those of the augmentation."""
+"""Keys of images and batches, but for those of the augmentation."""
 
 import dataclasses
 
@@ -69,6 +69,16 @@ class ReadKeys:
   max_broken: float = schema.key(
     0.01, "a larger share of unreadable files stops the run", low=0, high=1
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadKeys:
+  """How images are loaded."""
+
+  threads: int = schema.key(
+    0, "that decode and augment, 0 = one per core", low=0
+  )
+  prefetch: int = schema.key(4, "batches prepared ahead", low=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,6 @@ Source: the per-epoch scores of train_one_epoch in AttMask main_attmask.py, and
 its stand-alone evaluation of unsupervised classification.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +12,6 @@ from attmask_jax.errors import InputError
 from attmask_jax.evals import features
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.methods import clustering
-
-
-@dataclasses.dataclass(frozen=True)
-class Keys:
-  """Prototypes against labels: nothing to set."""
 
 
 def run(job: Job) -> Result:

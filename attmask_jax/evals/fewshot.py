@@ -10,12 +10,12 @@ import numpy as np
 
 from attmask_jax import data, schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import knn
+from attmask_jax.evals import cache, features, knn
 from attmask_jax.evals.job import Eval, Job, Result, Table
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys(knn.Keys):
+class Keys(knn.SearchKeys, cache.Keys, features.Keys):
   """k-NN on few images per class."""
 
   shots: tuple[int, ...] = schema.key(

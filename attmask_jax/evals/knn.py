@@ -40,13 +40,23 @@ class SearchKeys:
     low=0,
   )
   bank_chunk: int = schema.key(
-    65536, "bank images on the device at a time", low=1
+    BANK_CHUNK, "bank images on the device at a time", low=1
   )
-  query_chunk: int = schema.key(1024, "queries compared at a time", low=1)
+  query_chunk: int = schema.key(
+    QUERY_CHUNK, "queries compared at a time", low=1
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys(SearchKeys, cache.Keys, features.Keys):
+class BankKeys:
+  """How many images are compared."""
+
+  knn_bank: int = schema.key(0, "training images in the bank, 0 = all", low=0)
+  knn_queries: int = schema.key(0, "validation images, 0 = all", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(BankKeys, SearchKeys, cache.Keys, features.Keys):
   """Weighted k-NN."""
 
   knn_ks: tuple[int, ...] = schema.key(

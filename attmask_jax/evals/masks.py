@@ -18,7 +18,9 @@ class Keys(pictures.MaskKeys, pictures.Keys):
   """What each mask policy hides."""
 
   policies: tuple[str, ...] = schema.key(
-    masking.POLICIES[:-1], "which ones", choices=masking.POLICIES[:-1]
+    ("attmask_high", "attmask_hint", "attmask_low", "random", "block"),
+    "what is compared",
+    choices=masking.POLICIES[:-1],
   )
   gallery: int = schema.key(
     16, "pictures in the figure at most, 0 = no figure", low=0

@@ -23,4 +23,6 @@ METHODS: dict[str, type[Method]] = {
 class Keys:
   """Which method."""
 
-  name: str = schema.key("attmask", "what is trained", choices=tuple(METHODS))
+  name: str = schema.key(
+    "attmask", "what is trained", choices=lambda: tuple(METHODS)
+  )

@@ -101,8 +101,6 @@ class RunKeys:
   )
   compilation_cache: str = schema.key("", "folder that keeps compiled programs")
   distributed: bool = schema.key(False, "call jax.distributed.initialize()")
-  threads: int = schema.key(0, "for decoding, 0 = one per core", low=0)
-  prefetch: int = schema.key(4, "batches prepared ahead", low=1)
   log_steps: int = schema.key(10, "steps between lines of metrics.jsonl", low=1)
   save_steps: int = schema.key(
     0, "steps between saves besides every epoch's end, 0 = none", low=0

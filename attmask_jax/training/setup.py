@@ -13,7 +13,7 @@ from attmask_jax.augment import TRANSFORMS, mixup, supervised
 from attmask_jax.data import keys
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, inputs, online
-from attmask_jax.evals.knn import Keys as KnnKeys
+from attmask_jax.evals.knn import BankKeys, SearchKeys
 from attmask_jax.methods import attmask
 from attmask_jax.methods.base import Method
 from attmask_jax.models import vit
@@ -24,7 +24,7 @@ Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineKeys(features.Keys):
+class OnlineKeys(BankKeys, features.Keys):
   """What is measured on the teacher during pretraining."""
 
   knn: bool = schema.key(True, "k-NN; needs labels")
@@ -36,9 +36,7 @@ class OnlineKeys(features.Keys):
     "neighbours that vote; knn/top1 is that of the first",
     low=1,
   )
-  knn_temp: float = schema.inherit(KnnKeys, "knn_temp", 0.0)
-  knn_bank: int = schema.inherit(KnnKeys, "knn_bank", 0)
-  knn_queries: int = schema.inherit(KnnKeys, "knn_queries", 0)
+  knn_temp: float = schema.inherit(SearchKeys, "knn_temp", 0.0)
   mask_images: int = schema.key(
     8, "rows of figures/masks.png, 0 = no picture", low=0
   )
@@ -62,7 +60,9 @@ class EvaluationKeys(inputs.Keys):
   name: str = schema.key("", "of the evaluation, see configs/evals.py")
 
 
-RUN_KEYS = (run_config.RunKeys, vit.ComputeKeys, attmask.ComputeKeys)
+RUN_KEYS = (
+  run_config.RunKeys, keys.LoadKeys, vit.ComputeKeys, attmask.ComputeKeys
+)  # fmt: skip
 OPTIM_KEYS = (
   optim.NameKeys, optim.Optimizer, schedules.RateKeys, schedules.Schedules
 )  # fmt: skip

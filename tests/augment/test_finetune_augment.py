@@ -259,7 +259,7 @@ def test_a_string_that_is_not_understood(text: str, message: str) -> None:
 
 def test_erased_boxes_have_the_asked_share_and_aspect() -> None:
   rng = _rng()
-  boxes = [supervised.erase_box(200, 300, rng) for _ in range(8000)]
+  boxes = [supervised.erase_box(200, 300, rng, prob=0.25) for _ in range(8000)]
   boxes = np.array(boxes)
   assert boxes.shape == (8000, 4) and boxes.dtype == np.int32
   some = boxes.any(axis=1)

@@ -46,7 +46,8 @@ def classifier(cls=Classify, **changes):
 
 def sgd(method, **changes):
   recipe = optim.Optimizer(name="sgd", clip=0.0, sgd_momentum=0.9)
-  return recipe._replace(**changes).build(lr_scale=method.lr_scale)
+  recipe = dataclasses.replace(recipe, **changes)
+  return recipe.build(lr_scale=method.lr_scale)
 
 
 def one_device():

@@ -57,6 +57,7 @@ def test_old_keys_have_todays_names():
     (2, False, "cls+mean", True),
     (2, True, "cls+mean", False),
     (3, False, "mean", True),
+    (3, True, "mean", True),
   ],
 )
 @pytest.mark.parametrize("section", ["method", "evals"])
