@@ -13,6 +13,7 @@ from absl import logging
 from attmask_jax import atomic, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
+from attmask_jax.methods.attmask import AttMask
 from attmask_jax.runs import checkpoint
 from attmask_jax.weights import classifier, export, loading
 from attmask_jax.weights.torch_io import files
@@ -146,7 +147,7 @@ def _centers(where: str, source: loading.Weights) -> dict[str, np.ndarray]:
   """The loss centres beside these weights, {} where there are none."""
   if source.run_dir is None:
     return files.read(where).centers
-  if not hasattr(source.method, "teacher_head"):
+  if not isinstance(source.method, AttMask):
     return {}
   return jax.device_get(loading.load_centers(source))
 

@@ -12,6 +12,7 @@ from absl import logging
 from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.classify import BN_EPS
+from attmask_jax.methods.mae import Mae
 from attmask_jax.weights.loading import Weights
 from attmask_jax.weights.torch_io import (
   fixed,
@@ -86,7 +87,7 @@ def export(
     found["epoch"] = epoch - 1  # of the last epoch, counted from 0
   flat, notes = _flatten(found)
   said = {"heads": teacher.method.backbone.num_heads}
-  if hasattr(student.method, "decoder"):
+  if isinstance(student.method, Mae):
     said["decoder_heads"] = student.method.decoder.num_heads
   if format == "hf":
     if file.name != "model.safetensors":
@@ -251,7 +252,7 @@ def _official_decoder(weights: Weights) -> bool:
     InputError: it is neither.
   """
   method = weights.method
-  if not hasattr(method, "decoder"):
+  if not isinstance(method, Mae):
     return False
   layout = {True: "hwc", False: "chw"}[method.decoder.class_token]
   if method.target_layout != layout:

@@ -11,6 +11,7 @@ from absl import logging
 
 from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
 from attmask_jax.models import positions
 from attmask_jax.weights import loading
 from attmask_jax.weights.torch_io import files, fixed
@@ -33,7 +34,7 @@ class Start(NamedTuple):
 
 
 def start(
-  config: ml_collections.ConfigDict, method: Any, mesh: jax.sharding.Mesh
+  config: ml_collections.ConfigDict, method: Method, mesh: jax.sharding.Mesh
 ) -> Start:
   """Values for `method` out of `config.init_from`; says what is not there.
 
@@ -145,7 +146,9 @@ def _training_state(
   return file.epoch
 
 
-def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
+def _positions(
+  source: loading.Weights, method: Method, resample: bool
+) -> Leaves:
   """Start values of learned positions: {path: table}, {} without any.
 
   Raises:

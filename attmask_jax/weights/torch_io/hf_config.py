@@ -7,9 +7,12 @@ from typing import Any
 
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
+from attmask_jax.methods.classify import Classify
+from attmask_jax.methods.mae import Mae
 
 
-def write(folder: pathlib.Path, method: Any, names: Container[str]) -> None:
+def write(folder: pathlib.Path, method: Method, names: Container[str]) -> None:
   """Writes the file.
 
   Args:
@@ -22,7 +25,7 @@ def write(folder: pathlib.Path, method: Any, names: Container[str]) -> None:
       cannot be written.
   """
   path = folder / "config.json"
-  text = json.dumps(_told(method, names), indent=2) + "\n"
+  text = json.dumps(_config(method, names), indent=2) + "\n"
   try:
     if path.exists() and path.read_text() != text:
       raise InputError(
@@ -37,10 +40,10 @@ def write(folder: pathlib.Path, method: Any, names: Container[str]) -> None:
     ) from error
 
 
-def _told(method: Any, names: Container[str]) -> dict[str, Any]:
-  """What the file says."""
+def _config(method: Method, names: Container[str]) -> dict[str, Any]:
+  """What the file holds."""
   backbone = method.backbone
-  told = {
+  config = {
     "architectures": ["ViTModel"],
     "model_type": "vit",
     "hidden_size": backbone.width,
@@ -56,20 +59,20 @@ def _told(method: Any, names: Container[str]) -> dict[str, Any]:
     "num_channels": 3,
     "qkv_bias": True,
   }
-  if "classifier.weight" in names:
-    return told | _classifier(method)
+  if isinstance(method, Classify) and "classifier.weight" in names:
+    return config | _classifier(method)
   if backbone.class_token != "input":
     # The only ViT of transformers without class token, and without its head.
     kind = dict(model_type="siglip_vision_model", vision_use_head=False)
-    return told | kind | {"architectures": ["SiglipVisionModel"]}
-  if "decoder.mask_token" in names:
-    return told | _decoder(method)
+    return config | kind | {"architectures": ["SiglipVisionModel"]}
+  if isinstance(method, Mae) and "decoder.mask_token" in names:
+    return config | _decoder(method)
   if backbone.positions != "learned":
-    told |= {"architectures": ["ViTMAEModel"], "model_type": "vit_mae"}
-  return told
+    config |= {"architectures": ["ViTMAEModel"], "model_type": "vit_mae"}
+  return config
 
 
-def _classifier(method: Any) -> dict[str, Any]:
+def _classifier(method: Classify) -> dict[str, Any]:
   labels = {str(i): str(i) for i in range(method.num_classes)}
   return {
     "architectures": ["ViTForImageClassification"],
@@ -78,7 +81,7 @@ def _classifier(method: Any) -> dict[str, Any]:
   }
 
 
-def _decoder(method: Any) -> dict[str, Any]:
+def _decoder(method: Mae) -> dict[str, Any]:
   return {
     "architectures": ["ViTMAEForPreTraining"],
     "model_type": "vit_mae",
