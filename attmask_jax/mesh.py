@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from attmask_jax import Batch, Params
 from attmask_jax.errors import InputError
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 # Smaller tensors stay whole on every device: splitting them saves little and
 # costs a message each.
 FSDP_MIN_SIZE = 2**16
@@ -58,7 +58,7 @@ def init_distributed(wanted: bool) -> None:
       jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
       raise InputError(
-        f"run.distributed=True found no cluster ({error}): set "
+        f"run.distributed=True detects no cluster ({error}): set "
         f"{', '.join(names)} on every process"
       ) from error
 

@@ -11,9 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attmask_jax.errors import InputError
+from attmask_jax.mesh import BATCH_AXES
 from attmask_jax.models import vit
-
-BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 
 FeaturesFn = Callable[[jax.Array], jax.Array]
 HostBatch = dict[str, np.ndarray]
