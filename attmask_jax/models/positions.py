@@ -1,10 +1,21 @@
 """Position tables, and how they fit images of another size."""
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 DINO_OFFSET = 0.1  # of interpolate_pos_encoding in DINO, iBOT and AttMask
+
+
+class Network(Protocol):
+  """What is read of a ViT, see `vit.ViT`."""
+
+  grid: int
+  width: int
+  positions: str
+  num_prefix_tokens: int
 
 
 def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
@@ -38,8 +49,12 @@ def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
   return weights
 
 
-def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
-  """Fixed two-dimensional positions: [1, N, D] float32, row-major.
+def sin_cos(
+  grid: tuple[int, int], width: int, order: str, *, num_prefix_tokens: int = 0
+) -> np.ndarray:
+  """Fixed positions in two dimensions: [1, num_prefix_tokens + N, D] float32.
+
+  Zeros for the prefix tokens, then the patches, row-major.
 
   Each axis gives [sin(c w), cos(c w)] with w_k = 10000^(-k / (D / 4)) of its
   coordinate c.
@@ -49,6 +64,7 @@ def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
     width: D, divides by 4.
     order: which axis comes first: "yx" (MAE-priv) or "xy" (the official MAE,
       ExtreMA).
+    num_prefix_tokens: slots in front of the patches'.
   """
   rates = 10000.0 ** (-np.arange(width // 4) / (width // 4))
   y, x = np.indices(grid).reshape(2, -1, 1) * rates
@@ -56,7 +72,34 @@ def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
   table = np.concatenate(
     [part for axis in order for part in axes[axis]], axis=1
   )
-  return table[None].astype(np.float32)
+  slots = ((0, 0), (num_prefix_tokens, 0), (0, 0))
+  return np.pad(table[None].astype(np.float32), slots)
+
+
+def adapt(
+  table: jax.Array | None, network: Network, *, num_prefix_tokens: int
+) -> jax.Array:
+  """Positions of one network as start values of another's learned ones.
+
+  Fixed positions are written out. The place of a class token that only one of
+  the two has is zero, as in fixed tables, or left out.
+
+  Args:
+    table: learned positions of `network`, [1, its num_prefix_tokens + N, D];
+      None for fixed ones.
+    network: whose positions these are.
+    num_prefix_tokens: slots in front of the patches' that the other has.
+
+  Returns:
+    [1, num_prefix_tokens + N, D].
+  """
+  given = network.num_prefix_tokens
+  if table is None:
+    grid, given = (network.grid,) * 2, 0
+    table = sin_cos(grid, network.width, network.positions)
+  patches = jnp.asarray(table)[:, max(given - num_prefix_tokens, 0) :]
+  missing = max(num_prefix_tokens - given, 0)
+  return jnp.pad(patches, ((0, 0), (missing, 0), (0, 0)))
 
 
 def interpolate(

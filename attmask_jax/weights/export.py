@@ -13,9 +13,9 @@ from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.classify import BN_EPS
 from attmask_jax.methods.mae import Mae
+from attmask_jax.models import positions
 from attmask_jax.weights.loading import Weights
 from attmask_jax.weights.torch_io import (
-  fixed,
   hf_config,
   layouts,
   names,
@@ -310,11 +310,8 @@ def _trunk(weights: Weights) -> Params:
     )
   backbone = _without(backbone, left)
   if network.positions != "learned":
-    backbone["pos_embed"] = fixed.table(
-      (network.grid,) * 2,
-      network.width,
-      network.positions,
-      num_prefix_tokens=network.num_prefix_tokens,
+    backbone["pos_embed"] = positions.adapt(
+      None, network, num_prefix_tokens=network.num_prefix_tokens
     )
   return backbone
 

@@ -4,7 +4,6 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
@@ -14,7 +13,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.methods.base import Method
 from attmask_jax.models import positions
 from attmask_jax.weights import loading
-from attmask_jax.weights.torch_io import files, fixed
+from attmask_jax.weights.torch_io import files
 
 POSITIONS = "backbone/pos_embed"
 Leaves = dict[str, Any]  # by path
@@ -160,26 +159,7 @@ def _positions(
     return {}
   if old is None:
     logging.info("fixed positions are the start values of learned ones")
-    order = theirs.positions
-    old = fixed.table(
-      (theirs.grid,) * 2,
-      theirs.width,
-      order,
-      num_prefix_tokens=theirs.num_prefix_tokens,
-    )
-  # A class token that only one of the two has: its position is 0, as in fixed
-  # tables, or is left out.
-  old = jnp.asarray(old)[
-    :, max(theirs.num_prefix_tokens - ours.num_prefix_tokens, 0) :
-  ]
-  old = jnp.pad(
-    old,
-    (
-      (0, 0),
-      (max(ours.num_prefix_tokens - theirs.num_prefix_tokens, 0), 0),
-      (0, 0),
-    ),
-  )
+  old = positions.adapt(old, theirs, num_prefix_tokens=ours.num_prefix_tokens)
   tokens = ours.num_prefix_tokens + ours.grid**2
   if old.shape[1:] == (tokens, ours.width):
     return {POSITIONS: old}

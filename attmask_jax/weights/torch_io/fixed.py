@@ -7,14 +7,6 @@ from attmask_jax.errors import InputError
 from attmask_jax.models import positions
 
 
-def table(
-  grid: tuple[int, int], width: int, order: str, *, num_prefix_tokens: int
-) -> np.ndarray:
-  """Sine-cosine table after zeros for the prefix tokens: [1, L, D] float32."""
-  patches = positions.sin_cos(grid, width, order)
-  return np.pad(patches, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
-
-
 def square(tokens: int) -> tuple[int, int] | None:
   """(side, num_prefix_tokens) of a table with 0 or 1 class tokens."""
   for num_prefix_tokens in (0, 1):
@@ -50,7 +42,7 @@ def _distance(array: np.ndarray, order: str) -> float:
   if sizes is None or not array.shape[2]:
     return float("inf")
   side, num_prefix_tokens = sizes
-  expected = table(
+  expected = positions.sin_cos(
     (side, side), array.shape[2], order, num_prefix_tokens=num_prefix_tokens
   )
   return float(np.max(np.abs(np.asarray(array, np.float32) - expected)))
