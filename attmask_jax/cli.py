@@ -4,7 +4,7 @@ In a source checkout also python main.py --config=configs/NAME.py. NAME is a
 file of configs/, or a path to a config file of your own; an argument for it
 follows after a colon, as in --config=tiny:mae.
 
---mode=train (the default) trains; --mode=eval --config=configs/evals.py:NAME
+--mode=train (the default) trains; --mode=eval --config=evals:NAME
 --config.weights=RUN measures what a run has learned; --mode=export
 --output=FILE and --mode=import --output=DIR move weights to and from PyTorch
 code bases.
@@ -121,6 +121,9 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> list[str]:
   """Reads the flags; a wrong one ends the program with one sentence."""
+  if any(re.fullmatch(r"--?h(elp)?", word) for word in argv[1:]):
+    print(f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}")
+    sys.exit(0)
   try:
     _share_configs()
     rest = flags.FLAGS(_with_config(argv))
@@ -136,8 +139,8 @@ def parse(argv: list[str]) -> list[str]:
   except OSError:  # of the config file; ml_collections keeps it until now
     sys.exit(
       _fail(
-        f"{_config_flag(argv)}: no such config file, neither here nor in "
-        f"{CONFIGS}: it holds {', '.join(_names())}",
+        f"{_config_flag(argv)}: no such config file here, and no such name "
+        f"(one of {', '.join(_names())})",
         2,
       )
     )
@@ -195,12 +198,16 @@ def _with_config(argv: list[str]) -> list[str]:
 
 
 def _path(config: str) -> str:
-  """Path of a config file: as given, else the one of this name in configs/."""
+  """Path of a config file: as given, else of NAME or configs/NAME.py here.
+
+  Other paths are the user's own: tiny.py of another folder is another file.
+  """
   path, colon, argument = config.partition(":")
-  own = CONFIGS / f"{pathlib.Path(path).name.removesuffix('.py')}.py"
-  if not path or pathlib.Path(path).is_file() or not own.is_file():
+  name = re.fullmatch(r"(\w+)|configs/(\w+)\.py", path)
+  if not name or (name[2] and pathlib.Path(path).is_file()):
     return config
-  return f"{own}{colon}{argument}"
+  own = CONFIGS / f"{name[1] or name[2]}.py"
+  return f"{own}{colon}{argument}" if own.is_file() else config
 
 
 def _config_flag(argv: list[str]) -> str:

@@ -270,6 +270,62 @@ def test_flags_reach_the_run(call, monkeypatch, tmp_path):
   assert config.data.batch_size == small.SIZES["data.batch_size"]
 
 
+@pytest.mark.parametrize("given", ["tiny:hint", "configs/tiny.py:hint"])
+@pytest.mark.parametrize("words", [1, 2])
+def test_configs_go_by_name(call, monkeypatch, tmp_path, given, words):
+  """From any folder; a file of the user's at that path comes first."""
+  seen = []
+  monkeypatch.setattr(train, "train", lambda config, _: seen.append(config))
+  monkeypatch.chdir(tmp_path)
+  config = [f"--config={given}"] if words == 1 else ["--config", given]
+  assert call(*config, "--workdir=W", "--config.data.seed=3") == (0, "")
+  assert seen[-1].method.mask == "attmask_hint" and seen[-1].data.seed == 3
+  own = tmp_path / "configs" / "tiny.py"
+  own.parent.mkdir()
+  own.write_text(
+    "from configs import tiny\n"
+    "def get_config(arg):\n"
+    "  config = tiny.get_config()\n"
+    "  config.method.mask = arg + ' of mine'\n"
+    "  return config\n"
+  )
+  assert call(*config, "--workdir=W") == (0, "")
+  mine = "hint of mine" if "configs" in given else "attmask_hint"
+  assert seen[-1].method.mask == mine
+
+
+def test_a_missing_file_is_not_the_one_of_its_name(call, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  for given in ("mine/tiny.py", "tiny.py", str(tmp_path / "tiny.py"), "tinny"):
+    code, words = call(f"--config={given}", "--workdir=W")
+    check_sentence(code, words, [given, "no such config file here", "evals"])
+
+
+def test_a_missing_flag_is_answered_with_an_example(call):
+  examples = {
+    "train": ["--workdir is missing", "--config=tiny --workdir="],
+    "eval": ["--workdir is missing", "--config=evals:knn --config.weights="],
+    "import": ["--output is missing", "--config.weights=FILE.pth --output=DIR"],
+    "export": ["--output is missing", "--output=backbone.safetensors"],
+  }
+  for mode, words in examples.items():
+    check_sentence(*call(f"--mode={mode}", TINY), words)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_the_flags(capsys, flag):
+  with pytest.raises(SystemExit) as stop:
+    cli.parse(["main.py", flag])
+  text = capsys.readouterr().out
+  assert stop.value.code == 0
+  for word in (
+    "--config=tiny:mae",
+    "--workdir: Run directory",
+    "--mode: <train",
+  ):
+    assert word in text
+
+
 def test_lists_of_words_reach_the_program(call, monkeypatch):
   seen = []
   monkeypatch.setattr(
