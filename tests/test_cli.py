@@ -271,13 +271,13 @@ def test_flags_reach_the_run(call, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("given", ["tiny:hint", "configs/tiny.py:hint"])
-@pytest.mark.parametrize("words", [1, 2])
-def test_configs_go_by_name(call, monkeypatch, tmp_path, given, words):
+@pytest.mark.parametrize("count", [1, 2])
+def test_configs_go_by_name(call, monkeypatch, tmp_path, given, count):
   """From any folder; a file of the user's at that path comes first."""
   seen = []
   monkeypatch.setattr(train, "train", lambda config, _: seen.append(config))
   monkeypatch.chdir(tmp_path)
-  config = [f"--config={given}"] if words == 1 else ["--config", given]
+  config = [f"--config={given}"] if count == 1 else ["--config", given]
   assert call(*config, "--workdir=W", "--config.data.seed=3") == (0, "")
   assert seen[-1].method.mask == "attmask_hint" and seen[-1].data.seed == 3
   own = tmp_path / "configs" / "tiny.py"
@@ -308,8 +308,8 @@ def test_a_missing_flag_is_answered_with_an_example(call):
     "import": ["--output is missing", "--config.weights=FILE.pth --output=DIR"],
     "export": ["--output is missing", "--output=backbone.safetensors"],
   }
-  for mode, words in examples.items():
-    check_sentence(*call(f"--mode={mode}", TINY), words)
+  for mode, wanted in examples.items():
+    check_sentence(*call(f"--mode={mode}", TINY), wanted)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
