@@ -169,7 +169,7 @@ def _names() -> list[str]:
 
 
 def _share_configs() -> None:
-  """Makes `from configs import ...` work in config files, wherever they are.
+  """Makes `from configs import ...` work in config files of any folder.
 
   The installed folder is no top-level package: it would take a name that
   everybody uses.

@@ -1,4 +1,8 @@
-"""Weights from and to other code bases: --mode=import and --mode=export."""
+"""Weights from and to other code bases: --mode=import and --mode=export.
+
+Import is for keeping a file as a checkpoint of ours: whatever takes weights
+reads the file itself as well. The work is done in weights/.
+"""
 
 import json
 import os
@@ -42,14 +46,14 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
     raise InputError(f"{folder} is not empty: give a new directory")
   file = files.read(config.weights)
   options = dict(num_heads=config.num_heads, allow_missing=config.allow_missing)
-  found = {
+  loaded = {
     name: files.load(file, name, **options) for name in ("student", "teacher")
   }
-  items = {"params": found["student"].params}
-  if found["teacher"].name == "teacher":
-    items["teacher"] = found["teacher"].params
-  aux = found["student"].aux | file.centers
-  if found["student"].layout.kind == "attmask" and not file.centers:
+  items = {"params": loaded["student"].params}
+  if loaded["teacher"].name == "teacher":
+    items["teacher"] = loaded["teacher"].params
+  aux = loaded["student"].aux | file.centers
+  if loaded["student"].layout.kind == "attmask" and not file.centers:
     logging.warning("%s holds no loss centres", file.path)
   checkpoint.check_workdir(output)
   step = file.epoch
@@ -60,10 +64,10 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   if aux:
     with ocp.PyTreeCheckpointer() as writer:
       writer.save(root / "train", {"aux": aux})
-  told = checkpoint.flat_config(found["student"].config)
+  flat = checkpoint.flat_config(loaded["student"].config)
   with atomic.replaced(folder / "config.json") as temporary:
-    temporary.write_text(json.dumps(told, indent=2) + "\n")
-  layout = found["student"].layout
+    temporary.write_text(json.dumps(flat, indent=2) + "\n")
+  layout = loaded["student"].layout
   names = ", ".join(sorted(items))
   print(
     f"{file.path.name}: {layout.kind}, ViT {layout.variant} with patches of "
@@ -139,8 +143,8 @@ def _with_probe(
   source: loading.Weights, where: str, mesh: jax.sharding.Mesh
 ) -> loading.Weights:
   """The network with a linear layer that was trained on it."""
-  found = classifier.load(where, source, mesh=mesh)
-  return source._replace(method=found.method, params=found.params)
+  trained = classifier.load(where, source, mesh=mesh)
+  return source._replace(method=trained.method, params=trained.params)
 
 
 def _centers(where: str, source: loading.Weights) -> dict[str, np.ndarray]:

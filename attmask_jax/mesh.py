@@ -182,13 +182,13 @@ def local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
 
 
-def union(found: dict[int, str]) -> dict[int, str]:
+def union(mine: dict[int, str]) -> dict[int, str]:
   """The dictionaries of all processes in one, on every process."""
   if jax.process_count() == 1:
-    return found
+    return mine
   from jax.experimental import multihost_utils
 
-  text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+  text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array(len(text)))
   padded = np.pad(text, (0, int(sizes.max()) - len(text)))
   texts = multihost_utils.process_allgather(padded)

@@ -247,7 +247,7 @@ def test_evaluations_take_files(trained, exported, tmp_path):
     k.removeprefix("module."): v for k, v in linear.items()
   }
   pth.write(tmp_path / "combined.pth", {"state_dict": whole})
-  options = {"evals.ratios": (), "heads": 2}
+  options = {"evals.ratios": (), "num_heads": 2}
   again = evaluated("masked", tmp_path / "combined.pth", tmp_path / "f",
                     **options)  # fmt: skip
   assert again == pytest.approx(clean)
@@ -292,7 +292,7 @@ def test_a_probe_and_fine_tuning_on_a_narrow_mlp(trained, tmp_path):
       name = f"blocks.{i}.mlp.{name}"
       tree[name] = np.ascontiguousarray(tree[name][cut])
   pth.write(tmp_path / "b.pth", tree)
-  short = {"optim.epochs": 1, "data.batch_size": 16, "heads": 2}
+  short = {"optim.epochs": 1, "data.batch_size": 16, "num_heads": 2}
   where = tmp_path / "b.pth"
   linear = short | {"method.last_blocks": 1}
   evaluated("linear", where, tmp_path / "c", **linear)
@@ -397,7 +397,7 @@ def test_positions_of_another_kind(trained, tmp_path, caplog):
   )
   path = str(tmp_path / "a.pth")
   exporting.export(path, source, source, format="mae")
-  sizes = {"init_from": path, "heads": 2}
+  sizes = {"init_from": path, "num_heads": 2}
   start, said = begun(small.config(sizes), caplog)
   table = positions.sin_cos((4, 4), 16, "yx")
   got = start.trees["params"]["backbone"]["pos_embed"]
@@ -424,7 +424,7 @@ def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
     config = tiny.get_config(family)
     config.update_from_flattened_dict(
       {"method.variant": "16x2x2", "method.patch_size": 4,
-       "data.image_size": 16, "init_from": str(path), "heads": 2}
+       "data.image_size": 16, "init_from": str(path), "num_heads": 2}
     )  # fmt: skip
     method = METHODS[family].from_config(config, steps_per_epoch=8)
     caplog.clear()
@@ -444,7 +444,7 @@ def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
 def test_positions_of_another_size(trained, tmp_path):
   path = export(trained, tmp_path / "a.pth", format="timm")
   config = small.config({"data.image_size": 24, "data.local_size": 12,
-                         "init_from": str(path), "heads": 2})  # fmt: skip
+                         "init_from": str(path), "num_heads": 2})  # fmt: skip
   method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
   mesh = meshes.make_mesh()
   with pytest.raises(InputError, match="--config.init_resample=True"):
@@ -458,7 +458,7 @@ def test_positions_of_another_size(trained, tmp_path):
   want = positions.interpolate(old, 24, 24, 4, num_prefix_tokens=1)
   np.testing.assert_allclose(table["pos_embed"], want, atol=1e-6)
   wide = small.config({"method.variant": "24x2x2", "init_from": str(path),
-                       "heads": 2})  # fmt: skip
+                       "num_heads": 2})  # fmt: skip
   method = METHODS["attmask"].from_config(wide, steps_per_epoch=8)
   with pytest.raises(InputError, match="set .*method.variant"):
     starts.start(wide, method, mesh)
@@ -540,7 +540,7 @@ def test_odd_notes_of_a_file(trained, tmp_path):
 def test_files_without_a_network(tmp_path):
   for tree, match in (
     ([1, 2], "holds a list and no state dict"),
-    ({"epoch": 3}, "no state dict found"),
+    ({"epoch": 3}, "no state dict here"),
     ({"a.b": np.zeros(3, "f4")}, "of no known code base"),
   ):
     pth.write(tmp_path / "a.pth", tree)

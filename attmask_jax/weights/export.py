@@ -1,4 +1,8 @@
-"""Our weights as files of other code bases."""
+"""Writes weights as files of other code bases: the door out.
+
+`interchange.export_weights` is the command; the names and the files themselves
+are those of torch_io/.
+"""
 
 import pathlib
 from collections.abc import Callable
@@ -75,17 +79,17 @@ def export(
       f"{file} must end in {' or '.join(SUFFIXES)}: the ending picks the kind "
       "of file"
     )
-  found = FORMATS[format](student, teacher, backbone_only)
-  found = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), found)
+  content = FORMATS[format](student, teacher, backbone_only)
+  content = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), content)
   if format == "attmask" and not backbone_only:
     if centers:
-      found["ibot_loss"] = names.to_theirs(centers, tables.CENTERS)
-    found["epoch"] = epoch
+      content["ibot_loss"] = names.to_theirs(centers, tables.CENTERS)
+    content["epoch"] = epoch
   elif format == "extrema":
-    found["epoch"] = epoch
+    content["epoch"] = epoch
   elif format == "mae":
-    found["epoch"] = epoch - 1  # of the last epoch, counted from 0
-  flat, notes = _flatten(found)
+    content["epoch"] = epoch - 1  # of the last epoch, counted from 0
+  flat, notes = _flatten(content)
   said = {"heads": teacher.method.backbone.num_heads}
   if isinstance(student.method, Mae):
     said["decoder_heads"] = student.method.decoder.num_heads
@@ -102,8 +106,8 @@ def export(
     tensors.write(file, flat, notes)
   else:
     # Flat files hold tensors alone: timm and transformers expect nothing else.
-    wrapped = any(isinstance(value, dict) for value in found.values())
-    pth.write(file, found | (said if wrapped else {}))
+    wrapped = any(isinstance(value, dict) for value in content.values())
+    pth.write(file, content | (said if wrapped else {}))
   return list(flat)
 
 

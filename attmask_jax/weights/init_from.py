@@ -1,4 +1,8 @@
-"""Start values of a training run from weights that exist already."""
+"""Start values of a training run from other weights: the door of `init_from`.
+
+Weights of any kind come from loading.py; here their leaves are fitted to those
+of the run.
+"""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -61,19 +65,21 @@ def start(
     shapes, values = trees.flat(wanted[name]), trees.flat(source.params)
     if POSITIONS in shapes:
       values |= _positions(source, method, config.init_resample)
-    found = _fitting(values, shapes, where)
-    chosen[name] = trees.nested(found)
+    fitting = _fitting(values, shapes, where)
+    chosen[name] = trees.nested(fitting)
     if name == "params":
-      fresh = sorted(shapes.keys() - found.keys())
-      _tell(f"in {where}, of no use to this run", values.keys() - found.keys())
+      fresh = sorted(shapes.keys() - fitting.keys())
+      _log_parts(
+        f"in {where}, of no use to this run", values.keys() - fitting.keys()
+      )
   if not chosen["params"]:
     raise InputError(f"{where} holds nothing that this run could start from")
   epoch = _training_state(config, wanted["aux"], fresh, chosen)
-  _tell(f"not in {where}, at start values", fresh)
+  _log_parts(f"not in {where}, at start values", fresh)
   return Start({k: v for k, v in chosen.items() if v}, epoch)
 
 
-def _tell(what: str, paths: Collection[str]) -> None:
+def _log_parts(what: str, paths: Collection[str]) -> None:
   """Logs the parts that these leaves belong to, if any."""
   parts = sorted({"/".join(path.split("/")[:2]) for path in paths})
   if parts:
@@ -86,18 +92,18 @@ def _fitting(values: Leaves, shapes: Leaves, where: str) -> Leaves:
   Raises:
     InputError: one of the backbone is of another shape.
   """
-  found = {}
+  fitting = {}
   for path, leaf in shapes.items():
     value = values.get(path)
     if value is not None and value.shape == leaf.shape:
-      found[path] = np.asarray(jax.device_get(value))
+      fitting[path] = np.asarray(jax.device_get(value))
     elif value is not None and path.startswith("backbone/"):
       raise InputError(
         f"{where}: {path} has shape {tuple(value.shape)}, and this run's "
         f"{tuple(leaf.shape)}: set method.variant, method.patch_size and "
         "data.image_size to those of the weights"
       )
-  return found
+  return fitting
 
 
 def _training_state(

@@ -166,7 +166,7 @@ def load(
 
   Raises:
     InputError: nothing there, no such network, or arrays that do not fit the
-      config they lie beside.
+      config beside them.
   """
   if network and network not in NETWORKS:
     raise InputError(

@@ -8,7 +8,7 @@ names.py        our parameter trees under the names of other code bases, and
 fixed.py        fixed position tables that files store
 layouts.py      which code base a state dict is of;  sizes.py  its sizes
 networks.py     the network that belongs to it
-checkpoints.py  a file as such a network, by the parts above
+files.py        a file as such a network, by the parts above
 hf_config.py    config.json for transformers
 
 `export.py`, one level up, writes files from weights.

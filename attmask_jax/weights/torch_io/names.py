@@ -104,7 +104,7 @@ Table = tuple[Row | Constant, ...]
 
 
 class Converted(NamedTuple):
-  """What `to_ours` found.
+  """What `to_ours` returns.
 
   Attributes:
     tree: nested dict of the leaves that are complete.
@@ -137,13 +137,13 @@ def to_ours(
       disagree, or a position table that is not the fixed one.
   """
   wanted = {k: tuple(leaf.shape) for k, leaf in trees.flat(shapes).items()}
-  used, missing, found = set(), set(wanted), {}
+  used, missing, leaves = set(), set(wanted), {}
   for path, pieces in _pieces(table, wanted).items():
     missing.remove(path)
     absent = {p.name for p in pieces} - tensors.keys() - {""}
     missing |= absent
     if not absent:
-      found[path] = _assemble(path, wanted[path], pieces, tensors, dtype)
+      leaves[path] = _assemble(path, wanted[path], pieces, tensors, dtype)
       used |= {p.name for p in pieces}
   for row in table:
     if isinstance(row, Constant):
@@ -154,7 +154,7 @@ def to_ours(
   used &= tensors.keys()
   unexpected = sorted(set(tensors) - used)
   return Converted(
-    trees.nested(found), sorted(used), sorted(missing), unexpected
+    trees.nested(leaves), sorted(used), sorted(missing), unexpected
   )
 
 
