@@ -277,6 +277,7 @@ def test_configs_go_by_name(call, monkeypatch, tmp_path, given, count):
   seen = []
   monkeypatch.setattr(train, "train", lambda config, _: seen.append(config))
   monkeypatch.chdir(tmp_path)
+  (tmp_path / "tiny").write_text("no config")
   config = [f"--config={given}"] if count == 1 else ["--config", given]
   assert call(*config, "--workdir=W", "--config.data.seed=3") == (0, "")
   assert seen[-1].method.mask == "attmask_hint" and seen[-1].data.seed == 3

@@ -117,7 +117,7 @@ class _Archive:
     self, members: list[zipfile.ZipInfo]
   ) -> dict[str, zipfile.ZipInfo]:
     """Members by name; refuses what torch never writes."""
-    members: dict[str, zipfile.ZipInfo] = {}
+    by_name: dict[str, zipfile.ZipInfo] = {}
     for member in members:
       name = member.filename
       parts = name.replace("\\", "/").split("/")
@@ -127,7 +127,7 @@ class _Archive:
           f'holds a member outside it, "{quoted(name)}": take no '
           "weights from where this came from"
         )
-      if name in members:
+      if name in by_name:
         raise Refused(
           f'holds the member "{quoted(name)}" twice: copy or download it again'
         )
@@ -136,13 +136,13 @@ class _Archive:
           f'holds a compressed member, "{quoted(name)}", which torch '
           "never writes: save it again with torch.save"
         )
-      members[name] = member
+      by_name[name] = member
     # Members of a zip archive may overlap, and so be larger than the file.
     if sum(m.file_size for m in members) > self._size:
       raise Refused(
         "claims members larger than itself: copy or download it again"
       )
-    return members
+    return by_name
 
   def load(self) -> Any:
     """Reads the description, and with it the tensors."""
