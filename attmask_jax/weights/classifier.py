@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jax.experimental import multihost_utils
 from PIL import Image
@@ -203,16 +202,9 @@ def pretrained_backbone(
       if name != "cls_token" and not name.startswith("readout_")
     }
   if section.positions == "learned":
-    if theirs.positions != "learned":
-      table = positions.sin_cos(
-        (theirs.grid,) * 2, theirs.width, theirs.positions
-      )
-      own["pos_embed"] = jnp.pad(
-        table, ((0, 0), (num_prefix_tokens, 0), (0, 0))
-      )
-    elif theirs.num_prefix_tokens > num_prefix_tokens:
-      # The class token's, which is dropped.
-      own["pos_embed"] = own["pos_embed"][:, theirs.num_prefix_tokens :]
+    own["pos_embed"] = positions.adapt(
+      own.get("pos_embed"), theirs, num_prefix_tokens=num_prefix_tokens
+    )
   return own
 
 

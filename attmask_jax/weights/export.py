@@ -1,4 +1,7 @@
-"""Our weights as files of other code bases."""
+"""Writes loaded weights as files of other code bases.
+
+The inverse of `torch_io.files`, with the same tables of names.
+"""
 
 import pathlib
 from collections.abc import Callable
@@ -12,9 +15,10 @@ from absl import logging
 from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.classify import BN_EPS
+from attmask_jax.methods.mae import Mae
+from attmask_jax.models import positions
 from attmask_jax.weights.loading import Weights
 from attmask_jax.weights.torch_io import (
-  fixed,
   hf_config,
   layouts,
   names,
@@ -86,7 +90,7 @@ def export(
     found["epoch"] = epoch - 1  # of the last epoch, counted from 0
   flat, notes = _flatten(found)
   said = {"heads": teacher.method.backbone.num_heads}
-  if hasattr(student.method, "decoder"):
+  if isinstance(student.method, Mae):
     said["decoder_heads"] = student.method.decoder.num_heads
   if format == "hf":
     if file.name != "model.safetensors":
@@ -251,7 +255,7 @@ def _official_decoder(weights: Weights) -> bool:
     InputError: it is neither.
   """
   method = weights.method
-  if not hasattr(method, "decoder"):
+  if not isinstance(method, Mae):
     return False
   layout = {True: "hwc", False: "chw"}[method.decoder.class_token]
   if method.target_layout != layout:
@@ -309,11 +313,8 @@ def _trunk(weights: Weights) -> Params:
     )
   backbone = _without(backbone, left)
   if network.positions != "learned":
-    backbone["pos_embed"] = fixed.table(
-      (network.grid,) * 2,
-      network.width,
-      network.positions,
-      num_prefix_tokens=network.num_prefix_tokens,
+    backbone["pos_embed"] = positions.adapt(
+      None, network, num_prefix_tokens=network.num_prefix_tokens
     )
   return backbone
 

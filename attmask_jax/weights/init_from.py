@@ -1,19 +1,22 @@
-"""Start values of a training run from weights that exist already."""
+"""Start values of a training run from other weights: `config.init_from`.
+
+Reads both networks with `loading.load` and keeps what the run has a place for.
+"""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
 
 from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
 from attmask_jax.models import positions
 from attmask_jax.weights import loading
-from attmask_jax.weights.torch_io import files, fixed
+from attmask_jax.weights.torch_io import files
 
 POSITIONS = "backbone/pos_embed"
 Leaves = dict[str, Any]  # by path
@@ -33,7 +36,7 @@ class Start(NamedTuple):
 
 
 def start(
-  config: ml_collections.ConfigDict, method: Any, mesh: jax.sharding.Mesh
+  config: ml_collections.ConfigDict, method: Method, mesh: jax.sharding.Mesh
 ) -> Start:
   """Values for `method` out of `config.init_from`; says what is not there.
 
@@ -145,7 +148,9 @@ def _training_state(
   return file.epoch
 
 
-def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
+def _positions(
+  source: loading.Weights, method: Method, resample: bool
+) -> Leaves:
   """Start values of learned positions: {path: table}, {} without any.
 
   Raises:
@@ -157,26 +162,7 @@ def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
     return {}
   if old is None:
     logging.info("fixed positions are the start values of learned ones")
-    order = theirs.positions
-    old = fixed.table(
-      (theirs.grid,) * 2,
-      theirs.width,
-      order,
-      num_prefix_tokens=theirs.num_prefix_tokens,
-    )
-  # A class token that only one of the two has: its position is 0, as in fixed
-  # tables, or is left out.
-  old = jnp.asarray(old)[
-    :, max(theirs.num_prefix_tokens - ours.num_prefix_tokens, 0) :
-  ]
-  old = jnp.pad(
-    old,
-    (
-      (0, 0),
-      (max(ours.num_prefix_tokens - theirs.num_prefix_tokens, 0), 0),
-      (0, 0),
-    ),
-  )
+  old = positions.adapt(old, theirs, num_prefix_tokens=ours.num_prefix_tokens)
   tokens = ours.num_prefix_tokens + ours.grid**2
   if old.shape[1:] == (tokens, ours.width):
     return {POSITIONS: old}

@@ -22,6 +22,7 @@ import numpy as np
 
 from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
+from attmask_jax.models import positions
 from attmask_jax.weights.torch_io import fixed
 from attmask_jax.weights.torch_io.lazy import Tensor
 
@@ -322,6 +323,6 @@ def _constant(
     return np.zeros((1, 1, width), like.dtype)
   if grid is None:
     raise ValueError(f"{row.theirs} is written, and grid is not given")
-  return fixed.table(
+  return positions.fixed_table(
     grid, width, row.kind, num_prefix_tokens=num_prefix_tokens
   ).astype(like.dtype)
