@@ -1,4 +1,8 @@
-"""Weight files of other code bases as networks with our parameters."""
+"""Reads weight files of other code bases as networks with our parameters.
+
+`read` opens a file, `load` converts one of its networks; `loading.load` puts
+that on the devices.
+"""
 
 import pathlib
 import re
@@ -13,6 +17,7 @@ from absl import logging
 
 from attmask_jax import Params, trees, words
 from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
 from attmask_jax.weights.torch_io import (
   layouts,
   names,
@@ -88,7 +93,7 @@ class Network(NamedTuple):
     layout: its code base and sizes.
   """
 
-  method: Any
+  method: Method
   params: Params
   aux: Params
   config: ml_collections.ConfigDict
@@ -257,7 +262,7 @@ def _check(
       )
 
 
-def _filled(method: Any, wanted: Any, tree: Params) -> Params:
+def _filled(method: Method, wanted: Any, tree: Params) -> Params:
   """The tree in float32; leaves that it lacks get their start values."""
   given, start = trees.flat(tree), {}
   if set(given) != set(trees.flat(wanted)):
