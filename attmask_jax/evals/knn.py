@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attmask_jax.errors import InputError
 from attmask_jax.evals import inputs
-from attmask_jax.evals.features import BATCH_AXES
 from attmask_jax.evals.job import Eval, Job, Result, Table
+from attmask_jax.mesh import BATCH_AXES
 
 ROWS = PartitionSpec(BATCH_AXES)  # queries, split over all devices
 SAME = PartitionSpec()  # bank chunk, a copy on every device
