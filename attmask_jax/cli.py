@@ -197,8 +197,11 @@ def _with_config(argv: list[str]) -> list[str]:
 def _path(config: str) -> str:
   """Path of a config file: as given, else the one of this name in configs/."""
   path, colon, argument = config.partition(":")
-  own = CONFIGS / f"{pathlib.Path(path).name.removesuffix('.py')}.py"
-  if not path or pathlib.Path(path).is_file() or not own.is_file():
+  given = pathlib.Path(path)
+  own = CONFIGS / f"{given.name.removesuffix('.py')}.py"
+  # Of another folder it is another file, even where this name exists here.
+  named = path and str(given.parent) in (".", "configs")
+  if not named or given.is_file() or not own.is_file():
     return config
   return f"{own}{colon}{argument}"
 

@@ -270,6 +270,48 @@ def test_flags_reach_the_run(call, monkeypatch, tmp_path):
   assert config.data.batch_size == small.SIZES["data.batch_size"]
 
 
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["--config=tiny:mae"], ["--config", "tiny:mae"], ["--config=tiny.py:mae"],
+    ["--config=configs/tiny.py:mae"], ["-config=tiny:mae"],
+  ],
+)  # fmt: skip
+def test_a_config_is_given_by_name(call, monkeypatch, tmp_path, flags):
+  monkeypatch.chdir(tmp_path)
+  seen = []
+  monkeypatch.setattr(train, "train", lambda *args: seen.append(args))
+  changes = ["--config.data.batch_size=8"]
+  assert call(*flags, "--workdir=W", *changes) == (0, "")
+  ((config, _),) = seen
+  assert (config.method.name, config.data.batch_size) == ("mae", 8)
+
+
+def test_a_file_comes_before_a_name(call, monkeypatch, tmp_path):
+  (tmp_path / "tiny.py").write_text(
+    "from configs import tiny\n"
+    "def get_config(arg='attmask'):\n"
+    "  config = tiny.get_config(arg)\n"
+    "  config.data.batch_size = 24\n"
+    "  return config\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  seen = []
+  monkeypatch.setattr(train, "train", lambda *args: seen.append(args))
+  for path in ("tiny.py", tmp_path / "tiny.py"):
+    assert call(f"--config={path}:hint", "--workdir=W") == (0, "")
+    config, _ = seen.pop()
+    assert config.data.batch_size == 24
+    assert config.method.mask == "attmask_hint"
+
+
+def test_a_path_of_another_folder_is_no_name(call, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  for path in ("mine/tiny.py", tmp_path / "tiny.py", "../configs/tiny.py"):
+    code, words = call(f"--config={path}", "--workdir=W")
+    check_sentence(code, words, [str(path), "no such config file"])
+
+
 def test_lists_of_words_reach_the_program(call, monkeypatch):
   seen = []
   monkeypatch.setattr(
