@@ -139,8 +139,8 @@ def parse(argv: list[str]) -> list[str]:
   except OSError:  # of the config file; ml_collections keeps it until now
     sys.exit(
       _fail(
-        f"{_config_flag(argv)}: no such config file here, and no such name "
-        f"(one of {', '.join(_names())})",
+        f"{_config_flag(argv)}: no such config file, neither here nor in "
+        f"{CONFIGS}: it holds {', '.join(_names())}",
         2,
       )
     )
@@ -198,16 +198,15 @@ def _with_config(argv: list[str]) -> list[str]:
 
 
 def _path(config: str) -> str:
-  """Path of a config file: as given, else of NAME or configs/NAME.py here.
-
-  Other paths are the user's own: tiny.py of another folder is another file.
-  """
+  """Path of a config file: as given, else the one of this name in configs/."""
   path, colon, argument = config.partition(":")
-  name = re.fullmatch(r"(\w+)|configs/(\w+)\.py", path)
-  if not name or (name[2] and pathlib.Path(path).is_file()):
+  given = pathlib.Path(path)
+  own = CONFIGS / f"{given.name.removesuffix('.py')}.py"
+  # Of another folder it is another file, even where this name exists here.
+  named = path and str(given.parent) in (".", "configs")
+  if not named or given.is_file() or not own.is_file():
     return config
-  own = CONFIGS / f"{name[1] or name[2]}.py"
-  return f"{own}{colon}{argument}" if own.is_file() else config
+  return f"{own}{colon}{argument}"
 
 
 def _config_flag(argv: list[str]) -> str:

@@ -1,7 +1,8 @@
 """Weights from and to other code bases: --mode=import and --mode=export.
 
-Import is for keeping a file as a checkpoint of ours: whatever takes weights
-reads the file itself as well. The work is done in weights/.
+Import writes a file as a checkpoint of ours, with the readers of
+`weights/torch_io`; nothing needs it, since `config.weights` takes files too.
+Export loads weights and writes them with `weights/export.py`.
 """
 
 import json
@@ -122,8 +123,11 @@ def export_weights(
       f"{main.where} is a linear probe without a network: give the weights it "
       "was trained on with --config.weights, and the probe with --config.probe"
     )
+  class_names = classifier.class_names(main)
   if config.probe:
-    main = _with_probe(main, config.probe, mesh)
+    probe = classifier.load(config.probe, main, mesh=mesh)
+    main = main._replace(method=probe.method, params=probe.params)
+    class_names = probe.class_names
   written = export.export(
     output,
     student,
@@ -133,18 +137,11 @@ def export_weights(
     backbone_only=backbone_only,
     centers=_centers(config.weights, main),
     epoch=_epoch(config.weights, main),
+    class_names=class_names,
   )
   logging.info("%d tensors in %s", len(written), output)
   size = pathlib.Path(output).expanduser().stat().st_size
   print(f"{output}: {len(written)} tensors, {dtype}, {size / 2**20:.1f} MiB")
-
-
-def _with_probe(
-  source: loading.Weights, where: str, mesh: jax.sharding.Mesh
-) -> loading.Weights:
-  """The network with a linear layer that was trained on it."""
-  trained = classifier.load(where, source, mesh=mesh)
-  return source._replace(method=trained.method, params=trained.params)
 
 
 def _centers(where: str, source: loading.Weights) -> dict[str, np.ndarray]:

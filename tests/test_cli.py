@@ -270,36 +270,46 @@ def test_flags_reach_the_run(call, monkeypatch, tmp_path):
   assert config.data.batch_size == small.SIZES["data.batch_size"]
 
 
-@pytest.mark.parametrize("given", ["tiny:hint", "configs/tiny.py:hint"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_configs_go_by_name(call, monkeypatch, tmp_path, given, count):
-  """From any folder; a file of the user's at that path comes first."""
-  seen = []
-  monkeypatch.setattr(train, "train", lambda config, _: seen.append(config))
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["--config=tiny:mae"], ["--config", "tiny:mae"], ["--config=tiny.py:mae"],
+    ["--config=configs/tiny.py:mae"], ["-config=tiny:mae"],
+  ],
+)  # fmt: skip
+def test_a_config_is_given_by_name(call, monkeypatch, tmp_path, flags):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / "tiny").write_text("no config")
-  config = [f"--config={given}"] if count == 1 else ["--config", given]
-  assert call(*config, "--workdir=W", "--config.data.seed=3") == (0, "")
-  assert seen[-1].method.mask == "attmask_hint" and seen[-1].data.seed == 3
-  own = tmp_path / "configs" / "tiny.py"
-  own.parent.mkdir()
-  own.write_text(
+  seen = []
+  monkeypatch.setattr(train, "train", lambda *args: seen.append(args))
+  changes = ["--config.data.batch_size=8"]
+  assert call(*flags, "--workdir=W", *changes) == (0, "")
+  ((config, _),) = seen
+  assert (config.method.name, config.data.batch_size) == ("mae", 8)
+
+
+def test_a_file_comes_before_a_name(call, monkeypatch, tmp_path):
+  (tmp_path / "tiny.py").write_text(
     "from configs import tiny\n"
-    "def get_config(arg):\n"
-    "  config = tiny.get_config()\n"
-    "  config.method.mask = arg + ' of mine'\n"
+    "def get_config(arg='attmask'):\n"
+    "  config = tiny.get_config(arg)\n"
+    "  config.data.batch_size = 24\n"
     "  return config\n"
   )
-  assert call(*config, "--workdir=W") == (0, "")
-  mine = "hint of mine" if "configs" in given else "attmask_hint"
-  assert seen[-1].method.mask == mine
-
-
-def test_a_missing_file_is_not_the_one_of_its_name(call, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
-  for given in ("mine/tiny.py", "tiny.py", str(tmp_path / "tiny.py"), "tinny"):
-    code, words = call(f"--config={given}", "--workdir=W")
-    check_sentence(code, words, [given, "no such config file here", "evals"])
+  seen = []
+  monkeypatch.setattr(train, "train", lambda *args: seen.append(args))
+  for path in ("tiny.py", tmp_path / "tiny.py"):
+    assert call(f"--config={path}:hint", "--workdir=W") == (0, "")
+    config, _ = seen.pop()
+    assert config.data.batch_size == 24
+    assert config.method.mask == "attmask_hint"
+
+
+def test_a_path_of_another_folder_is_no_name(call, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  for path in ("mine/tiny.py", tmp_path / "tiny.py", "../configs/tiny.py"):
+    code, words = call(f"--config={path}", "--workdir=W")
+    check_sentence(code, words, [str(path), "no such config file"])
 
 
 def test_a_missing_flag_is_answered_with_an_example(call):
@@ -319,12 +329,12 @@ def test_help_names_the_flags(capsys, flag):
     cli.parse(["main.py", flag])
   text = capsys.readouterr().out
   assert stop.value.code == 0
-  for word in (
+  for part in (
     "--config=tiny:mae",
     "--workdir: Run directory",
     "--mode: <train",
   ):
-    assert word in text
+    assert part in text
 
 
 def test_lists_of_words_reach_the_program(call, monkeypatch):

@@ -272,6 +272,12 @@ def test_a_trained_probe_is_exported(trained, tmp_path):
     found = load(path)
     got = found.method.logits(found.params, images)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert config["id2label"] == {
+    "0": "bar", "1": "crescent", "2": "cross", "3": "disc", "4": "ring",
+    "5": "square", "6": "star", "7": "triangle",
+  }  # fmt: skip
+  assert config["label2id"]["star"] == 6 and len(config["label2id"]) == 8
   with pytest.raises(InputError, match="holds no linear probe"):
     export(trained, tmp_path / "a.pth", format="attmask", probe=str(probe))
   four = tmp_path / "four"
@@ -540,7 +546,7 @@ def test_odd_notes_of_a_file(trained, tmp_path):
 def test_files_without_a_network(tmp_path):
   for tree, match in (
     ([1, 2], "holds a list and no state dict"),
-    ({"epoch": 3}, "no state dict here"),
+    ({"epoch": 3}, "no state dict found"),
     ({"a.b": np.zeros(3, "f4")}, "of no known code base"),
   ):
     pth.write(tmp_path / "a.pth", tree)

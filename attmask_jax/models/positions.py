@@ -1,21 +1,19 @@
-"""Position tables, and how they fit images of another size."""
+"""Position tables: fixed ones, and learned ones for another image or network.
 
-from typing import Protocol
+`interpolate` fits a table to images of another size, `adapt` to a network with
+another class token or with learned positions instead of fixed ones.
+"""
+
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if typing.TYPE_CHECKING:
+  from attmask_jax.models.vit import ViT
+
 DINO_OFFSET = 0.1  # of interpolate_pos_encoding in DINO, iBOT and AttMask
-
-
-class Network(Protocol):
-  """What is read of a ViT, see `vit.ViT`."""
-
-  grid: int
-  width: int
-  positions: str
-  num_prefix_tokens: int
 
 
 def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
@@ -49,12 +47,8 @@ def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
   return weights
 
 
-def sin_cos(
-  grid: tuple[int, int], width: int, order: str, *, num_prefix_tokens: int = 0
-) -> np.ndarray:
-  """Fixed positions in two dimensions: [1, num_prefix_tokens + N, D] float32.
-
-  Zeros for the prefix tokens, then the patches, row-major.
+def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
+  """Fixed two-dimensional positions: [1, N, D] float32, row-major.
 
   Each axis gives [sin(c w), cos(c w)] with w_k = 10000^(-k / (D / 4)) of its
   coordinate c.
@@ -64,7 +58,6 @@ def sin_cos(
     width: D, divides by 4.
     order: which axis comes first: "yx" (MAE-priv) or "xy" (the official MAE,
       ExtreMA).
-    num_prefix_tokens: slots in front of the patches'.
   """
   rates = 10000.0 ** (-np.arange(width // 4) / (width // 4))
   y, x = np.indices(grid).reshape(2, -1, 1) * rates
@@ -72,34 +65,43 @@ def sin_cos(
   table = np.concatenate(
     [part for axis in order for part in axes[axis]], axis=1
   )
-  slots = ((0, 0), (num_prefix_tokens, 0), (0, 0))
-  return np.pad(table[None].astype(np.float32), slots)
+  return table[None].astype(np.float32)
+
+
+def fixed_table(
+  grid: tuple[int, int], width: int, order: str, *, num_prefix_tokens: int
+) -> np.ndarray:
+  """`sin_cos` after zeros for the class token: [1, L, D] float32."""
+  patches = sin_cos(grid, width, order)
+  return np.pad(patches, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
 
 
 def adapt(
-  table: jax.Array | None, network: Network, *, num_prefix_tokens: int
+  table: jax.Array | None, network: "ViT", *, num_prefix_tokens: int
 ) -> jax.Array:
-  """Positions of one network as start values of another's learned ones.
-
-  Fixed positions are written out. The place of a class token that only one of
-  the two has is zero, as in fixed tables, or left out.
+  """Start values for the learned positions of another network.
 
   Args:
-    table: learned positions of `network`, [1, its num_prefix_tokens + N, D];
-      None for fixed ones.
-    network: whose positions these are.
-    num_prefix_tokens: slots in front of the patches' that the other has.
+    table: learned positions of `network`, [1, L, D]; None for fixed ones, which
+      are computed.
+    network: the one that the positions come from.
+    num_prefix_tokens: of the other network. The position of a class token that
+      only one of the two has is 0, as in fixed tables, or is left out.
 
   Returns:
-    [1, num_prefix_tokens + N, D].
+    [1, num_prefix_tokens + N, D], of the patches that `network` has.
   """
-  given = network.num_prefix_tokens
   if table is None:
-    grid, given = (network.grid,) * 2, 0
-    table = sin_cos(grid, network.width, network.positions)
-  patches = jnp.asarray(table)[:, max(given - num_prefix_tokens, 0) :]
-  missing = max(num_prefix_tokens - given, 0)
-  return jnp.pad(patches, ((0, 0), (missing, 0), (0, 0)))
+    grid, order = (network.grid,) * 2, network.positions
+    return jnp.asarray(
+      fixed_table(
+        grid, network.width, order, num_prefix_tokens=num_prefix_tokens
+      )
+    )
+  more = num_prefix_tokens - network.num_prefix_tokens
+  if more < 0:
+    return table[:, -more:]
+  return jnp.pad(table, ((0, 0), (more, 0), (0, 0))) if more else table
 
 
 def interpolate(

@@ -177,6 +177,14 @@ def _imported(source: loading.Weights) -> Classifier:
   return Classifier(source.method, params, classes, source.digest, source.where)
 
 
+def class_names(source: loading.Weights) -> tuple[str, ...]:
+  """Class names of fine-tuned weights; () where they are not known."""
+  path = source.run_dir and source.run_dir / FILE
+  if not path or not source.method.classifies or not path.exists():
+    return ()
+  return tuple(json.loads(path.read_text())["class_names"])
+
+
 def numbered(classes: int) -> tuple[str, ...]:
   """Class names of weights that do not know any: "0", "1", ..."""
   return tuple(map(str, range(classes)))

@@ -1,11 +1,10 @@
-"""Writes weights as files of other code bases: the door out.
+"""Writes loaded weights as files of other code bases.
 
-`interchange.export_weights` is the command; the names and the files themselves
-are those of torch_io/.
+The inverse of `torch_io.files`, with the same tables of names.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +47,7 @@ def export(
   backbone_only: bool = False,
   centers: Params | None = None,
   epoch: int = 0,
+  class_names: Sequence[str] = (),
 ) -> list[str]:
   """Writes weights under the names of another code base.
 
@@ -61,6 +61,7 @@ def export(
     backbone_only: leave heads, decoder and predictor out.
     centers: loss centres of AttMask, for "attmask".
     epoch: completed epochs, for the formats that say it.
+    class_names: of a classifier, for the config.json of "hf".
 
   Returns:
     Names of the tensors written.
@@ -100,7 +101,7 @@ def export(
         "model.safetensors for from_pretrained",
         file.name,
       )
-    hf_config.write(file.parent, teacher.method, flat)
+    hf_config.write(file.parent, teacher.method, flat, class_names)
   if file.suffix == ".safetensors":
     notes |= {"format": "pt"} | {k: str(v) for k, v in said.items()}
     tensors.write(file, flat, notes)

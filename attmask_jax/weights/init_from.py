@@ -1,7 +1,6 @@
-"""Start values of a training run from other weights: the door of `init_from`.
+"""Start values of a training run from other weights: `config.init_from`.
 
-Weights of any kind come from loading.py; here their leaves are fitted to those
-of the run.
+Reads both networks with `loading.load` and keeps what the run has a place for.
 """
 
 from collections.abc import Collection

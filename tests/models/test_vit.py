@@ -380,23 +380,3 @@ def test_pooled_features(final_norm):
       features, np.zeros(1), last=2, pool=pool, final_norm=final_norm
     )
     close(got, scale * want, 1e-6)
-
-
-@pytest.mark.parametrize("order", ["yx", "xy", "learned"])
-@pytest.mark.parametrize("given", [0, 1])
-@pytest.mark.parametrize("wanted", [0, 1])
-def test_positions_of_a_network_with_another_class_token(order, given, wanted):
-  backbone = vit.ViT(
-    8, 1, 2, 4, 12, positions=order, class_token="input" if given else "none"
-  )
-  learned = np.random.default_rng(0).normal(size=(1, given + 9, 8))
-  table = learned if order == "learned" else None
-  got = np.asarray(positions.adapt(table, backbone, num_prefix_tokens=wanted))
-  patches = learned[:, given:]
-  if table is None:
-    patches = positions.sin_cos((3, 3), 8, order)
-  assert got.shape == (1, wanted + 9, 8)
-  np.testing.assert_allclose(got[:, wanted:], patches, rtol=1e-6)
-  if wanted:
-    kept = learned[:, :1] if given and table is not None else np.zeros(8)
-    np.testing.assert_allclose(got[:, 0], np.ravel(kept)[None], rtol=1e-6)

@@ -1,6 +1,7 @@
-"""Weight files of other code bases as networks with our parameters.
+"""Reads weight files of other code bases as networks with our parameters.
 
-Behind weights/loading.py, which is the door: this module reads one file.
+`read` opens a file, `load` converts one of its networks; `loading.load` puts
+that on the devices.
 """
 
 import pathlib

@@ -1,10 +1,10 @@
-"""Fixed position tables that other code bases store, and how to tell them."""
+"""Recognises fixed position tables, which other code bases store."""
 
 import jax.numpy as jnp
 import numpy as np
 
 from attmask_jax.errors import InputError
-from attmask_jax.models import positions
+from attmask_jax.models.positions import fixed_table
 
 
 def square(tokens: int) -> tuple[int, int] | None:
@@ -42,7 +42,7 @@ def _distance(array: np.ndarray, order: str) -> float:
   if sizes is None or not array.shape[2]:
     return float("inf")
   side, num_prefix_tokens = sizes
-  expected = positions.sin_cos(
+  expected = fixed_table(
     (side, side), array.shape[2], order, num_prefix_tokens=num_prefix_tokens
   )
   return float(np.max(np.abs(np.asarray(array, np.float32) - expected)))

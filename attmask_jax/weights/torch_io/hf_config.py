@@ -2,30 +2,35 @@
 
 import json
 import pathlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
 from attmask_jax.methods.base import Method
-from attmask_jax.methods.classify import Classify
 from attmask_jax.methods.mae import Mae
 
 
-def write(folder: pathlib.Path, method: Method, names: Container[str]) -> None:
+def write(
+  folder: pathlib.Path,
+  method: Method,
+  names: Container[str],
+  class_names: Sequence[str] = (),
+) -> None:
   """Writes the file.
 
   Args:
     folder: of the weights.
     method: what they belong to.
     names: of the tensors that were written.
+    class_names: of a classifier; () = their numbers.
 
   Raises:
     InputError: another one is there, such as that of a run, or the folder
       cannot be written.
   """
   path = folder / "config.json"
-  text = json.dumps(_config(method, names), indent=2) + "\n"
+  text = json.dumps(_content(method, names, class_names), indent=2) + "\n"
   try:
     if path.exists() and path.read_text() != text:
       raise InputError(
@@ -40,10 +45,12 @@ def write(folder: pathlib.Path, method: Method, names: Container[str]) -> None:
     ) from error
 
 
-def _config(method: Method, names: Container[str]) -> dict[str, Any]:
-  """What the file holds."""
+def _content(
+  method: Method, names: Container[str], class_names: Sequence[str]
+) -> dict[str, Any]:
+  """Keys and values of the file."""
   backbone = method.backbone
-  config = {
+  content = {
     "architectures": ["ViTModel"],
     "model_type": "vit",
     "hidden_size": backbone.width,
@@ -59,21 +66,21 @@ def _config(method: Method, names: Container[str]) -> dict[str, Any]:
     "num_channels": 3,
     "qkv_bias": True,
   }
-  if isinstance(method, Classify) and "classifier.weight" in names:
-    return config | _classifier(method)
+  if "classifier.weight" in names:
+    return content | _classifier(class_names or range(method.num_classes))
   if backbone.class_token != "input":
     # The only ViT of transformers without class token, and without its head.
     kind = dict(model_type="siglip_vision_model", vision_use_head=False)
-    return config | kind | {"architectures": ["SiglipVisionModel"]}
-  if isinstance(method, Mae) and "decoder.mask_token" in names:
-    return config | _decoder(method)
+    return content | kind | {"architectures": ["SiglipVisionModel"]}
+  if "decoder.mask_token" in names:
+    return content | _decoder(method)
   if backbone.positions != "learned":
-    config |= {"architectures": ["ViTMAEModel"], "model_type": "vit_mae"}
-  return config
+    content |= {"architectures": ["ViTMAEModel"], "model_type": "vit_mae"}
+  return content
 
 
-def _classifier(method: Classify) -> dict[str, Any]:
-  labels = {str(i): str(i) for i in range(method.num_classes)}
+def _classifier(class_names: Sequence[Any]) -> dict[str, Any]:
+  labels = {str(i): str(name) for i, name in enumerate(class_names)}
   return {
     "architectures": ["ViTForImageClassification"],
     "id2label": labels,

@@ -323,6 +323,6 @@ def _constant(
     return np.zeros((1, 1, width), like.dtype)
   if grid is None:
     raise ValueError(f"{row.theirs} is written, and grid is not given")
-  return positions.sin_cos(
+  return positions.fixed_table(
     grid, width, row.kind, num_prefix_tokens=num_prefix_tokens
   ).astype(like.dtype)
