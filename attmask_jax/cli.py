@@ -4,7 +4,7 @@ In a source checkout also python main.py --config=configs/NAME.py. NAME is a
 file of configs/, or a path to a config file of your own; an argument for it
 follows after a colon, as in --config=tiny:mae.
 
---mode=train (the default) trains; --mode=eval --config=configs/evals.py:NAME
+--mode=train (the default) trains; --mode=eval --config=evals:NAME
 --config.weights=RUN measures what a run has learned; --mode=export
 --output=FILE and --mode=import --output=DIR move weights to and from PyTorch
 code bases.
@@ -121,6 +121,9 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> list[str]:
   """Reads the flags; a wrong one ends the program with one sentence."""
+  if any(re.fullmatch(r"--?h(elp)?", word) for word in argv[1:]):
+    print(f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}")
+    sys.exit(0)
   try:
     _share_configs()
     rest = flags.FLAGS(_with_config(argv))
@@ -166,7 +169,7 @@ def _names() -> list[str]:
 
 
 def _share_configs() -> None:
-  """Makes `from configs import ...` work in config files, wherever they are.
+  """Makes `from configs import ...` work in config files of any folder.
 
   The installed folder is no top-level package: it would take a name that
   everybody uses.
@@ -197,8 +200,11 @@ def _with_config(argv: list[str]) -> list[str]:
 def _path(config: str) -> str:
   """Path of a config file: as given, else the one of this name in configs/."""
   path, colon, argument = config.partition(":")
-  own = CONFIGS / f"{pathlib.Path(path).name.removesuffix('.py')}.py"
-  if not path or pathlib.Path(path).is_file() or not own.is_file():
+  given = pathlib.Path(path)
+  own = CONFIGS / f"{given.name.removesuffix('.py')}.py"
+  # Of another folder it is another file, even where this name exists here.
+  named = path and str(given.parent) in (".", "configs")
+  if not named or given.is_file() or not own.is_file():
     return config
   return f"{own}{colon}{argument}"
 

@@ -1,4 +1,9 @@
-"""Weights from and to other code bases: --mode=import and --mode=export."""
+"""Weights from and to other code bases: --mode=import and --mode=export.
+
+Import writes a file as a checkpoint of ours, with the readers of
+`weights/torch_io`; nothing needs it, since `config.weights` takes files too.
+Export loads weights and writes them with `weights/export.py`.
+"""
 
 import json
 import os
@@ -13,6 +18,7 @@ from absl import logging
 from attmask_jax import atomic, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
+from attmask_jax.methods.attmask import AttMask
 from attmask_jax.runs import checkpoint
 from attmask_jax.runs import config as run_config
 from attmask_jax.weights import classifier, export, loading
@@ -42,14 +48,14 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
     raise InputError(f"{folder} is not empty: give a new directory")
   file = files.read(config.weights)
   options = dict(num_heads=config.num_heads, allow_missing=config.allow_missing)
-  found = {
+  loaded = {
     name: files.load(file, name, **options) for name in ("student", "teacher")
   }
-  items = {"params": found["student"].params}
-  if found["teacher"].name == "teacher":
-    items["teacher"] = found["teacher"].params
-  aux = found["student"].aux | file.centers
-  if found["student"].layout.kind == "attmask" and not file.centers:
+  items = {"params": loaded["student"].params}
+  if loaded["teacher"].name == "teacher":
+    items["teacher"] = loaded["teacher"].params
+  aux = loaded["student"].aux | file.centers
+  if loaded["student"].layout.kind == "attmask" and not file.centers:
     logging.warning("%s holds no loss centres", file.path)
   checkpoint.check_workdir(output)
   step = file.epoch
@@ -60,10 +66,10 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   if aux:
     with ocp.PyTreeCheckpointer() as writer:
       writer.save(root / "train", {"aux": aux})
-  told = run_config.flat_config(found["student"].config)
+  flat = run_config.flat_config(loaded["student"].config)
   with atomic.replaced(folder / "config.json") as temporary:
-    temporary.write_text(json.dumps(told, indent=2) + "\n")
-  layout = found["student"].layout
+    temporary.write_text(json.dumps(flat, indent=2) + "\n")
+  layout = loaded["student"].layout
   names = ", ".join(sorted(items))
   print(
     f"{file.path.name}: {layout.kind}, ViT {layout.variant} with patches of "
@@ -118,8 +124,11 @@ def export_weights(
       f"{main.where} is a linear probe without a network: give the weights it "
       "was trained on with --config.weights, and the probe with --config.probe"
     )
+  class_names = classifier.class_names(main)
   if config.probe:
-    main = _with_probe(main, config.probe, mesh)
+    probe = classifier.load(config.probe, main, mesh=mesh)
+    main = main._replace(method=probe.method, params=probe.params)
+    class_names = probe.class_names
   written = export.export(
     output,
     student,
@@ -129,25 +138,18 @@ def export_weights(
     backbone_only=backbone_only,
     centers=_centers(config.weights, main),
     epoch=_epoch(config.weights, main),
+    class_names=class_names,
   )
   logging.info("%d tensors in %s", len(written), output)
   size = pathlib.Path(output).expanduser().stat().st_size
   print(f"{output}: {len(written)} tensors, {dtype}, {size / 2**20:.1f} MiB")
 
 
-def _with_probe(
-  source: loading.Weights, where: str, mesh: jax.sharding.Mesh
-) -> loading.Weights:
-  """The network with a linear layer that was trained on it."""
-  found = classifier.load(where, source, mesh=mesh)
-  return source._replace(method=found.method, params=found.params)
-
-
 def _centers(where: str, source: loading.Weights) -> dict[str, np.ndarray]:
   """The loss centres beside these weights, {} where there are none."""
   if source.run_dir is None:
     return files.read(where).centers
-  if not hasattr(source.method, "teacher_head"):
+  if not isinstance(source.method, AttMask):
     return {}
   return jax.device_get(loading.load_centers(source))
 

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from attmask_jax import Batch, Params
 from attmask_jax.errors import InputError
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 # Smaller tensors stay whole on every device: splitting them saves little and
 # costs a message each.
 FSDP_MIN_SIZE = 2**16
@@ -58,7 +58,7 @@ def init_distributed(wanted: bool) -> None:
       jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
       raise InputError(
-        f"run.distributed=True found no cluster ({error}): set "
+        f"run.distributed=True detects no cluster ({error}): set "
         f"{', '.join(names)} on every process"
       ) from error
 
@@ -182,13 +182,13 @@ def local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
 
 
-def union(found: dict[int, str]) -> dict[int, str]:
+def union(mine: dict[int, str]) -> dict[int, str]:
   """The dictionaries of all processes in one, on every process."""
   if jax.process_count() == 1:
-    return found
+    return mine
   from jax.experimental import multihost_utils
 
-  text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+  text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array(len(text)))
   padded = np.pad(text, (0, int(sizes.max()) - len(text)))
   texts = multihost_utils.process_allgather(padded)

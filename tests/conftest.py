@@ -18,6 +18,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+@pytest.fixture(autouse=True)
+def same_precision():
+  """The precision that a test's config sets is not that of the next test."""
+  yield
+  jax.config.update("jax_default_matmul_precision", "highest")
+
+
 @pytest.fixture(scope="session")
 def golden_root():
   """Folder of the recorded numbers, $ATTMASK_GOLDEN if set."""

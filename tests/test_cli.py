@@ -271,6 +271,73 @@ def test_flags_reach_the_run(call, monkeypatch, tmp_path):
   assert config.data.batch_size == small.SIZES["data.batch_size"]
 
 
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["--config=tiny:mae"], ["--config", "tiny:mae"], ["--config=tiny.py:mae"],
+    ["--config=configs/tiny.py:mae"], ["-config=tiny:mae"],
+  ],
+)  # fmt: skip
+def test_a_config_is_given_by_name(call, monkeypatch, tmp_path, flags):
+  monkeypatch.chdir(tmp_path)
+  seen = []
+  monkeypatch.setattr(train, "train", lambda *args: seen.append(args))
+  changes = ["--config.data.batch_size=8"]
+  assert call(*flags, "--workdir=W", *changes) == (0, "")
+  ((config, _),) = seen
+  assert (config.method.name, config.data.batch_size) == ("mae", 8)
+
+
+def test_a_file_comes_before_a_name(call, monkeypatch, tmp_path):
+  (tmp_path / "tiny.py").write_text(
+    "from configs import tiny\n"
+    "def get_config(arg='attmask'):\n"
+    "  config = tiny.get_config(arg)\n"
+    "  config.data.batch_size = 24\n"
+    "  return config\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  seen = []
+  monkeypatch.setattr(train, "train", lambda *args: seen.append(args))
+  for path in ("tiny.py", tmp_path / "tiny.py"):
+    assert call(f"--config={path}:hint", "--workdir=W") == (0, "")
+    config, _ = seen.pop()
+    assert config.data.batch_size == 24
+    assert config.method.mask == "attmask_hint"
+
+
+def test_a_path_of_another_folder_is_no_name(call, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  for path in ("mine/tiny.py", tmp_path / "tiny.py", "../configs/tiny.py"):
+    code, words = call(f"--config={path}", "--workdir=W")
+    check_sentence(code, words, [str(path), "no such config file"])
+
+
+def test_a_missing_flag_is_answered_with_an_example(call):
+  examples = {
+    "train": ["--workdir is missing", "--config=tiny --workdir="],
+    "eval": ["--workdir is missing", "--config=evals:knn --config.weights="],
+    "import": ["--output is missing", "--config.weights=FILE.pth --output=DIR"],
+    "export": ["--output is missing", "--output=backbone.safetensors"],
+  }
+  for mode, wanted in examples.items():
+    check_sentence(*call(f"--mode={mode}", TINY), wanted)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_the_flags(capsys, flag):
+  with pytest.raises(SystemExit) as stop:
+    cli.parse(["main.py", flag])
+  text = capsys.readouterr().out
+  assert stop.value.code == 0
+  for part in (
+    "--config=tiny:mae",
+    "--workdir: Run directory",
+    "--mode: <train",
+  ):
+    assert part in text
+
+
 def test_lists_of_words_reach_the_program(call, monkeypatch):
   seen = []
   monkeypatch.setattr(

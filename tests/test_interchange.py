@@ -247,7 +247,7 @@ def test_evaluations_take_files(trained, exported, tmp_path):
     k.removeprefix("module."): v for k, v in linear.items()
   }
   pth.write(tmp_path / "combined.pth", {"state_dict": whole})
-  options = {"evals.ratios": (), "heads": 2}
+  options = {"evals.ratios": (), "num_heads": 2}
   again = evaluated("masked", tmp_path / "combined.pth", tmp_path / "f",
                     **options)  # fmt: skip
   assert again == pytest.approx(clean)
@@ -272,6 +272,12 @@ def test_a_trained_probe_is_exported(trained, tmp_path):
     found = load(path)
     got = found.method.logits(found.params, images)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert config["id2label"] == {
+    "0": "bar", "1": "crescent", "2": "cross", "3": "disc", "4": "ring",
+    "5": "square", "6": "star", "7": "triangle",
+  }  # fmt: skip
+  assert config["label2id"]["star"] == 6 and len(config["label2id"]) == 8
   with pytest.raises(InputError, match="holds no linear probe"):
     export(trained, tmp_path / "a.pth", format="attmask", probe=str(probe))
   four = tmp_path / "four"
@@ -292,7 +298,7 @@ def test_a_probe_and_fine_tuning_on_a_narrow_mlp(trained, tmp_path):
       name = f"blocks.{i}.mlp.{name}"
       tree[name] = np.ascontiguousarray(tree[name][cut])
   pth.write(tmp_path / "b.pth", tree)
-  short = {"optim.epochs": 1, "data.batch_size": 16, "heads": 2}
+  short = {"optim.epochs": 1, "data.batch_size": 16, "num_heads": 2}
   where = tmp_path / "b.pth"
   linear = short | {"method.last_blocks": 1}
   evaluated("linear", where, tmp_path / "c", **linear)
@@ -397,7 +403,7 @@ def test_positions_of_another_kind(trained, tmp_path, caplog):
   )
   path = str(tmp_path / "a.pth")
   exporting.export(path, source, source, format="mae")
-  sizes = {"init_from": path, "heads": 2}
+  sizes = {"init_from": path, "num_heads": 2}
   start, said = begun(small.config(sizes), caplog)
   table = positions.sin_cos((4, 4), 16, "yx")
   got = start.trees["params"]["backbone"]["pos_embed"]
@@ -424,7 +430,7 @@ def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
     config = tiny.get_config(family)
     config.update_from_flattened_dict(
       {"method.variant": "16x2x2", "method.patch_size": 4,
-       "data.image_size": 16, "init_from": str(path), "heads": 2}
+       "data.image_size": 16, "init_from": str(path), "num_heads": 2}
     )  # fmt: skip
     method = METHODS[family].from_config(config, steps_per_epoch=8)
     caplog.clear()
@@ -444,7 +450,7 @@ def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
 def test_positions_of_another_size(trained, tmp_path):
   path = export(trained, tmp_path / "a.pth", format="timm")
   config = small.config({"data.image_size": 24, "data.local_size": 12,
-                         "init_from": str(path), "heads": 2})  # fmt: skip
+                         "init_from": str(path), "num_heads": 2})  # fmt: skip
   method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
   mesh = meshes.make_mesh()
   with pytest.raises(InputError, match="--config.init_resample=True"):
@@ -458,7 +464,7 @@ def test_positions_of_another_size(trained, tmp_path):
   want = positions.interpolate(old, 24, 24, 4, num_prefix_tokens=1)
   np.testing.assert_allclose(table["pos_embed"], want, atol=1e-6)
   wide = small.config({"method.variant": "24x2x2", "init_from": str(path),
-                       "heads": 2})  # fmt: skip
+                       "num_heads": 2})  # fmt: skip
   method = METHODS["attmask"].from_config(wide, steps_per_epoch=8)
   with pytest.raises(InputError, match="set .*method.variant"):
     starts.start(wide, method, mesh)

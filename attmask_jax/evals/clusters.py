@@ -53,4 +53,4 @@ def run(job: Job) -> Result:
   return Result(values, counts, Table(("score", "value"), rows))
 
 
-EVAL = Eval(run, keys=(Keys,))
+EVAL = Eval(run)

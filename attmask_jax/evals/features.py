@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from attmask_jax import mesh as meshes
 from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.models import vit
-
-BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 
 FeaturesFn = Callable[[jax.Array], jax.Array]
 HostBatch = dict[str, np.ndarray]
@@ -132,8 +131,9 @@ def _place(rows: np.ndarray, mesh: Mesh | None) -> jax.Array:
       f"An evaluation batch of {len(rows)} rows does not divide over {devices}"
       " devices: choose a batch size that is a multiple of it."
     )
-  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-  return jax.make_array_from_process_local_data(sharding, rows)
+  return jax.make_array_from_process_local_data(
+    meshes.batch_sharding(mesh), rows
+  )
 
 
 def _collect(

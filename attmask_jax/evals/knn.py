@@ -19,8 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import cache, features, inputs
-from attmask_jax.evals.features import BATCH_AXES
 from attmask_jax.evals.job import Eval, Job, Result, Table
+from attmask_jax.mesh import BATCH_AXES
 
 ROWS = PartitionSpec(BATCH_AXES)  # queries, split over all devices
 SAME = PartitionSpec()  # bank chunk, a copy on every device
@@ -62,8 +62,6 @@ class Keys(BankKeys, SearchKeys, cache.Keys, features.Keys):
   knn_ks: tuple[int, ...] = schema.key(
     (10, 20, 100, 200), "neighbours that vote", low=1
   )
-  knn_bank: int = schema.key(0, "training images in the bank, 0 = all", low=0)
-  knn_queries: int = schema.key(0, "validation images, 0 = all", low=0)
 
 
 def run(job: Job) -> Result:

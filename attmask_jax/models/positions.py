@@ -1,10 +1,19 @@
-"""Position tables, and how they fit images of another size."""
+"""Position tables: fixed ones, and learned ones for another image or network.
+
+`interpolate` fits a table to images of another size, `adapt` to a network with
+another class token or with learned positions instead of fixed ones.
+"""
+
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attmask_jax.errors import InputError
+
+if typing.TYPE_CHECKING:
+  from attmask_jax.models.vit import ViT
 
 DINO_OFFSET = 0.1  # of interpolate_pos_encoding in DINO, iBOT and AttMask
 
@@ -73,6 +82,42 @@ def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
     [part for axis in order for part in axes[axis]], axis=1
   )
   return table[None].astype(np.float32)
+
+
+def fixed_table(
+  grid: tuple[int, int], width: int, order: str, *, num_prefix_tokens: int
+) -> np.ndarray:
+  """`sin_cos` after zeros for the class token: [1, L, D] float32."""
+  patches = sin_cos(grid, width, order)
+  return np.pad(patches, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
+
+
+def adapt(
+  table: jax.Array | None, network: "ViT", *, num_prefix_tokens: int
+) -> jax.Array:
+  """Start values for the learned positions of another network.
+
+  Args:
+    table: learned positions of `network`, [1, L, D]; None for fixed ones, which
+      are computed.
+    network: the one that the positions come from.
+    num_prefix_tokens: of the other network. The position of a class token that
+      only one of the two has is 0, as in fixed tables, or is left out.
+
+  Returns:
+    [1, num_prefix_tokens + N, D], of the patches that `network` has.
+  """
+  if table is None:
+    grid, order = (network.grid,) * 2, network.positions
+    return jnp.asarray(
+      fixed_table(
+        grid, network.width, order, num_prefix_tokens=num_prefix_tokens
+      )
+    )
+  more = num_prefix_tokens - network.num_prefix_tokens
+  if more < 0:
+    return table[:, -more:]
+  return jnp.pad(table, ((0, 0), (more, 0), (0, 0))) if more else table
 
 
 def interpolate(

@@ -282,8 +282,13 @@ class ViT(nn.Module):
     """[1, num_prefix_tokens + N, D] for an image of this size."""
     if self.positions != "learned":
       grid = height // self.patch_size, width // self.patch_size
-      table = jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
-      return jnp.pad(table, ((0, 0), (self.num_prefix_tokens, 0), (0, 0)))
+      table = positions.fixed_table(
+        grid,
+        self.width,
+        self.positions,
+        num_prefix_tokens=self.num_prefix_tokens,
+      )
+      return jnp.asarray(table)
     shape = (1, self.num_prefix_tokens + self.grid**2, self.width)
     table = self.param("pos_embed", layers.trunc_normal(), shape)
     return positions.interpolate(

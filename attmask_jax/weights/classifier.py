@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jax.experimental import multihost_utils
 from PIL import Image
@@ -179,6 +178,14 @@ def _imported(source: loading.Weights) -> Classifier:
   return Classifier(source.method, params, classes, source.digest, source.where)
 
 
+def class_names(source: loading.Weights) -> tuple[str, ...]:
+  """Class names of fine-tuned weights; () where they are not known."""
+  path = source.run_dir and source.run_dir / FILE
+  if not path or not source.method.classifies or not path.exists():
+    return ()
+  return tuple(json.loads(path.read_text())["class_names"])
+
+
 def numbered(classes: int) -> tuple[str, ...]:
   """Class names of weights that do not know any: "0", "1", ..."""
   return tuple(map(str, range(classes)))
@@ -204,16 +211,9 @@ def pretrained_backbone(
       if name != "cls_token" and not name.startswith("readout_")
     }
   if section.positions == "learned":
-    if theirs.positions != "learned":
-      table = positions.sin_cos(
-        (theirs.grid,) * 2, theirs.width, theirs.positions
-      )
-      own["pos_embed"] = jnp.pad(
-        table, ((0, 0), (num_prefix_tokens, 0), (0, 0))
-      )
-    elif theirs.num_prefix_tokens > num_prefix_tokens:
-      # The class token's, which is dropped.
-      own["pos_embed"] = own["pos_embed"][:, theirs.num_prefix_tokens :]
+    own["pos_embed"] = positions.adapt(
+      own.get("pos_embed"), theirs, num_prefix_tokens=num_prefix_tokens
+    )
   return own
 
 

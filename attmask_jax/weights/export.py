@@ -1,7 +1,10 @@
-"""Our weights as files of other code bases."""
+"""Writes loaded weights as files of other code bases.
+
+The inverse of `torch_io.files`, with the same tables of names.
+"""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +15,10 @@ from absl import logging
 from attmask_jax import Params
 from attmask_jax.errors import InputError
 from attmask_jax.methods.classify import BN_EPS
+from attmask_jax.methods.mae import Mae
+from attmask_jax.models import positions
 from attmask_jax.weights.loading import Weights
 from attmask_jax.weights.torch_io import (
-  fixed,
   hf_config,
   layouts,
   names,
@@ -43,6 +47,7 @@ def export(
   backbone_only: bool = False,
   centers: Params | None = None,
   epoch: int = 0,
+  class_names: Sequence[str] = (),
 ) -> list[str]:
   """Writes weights under the names of another code base.
 
@@ -56,6 +61,7 @@ def export(
     backbone_only: leave heads, decoder and predictor out.
     centers: loss centres of AttMask, for "attmask".
     epoch: completed epochs, for the formats that say it.
+    class_names: of a classifier, for the config.json of "hf".
 
   Returns:
     Names of the tensors written.
@@ -74,19 +80,19 @@ def export(
       f"{file} must end in {' or '.join(SUFFIXES)}: the ending picks the kind "
       "of file"
     )
-  found = FORMATS[format](student, teacher, backbone_only)
-  found = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), found)
+  content = FORMATS[format](student, teacher, backbone_only)
+  content = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), content)
   if format == "attmask" and not backbone_only:
     if centers:
-      found["ibot_loss"] = names.to_theirs(centers, tables.CENTERS)
-    found["epoch"] = epoch
+      content["ibot_loss"] = names.to_theirs(centers, tables.CENTERS)
+    content["epoch"] = epoch
   elif format == "extrema":
-    found["epoch"] = epoch
+    content["epoch"] = epoch
   elif format == "mae":
-    found["epoch"] = epoch - 1  # of the last epoch, counted from 0
-  flat, notes = _flatten(found)
+    content["epoch"] = epoch - 1  # of the last epoch, counted from 0
+  flat, notes = _flatten(content)
   said = {"heads": teacher.method.backbone.num_heads}
-  if hasattr(student.method, "decoder"):
+  if isinstance(student.method, Mae):
     said["decoder_heads"] = student.method.decoder.num_heads
   if format == "hf":
     if file.name != "model.safetensors":
@@ -95,14 +101,14 @@ def export(
         "model.safetensors for from_pretrained",
         file.name,
       )
-    hf_config.write(file.parent, teacher.method, flat)
+    hf_config.write(file.parent, teacher.method, flat, class_names)
   if file.suffix == ".safetensors":
     notes |= {"format": "pt"} | {k: str(v) for k, v in said.items()}
     tensors.write(file, flat, notes)
   else:
     # Flat files hold tensors alone: timm and transformers expect nothing else.
-    wrapped = any(isinstance(value, dict) for value in found.values())
-    pth.write(file, found | (said if wrapped else {}))
+    wrapped = any(isinstance(value, dict) for value in content.values())
+    pth.write(file, content | (said if wrapped else {}))
   return list(flat)
 
 
@@ -251,7 +257,7 @@ def _official_decoder(weights: Weights) -> bool:
     InputError: it is neither.
   """
   method = weights.method
-  if not hasattr(method, "decoder"):
+  if not isinstance(method, Mae):
     return False
   layout = {True: "hwc", False: "chw"}[method.decoder.class_token]
   if method.target_layout != layout:
@@ -309,11 +315,8 @@ def _trunk(weights: Weights) -> Params:
     )
   backbone = _without(backbone, left)
   if network.positions != "learned":
-    backbone["pos_embed"] = fixed.table(
-      (network.grid,) * 2,
-      network.width,
-      network.positions,
-      num_prefix_tokens=network.num_prefix_tokens,
+    backbone["pos_embed"] = positions.adapt(
+      None, network, num_prefix_tokens=network.num_prefix_tokens
     )
   return backbone
 

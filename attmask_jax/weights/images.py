@@ -8,13 +8,19 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax.augment import transforms
+from attmask_jax.data import files
 from attmask_jax.errors import InputError
 
 KINDS = "uint8 arrays [B, H, W, 3], a Pillow image, a path, or a list of images"
 
 
 def as_batch(
-  images: Any, *, size: int, patch_size: int, normalised: bool = False
+  images: Any,
+  *,
+  size: int,
+  patch_size: int,
+  resample: str = "bicubic",
+  normalised: bool = False,
 ) -> np.ndarray:
   """Images as one array [B, H, W, 3].
 
@@ -24,6 +30,7 @@ def as_batch(
       or a list of these.
     size: side of the crop in pixels.
     patch_size: P; height and width must be multiples of it.
+    resample: of the crop, one of `transforms.RESAMPLE`.
     normalised: the images are floats that are normalised already, as
       `vit.normalize_images` does it.
 
@@ -35,10 +42,9 @@ def as_batch(
       number of channels, or images of several sizes.
   """
   single = isinstance(images, Image.Image | str | os.PathLike)
-  if single or (
-    isinstance(images, Sequence) and not isinstance(images, np.ndarray)
-  ):
-    rows = [_row(image, size) for image in ([images] if single else images)]
+  if single or isinstance(images, Sequence):
+    several = [images] if single else images
+    rows = [_row(image, size, resample) for image in several]
     shapes = {row.shape for row in rows}
     if len(shapes) != 1:
       raise InputError(
@@ -56,18 +62,19 @@ def as_batch(
   return batch.astype(np.float32) if normalised else batch
 
 
-def _row(image: Any, size: int) -> np.ndarray:
+def _row(image: Any, size: int, resample: str) -> np.ndarray:
   """One image [H, W, 3]; files and Pillow images get the evaluation crop."""
   if isinstance(image, str | os.PathLike):
     try:
-      with Image.open(image) as opened:
-        image = transforms.to_rgb(opened)
-    except OSError as error:
+      image = files.decode(os.path.expanduser(image))
+    except files.BrokenImage as error:
       raise InputError(
-        f"the image {os.fspath(image)} cannot be read ({error})"
+        f"the image {os.fspath(image)} cannot be read: {error}"
       ) from error
+  elif isinstance(image, Image.Image):
+    image = transforms.to_rgb(image)
   if isinstance(image, Image.Image):
-    return np.asarray(transforms.eval_crop(transforms.to_rgb(image), size))
+    return np.asarray(transforms.eval_crop(image, size, resample=resample))
   return np.asarray(image)
 
 
@@ -99,11 +106,7 @@ def _check(batch: np.ndarray, patch_size: int, normalised: bool) -> None:
       f"images of type {batch.dtype} are unclear: give uint8 from 0 to 255"
     )
   height, width = batch.shape[1:3]
-  if (
-    min(height, width) < patch_size
-    or height % patch_size
-    or (width % patch_size)
-  ):
+  if min(height, width) < 1 or height % patch_size or width % patch_size:
     raise InputError(
       f"images of {height} x {width} pixels are no whole number of patches of "
       f"{patch_size} pixels: crop or resize them"

@@ -1,19 +1,22 @@
-"""Start values of a training run from weights that exist already."""
+"""Start values of a training run from other weights: `config.init_from`.
+
+Reads both networks with `loading.load` and keeps what the run has a place for.
+"""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
 
 from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
 from attmask_jax.models import positions
 from attmask_jax.weights import loading
-from attmask_jax.weights.torch_io import files, fixed
+from attmask_jax.weights.torch_io import files
 
 POSITIONS = "backbone/pos_embed"
 Leaves = dict[str, Any]  # by path
@@ -33,7 +36,7 @@ class Start(NamedTuple):
 
 
 def start(
-  config: ml_collections.ConfigDict, method: Any, mesh: jax.sharding.Mesh
+  config: ml_collections.ConfigDict, method: Method, mesh: jax.sharding.Mesh
 ) -> Start:
   """Values for `method` out of `config.init_from`; says what is not there.
 
@@ -61,19 +64,21 @@ def start(
     shapes, values = trees.flat(wanted[name]), trees.flat(source.params)
     if POSITIONS in shapes:
       values |= _positions(source, method, config.init_resample)
-    found = _fitting(values, shapes, where)
-    chosen[name] = trees.nested(found)
+    fitting = _fitting(values, shapes, where)
+    chosen[name] = trees.nested(fitting)
     if name == "params":
-      fresh = sorted(shapes.keys() - found.keys())
-      _tell(f"in {where}, of no use to this run", values.keys() - found.keys())
+      fresh = sorted(shapes.keys() - fitting.keys())
+      _log_parts(
+        f"in {where}, of no use to this run", values.keys() - fitting.keys()
+      )
   if not chosen["params"]:
     raise InputError(f"{where} holds nothing that this run could start from")
   epoch = _training_state(config, wanted["aux"], fresh, chosen)
-  _tell(f"not in {where}, at start values", fresh)
+  _log_parts(f"not in {where}, at start values", fresh)
   return Start({k: v for k, v in chosen.items() if v}, epoch)
 
 
-def _tell(what: str, paths: Collection[str]) -> None:
+def _log_parts(what: str, paths: Collection[str]) -> None:
   """Logs the parts that these leaves belong to, if any."""
   parts = sorted({"/".join(path.split("/")[:2]) for path in paths})
   if parts:
@@ -86,18 +91,18 @@ def _fitting(values: Leaves, shapes: Leaves, where: str) -> Leaves:
   Raises:
     InputError: one of the backbone is of another shape.
   """
-  found = {}
+  fitting = {}
   for path, leaf in shapes.items():
     value = values.get(path)
     if value is not None and value.shape == leaf.shape:
-      found[path] = np.asarray(jax.device_get(value))
+      fitting[path] = np.asarray(jax.device_get(value))
     elif value is not None and path.startswith("backbone/"):
       raise InputError(
         f"{where}: {path} has shape {tuple(value.shape)}, and this run's "
         f"{tuple(leaf.shape)}: set method.variant, method.patch_size and "
         "data.image_size to those of the weights"
       )
-  return found
+  return fitting
 
 
 def _training_state(
@@ -145,7 +150,9 @@ def _training_state(
   return file.epoch
 
 
-def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
+def _positions(
+  source: loading.Weights, method: Method, resample: bool
+) -> Leaves:
   """Start values of learned positions: {path: table}, {} without any.
 
   Raises:
@@ -157,26 +164,7 @@ def _positions(source: loading.Weights, method: Any, resample: bool) -> Leaves:
     return {}
   if old is None:
     logging.info("fixed positions are the start values of learned ones")
-    order = theirs.positions
-    old = fixed.table(
-      (theirs.grid,) * 2,
-      theirs.width,
-      order,
-      num_prefix_tokens=theirs.num_prefix_tokens,
-    )
-  # A class token that only one of the two has: its position is 0, as in fixed
-  # tables, or is left out.
-  old = jnp.asarray(old)[
-    :, max(theirs.num_prefix_tokens - ours.num_prefix_tokens, 0) :
-  ]
-  old = jnp.pad(
-    old,
-    (
-      (0, 0),
-      (max(ours.num_prefix_tokens - theirs.num_prefix_tokens, 0), 0),
-      (0, 0),
-    ),
-  )
+  old = positions.adapt(old, theirs, num_prefix_tokens=ours.num_prefix_tokens)
   tokens = ours.num_prefix_tokens + ours.grid**2
   if old.shape[1:] == (tokens, ours.width):
     return {POSITIONS: old}

@@ -23,6 +23,7 @@ from attmask_jax.methods import METHODS, base
 from attmask_jax.methods.base import Method
 from attmask_jax.runs import checkpoint
 from attmask_jax.runs import config as run_config
+from attmask_jax.weights import restore
 from attmask_jax.weights.images import as_batch
 from attmask_jax.weights.torch_io import files, networks
 
@@ -32,6 +33,9 @@ NETWORKS = ("teacher", "student", "untrained")
 
 class Weights(NamedTuple):
   """One network and what is known of it.
+
+  `features` and `attention` compute float32 products at the highest precision,
+  as evaluations do by default.
 
   Attributes:
     method: what trained it; its `backbone` is the network.
@@ -105,21 +109,25 @@ class Weights(NamedTuple):
     batch_size: int,
   ) -> Any:
     """Outputs on the host, of padded batches: one shape compiles once."""
-    backbone = self.method.backbone
+    backbone, data = self.method.backbone, self.config.get("data", {})
+    if batch_size < 1:
+      raise InputError(f"batch_size {batch_size} must be at least 1")
     batch = as_batch(
       images,
-      size=backbone.image_size,
+      size=data.get("image_size", 0) or backbone.image_size,
       patch_size=backbone.patch_size,
+      resample=data.get("eval_resample", "") or "bicubic",
       normalised=normalised,
     )
     n, rows = len(batch), min(batch_size, len(batch))
     if n < 1:
       raise InputError("there are no images: give at least one")
     parts = []
-    for start in range(0, n, rows):
-      chosen = np.minimum(np.arange(start, start + rows), n - 1)
-      outputs = jax.device_get(compiled(self.params, batch[chosen]))
-      parts.append(jax.tree.map(lambda x, s=start: x[: n - s], outputs))
+    with jax.default_matmul_precision("highest"):
+      for start in range(0, n, rows):
+        chosen = np.minimum(np.arange(start, start + rows), n - 1)
+        outputs = jax.device_get(compiled(self.params, batch[chosen]))
+        parts.append(jax.tree.map(lambda x, s=start: x[: n - s], outputs))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
@@ -158,7 +166,7 @@ def load(
 
   Raises:
     InputError: nothing there, no such network, or arrays that do not fit the
-      config they lie beside.
+      config beside them.
   """
   if network and network not in NETWORKS:
     raise InputError(
@@ -182,8 +190,8 @@ def load(
   if network == "untrained":
     step, params, aux = 0, _untrained(method, config, mesh), {}
   else:
-    params = _restore(run_dir, step, network, shapes, mesh)
-    aux = _restore_aux(run_dir, step, method, mesh)
+    params = restore.network(run_dir, step, network, shapes, mesh)
+    aux = restore.aux(run_dir, step, method, mesh, method.served_aux)
   where = f"{run_dir}/checkpoints/{step}"
   if network == "untrained":
     where = f"{run_dir}, untrained"
@@ -219,18 +227,18 @@ def _of_file(
   """Weights of another code base's file."""
   network = network or "teacher"
   wanted = "student" if network == "student" else "teacher"
-  found = files.load(file, wanted, **options)
-  params, aux = found.params, found.aux
+  loaded = files.load(file, wanted, **options)
+  params, aux = loaded.params, loaded.aux
   if network == "untrained":
     rng = jax.random.key(0)
-    params, _, aux = jax.device_get(jax.jit(found.method.init)(rng))
+    params, _, aux = jax.device_get(jax.jit(loaded.method.init)(rng))
   params, aux = _moved(mesh, params), _moved(mesh, aux)
   logging.info("weights: %s of %s", network, file.path)
   return Weights(
-    found.method,
+    loaded.method,
     params,
     aux,
-    found.config,
+    loaded.config,
     digest(params),
     0,
     network,
@@ -313,52 +321,6 @@ def _untrained(
   return jax.jit(make, out_shardings=meshes.replicated(mesh))()
 
 
-def _restore(
-  run_dir: pathlib.Path,
-  step: int,
-  network: str,
-  shapes: Params,
-  mesh: jax.sharding.Mesh,
-) -> Params:
-  """Reads one item of a checkpoint onto the mesh."""
-  item = "params" if network == "student" else "teacher"
-  folder = run_dir / "checkpoints" / str(step) / item
-  if item == "teacher" and not folder.is_dir():
-    folder = folder.with_name("params")  # a method without a teacher
-  if not folder.is_dir():
-    raise InputError(f"{folder} is missing: {folder.parent} is no checkpoint")
-  reader = ocp.StandardCheckpointer()
-  try:
-    # Of the handler: the checkpointer's own warns of a file we do not have.
-    metadata = ocp.StandardCheckpointHandler().metadata(folder)
-    found, wanted = trees.shapes(metadata.tree), trees.shapes(shapes)
-    for name in sorted(found.keys() | wanted.keys()):
-      if found.get(name) != wanted.get(name):
-        raise InputError(
-          f"{folder} does not fit its config: {name} has shape "
-          f"{found.get(name, 'absent')} there, and {run_dir}/config.json "
-          f"makes it {wanted.get(name, 'absent')}"
-        )
-    place = lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=meshes.replicated(mesh)
-    )
-    return reader.restore(folder, jax.tree.map(place, shapes))
-  except InputError:
-    raise
-  except (ValueError, OSError, KeyError) as error:
-    reason = str(error).strip().splitlines()[0][:200]
-    raise InputError(f"{folder} is damaged ({reason})") from error
-  finally:
-    reader.close()
-
-
-def _restore_aux(
-  run_dir: pathlib.Path, step: int, method: Method, mesh: jax.sharding.Mesh
-) -> Params:
-  """Those parts of `aux` without which the network cannot be used."""
-  return _restore_parts(run_dir, step, method, mesh, method.served_aux)
-
-
 def load_centers(source: Weights) -> Params:
   """The loss centres beside weights of AttMask: center, center_patch.
 
@@ -370,34 +332,7 @@ def load_centers(source: Weights) -> Params:
   if not folder.is_dir():
     return {}
   metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
-  found = trees.shapes(metadata.tree)
-  names = jax.eval_shape(method.init, jax.random.key(0))[2]
-  names = tuple(name for name in names if f"aux/{name}" in found)
-  return _restore_parts(source.run_dir, source.step, method, mesh, names)
-
-
-def _restore_parts(
-  run_dir: pathlib.Path,
-  step: int,
-  method: Method,
-  mesh: jax.sharding.Mesh,
-  names: Sequence[str],
-) -> Params:
-  """Some of a checkpoint's `aux`."""
-  if not names:
-    return {}
-  shapes = jax.eval_shape(method.init, jax.random.key(0))[2]
-  place = lambda x: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=meshes.replicated(mesh)
-  )
-  wanted = {"aux": jax.tree.map(place, {name: shapes[name] for name in names})}
-  with ocp.PyTreeCheckpointer() as reader:
-    found = reader.restore(
-      run_dir / "checkpoints" / str(step) / "train",
-      args=ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,
-      ),
-    )
-  return found["aux"]
+  saved = trees.shapes(metadata.tree)
+  names = jax.eval_shape(method.init, jax.random.key(0)).aux
+  names = tuple(name for name in names if f"aux/{name}" in saved)
+  return restore.aux(source.run_dir, source.step, method, mesh, names)

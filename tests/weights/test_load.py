@@ -1,6 +1,9 @@
 """attmask_jax.load, and what its weights take as images."""
 
+import dataclasses
+
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import small
@@ -81,6 +84,53 @@ def test_files_and_pillow_images_get_the_evaluation_crop(run, tmp_path):
   np.testing.assert_allclose(mixed, np.repeat(want, 2, axis=0), rtol=1e-5)
 
 
+def test_the_crop_is_that_of_the_runs_evaluations(run):
+  """Shorter side to floor(256/224 * size), then the centre, by hand."""
+  w = attmask_jax.load(str(run))
+  pixels = np.random.default_rng(1).integers(0, 256, (40, 30, 3), np.uint8)
+  config = ml_collections.ConfigDict(w.config.to_dict())
+  config.data.update(image_size=20, eval_resample="bilinear")
+  cases = (
+    (w, 16, (18, 24), (1, 4), Image.Resampling.BICUBIC),
+    (
+      w._replace(config=config),
+      20,
+      (22, 29),
+      (1, 4),
+      Image.Resampling.BILINEAR,
+    ),
+  )
+  for weights, side, resized, (left, top), filter in cases:
+    crop = np.asarray(Image.fromarray(pixels).resize(resized, filter))
+    crop = crop[top : top + side, left : left + side]
+    want = weights.features(crop)[1]
+    np.testing.assert_array_equal(
+      weights.features(Image.fromarray(pixels))[1], want
+    )
+
+
+def test_products_are_as_precise_as_in_evaluations(run, images):
+  seen = []
+  w = attmask_jax.load(str(run))
+
+  class Spy(type(w.method)):
+    def attention(self, weights, images):
+      seen.append(jax.config.jax_default_matmul_precision)
+      return super().attention(weights, images)
+
+  fields = dataclasses.fields(w.method)
+  method = Spy(**{f.name: getattr(w.method, f.name) for f in fields})
+  with jax.default_matmul_precision("default"):
+    w._replace(method=method).attention(images)
+  assert seen == ["highest"]
+
+
+def test_weights_are_on_one_device(run):
+  w = attmask_jax.load(str(run))
+  devices = {d for x in jax.tree.leaves(w.params) for d in x.devices()}
+  assert devices == {jax.devices()[0]} and jax.device_count() == 8
+
+
 def test_floats_count_only_as_normalised_ones(run, images):
   w = attmask_jax.load(str(run))
   want, _ = w.features(images)
@@ -102,6 +152,8 @@ def test_floats_count_only_as_normalised_ones(run, images):
     ([], "empty"),
     (np.zeros((0, 16, 16, 3), np.uint8), "no images"),
     ("nowhere.png", "nowhere.png cannot be read"),
+    (__file__, "cannot be read: not an image"),
+    (None, r"shape \(\)"),
   ],
 )
 def test_anything_else_is_one_sentence(run, wrong, words):
@@ -112,7 +164,9 @@ def test_anything_else_is_one_sentence(run, wrong, words):
     assert "\n" not in str(error.value)
 
 
-def test_more_blocks_than_there_are(run, images):
+def test_settings_out_of_range(run, images):
+  with pytest.raises(InputError, match="batch_size 0 must be at least 1"):
+    attmask_jax.load(str(run)).features(images, batch_size=0)
   with pytest.raises(InputError, match="last 3 must lie between 1 and the 2"):
     attmask_jax.load(str(run)).features(images, last=3)
 

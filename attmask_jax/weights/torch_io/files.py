@@ -1,4 +1,8 @@
-"""Weight files of other code bases as networks with our parameters."""
+"""Reads weight files of other code bases as networks with our parameters.
+
+`read` opens a file, `load` converts one of its networks; `loading.load` puts
+that on the devices.
+"""
 
 import pathlib
 import re
@@ -13,6 +17,7 @@ from absl import logging
 
 from attmask_jax import Params, schema, trees
 from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
 from attmask_jax.weights.torch_io import (
   layouts,
   names,
@@ -22,7 +27,7 @@ from attmask_jax.weights.torch_io import (
   tensors,
 )
 from attmask_jax.weights.torch_io.lazy import ARRAYS, Tensor
-from attmask_jax.weights.torch_io.unpickling import shown
+from attmask_jax.weights.torch_io.unpickling import quoted
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 SHOWN = 5  # names in a message
@@ -52,27 +57,27 @@ class File(NamedTuple):
   @property
   def epoch(self) -> int:
     """Completed epochs, 0 where the file does not say."""
-    found = self.rest.get("epoch")
-    if type(found) is not int:
+    epoch = self.rest.get("epoch")
+    if type(epoch) is not int:
       return 0
     # Others say how many are completed, these the last one, counted from 0.
-    return max(found + (kind_of(self) in ZERO_BASED), 0)
+    return max(epoch + (kind_of(self) in ZERO_BASED), 0)
 
   def num_heads(self, key: str = "heads") -> int | None:
     """Heads of its attention, or "decoder_heads"; None if it does not say."""
-    found = self.rest.get(key)
-    return found if isinstance(found, int) and found > 0 else None
+    count = self.rest.get(key)
+    return count if isinstance(count, int) and count > 0 else None
 
   @property
   def centers(self) -> Params:
     """The loss centres of AttMask and iBOT, or DINO's one, {} without."""
-    found = self.rest.get("ibot_loss", self.rest.get("dino_loss"))
-    if not isinstance(found, dict):
+    losses = self.rest.get("ibot_loss", self.rest.get("dino_loss"))
+    if not isinstance(losses, dict):
       return {}
     return {
-      ours: np.asarray(found[theirs], np.float32).reshape(-1)
+      ours: np.asarray(losses[theirs], np.float32).reshape(-1)
       for ours, theirs in (("center", "center"), ("center_patch", "center2"))
-      if isinstance(found.get(theirs), ARRAYS)
+      if isinstance(losses.get(theirs), ARRAYS)
     }
 
 
@@ -88,7 +93,7 @@ class Network(NamedTuple):
     layout: its code base and sizes.
   """
 
-  method: Any
+  method: Method
   params: Params
   aux: Params
   config: ml_collections.ConfigDict
@@ -111,21 +116,21 @@ def read(where: str) -> File:
   path = pathlib.Path(where).expanduser()
   if path.suffix.lower() == ".safetensors":
     flat, notes = tensors.read(path, lazy=True)
-    found: dict[str, Any] = _unflatten(flat)
+    content: dict[str, Any] = _unflatten(flat)
     said = {k: int(v) for k, v in notes.items() if _NUMBER.fullmatch(v)}
   else:
-    found, said = pth.read(path, lazy=True), {}
-  if not isinstance(found, dict):
+    content, said = pth.read(path, lazy=True), {}
+  if not isinstance(content, dict):
     raise InputError(
-      f"{path} holds a {type(found).__name__} and no state dict: save the "
+      f"{path} holds a {type(content).__name__} and no state dict: save the "
       "model's state_dict()"
     )
   try:
-    unwrapped = layouts.unwrap(found)
+    unwrapped = layouts.unwrap(content)
   except InputError as error:
     raise InputError(f"{path}: {error}") from error
   keys = ("student", "teacher", "model", "state_dict", "optimizer")
-  rest = {k: v for k, v in found.items() if k not in keys} | said
+  rest = {k: v for k, v in content.items() if k not in keys} | said
   return File(path, dict(unwrapped), rest)
 
 
@@ -134,14 +139,14 @@ def _unflatten(flat: dict[str, Tensor]) -> dict[str, Any]:
   parts = ("student.", "teacher.", "ibot_loss.")
   if not any(name.startswith("student.") for name in flat):
     return flat
-  found: dict[str, Any] = {}
+  nested: dict[str, Any] = {}
   for name, value in flat.items():
     part = next((p for p in parts if name.startswith(p)), None)
     if part is None:
-      found[name] = value
+      nested[name] = value
     else:
-      found.setdefault(part[:-1], {})[name.removeprefix(part)] = value
-  return found
+      nested.setdefault(part[:-1], {})[name.removeprefix(part)] = value
+  return nested
 
 
 def choose(file: File, network: str) -> str:
@@ -185,13 +190,13 @@ def load(
     )
     method = networks.build(layout)
     wanted = networks.shapes_of(method, layout, name)
-    found = names.to_ours(
+    converted = names.to_ours(
       file.networks[name], layout.table, wanted, dtype=np.float32
     )
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from error
-  _check(file.path, found, layout, schema.words(allow_missing))
-  params = _filled(method, wanted, found.tree)
+  _check(file.path, converted, layout, schema.words(allow_missing))
+  params = _filled(method, wanted, converted.tree)
   if layout.kind != "attmask":  # nothing else masks the input
     params["backbone"].pop("mask_token", None)
   _warn_of_nan(file.path, params)
@@ -222,14 +227,16 @@ def load_probe(file: File) -> Params:
       "bias": jnp.zeros((1, layout.num_classes)),
     }
   }
-  found = names.to_ours(flat, tables.linear(), shapes)
-  _check(file.path, found, layout, ())
-  return {k: np.asarray(v, np.float32) for k, v in found.tree["head"].items()}
+  converted = names.to_ours(flat, tables.linear(), shapes)
+  _check(file.path, converted, layout, ())
+  return {
+    k: np.asarray(v, np.float32) for k, v in converted.tree["head"].items()
+  }
 
 
 def _check(
   path: pathlib.Path,
-  found: names.Converted,
+  converted: names.Converted,
   layout: layouts.Layout,
   allowed: tuple[str, ...],
 ) -> None:
@@ -237,18 +244,18 @@ def _check(
   logging.info(
     "%s: %d tensors matched, %d missing, %d unexpected (%s)",
     path.name,
-    len(found.matched),
-    len(found.missing),
-    len(found.unexpected),
+    len(converted.matched),
+    len(converted.missing),
+    len(converted.unexpected),
     layout.kind,
   )
   for what, listed in (
-    ("lacks", found.missing),
-    ("holds what this network has no place for:", found.unexpected),
+    ("lacks", converted.missing),
+    ("holds what this network has no place for:", converted.unexpected),
   ):
     wrong = [n for n in listed if not (allowed and n.startswith(allowed))]
     if wrong:
-      listed = ", ".join(map(shown, wrong[:SHOWN]))
+      listed = ", ".join(map(quoted, wrong[:SHOWN]))
       more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
       raise InputError(
         f"{path} ({layout.kind}) {what} {listed}{more}: if "
@@ -257,7 +264,7 @@ def _check(
       )
 
 
-def _filled(method: Any, wanted: Any, tree: Params) -> Params:
+def _filled(method: Method, wanted: Any, tree: Params) -> Params:
   """The tree in float32; leaves that it lacks get their start values."""
   given, start = trees.flat(tree), {}
   if set(given) != set(trees.flat(wanted)):

@@ -1,18 +1,10 @@
-"""Fixed position tables that other code bases store, and how to tell them."""
+"""Recognises fixed position tables, which other code bases store."""
 
 import jax.numpy as jnp
 import numpy as np
 
 from attmask_jax.errors import InputError
-from attmask_jax.models import positions
-
-
-def table(
-  grid: tuple[int, int], width: int, order: str, *, num_prefix_tokens: int
-) -> np.ndarray:
-  """Sine-cosine table after zeros for the prefix tokens: [1, L, D] float32."""
-  patches = positions.sin_cos(grid, width, order)
-  return np.pad(patches, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
+from attmask_jax.models.positions import fixed_table
 
 
 def square(tokens: int) -> tuple[int, int] | None:
@@ -50,7 +42,7 @@ def _distance(array: np.ndarray, order: str) -> float:
   if sizes is None or not array.shape[2]:
     return float("inf")
   side, num_prefix_tokens = sizes
-  expected = table(
+  expected = fixed_table(
     (side, side), array.shape[2], order, num_prefix_tokens=num_prefix_tokens
   )
   return float(np.max(np.abs(np.asarray(array, np.float32) - expected)))

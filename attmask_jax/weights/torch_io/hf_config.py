@@ -2,27 +2,35 @@
 
 import json
 import pathlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
+from attmask_jax.methods.mae import Mae
 
 
-def write(folder: pathlib.Path, method: Any, names: Container[str]) -> None:
+def write(
+  folder: pathlib.Path,
+  method: Method,
+  names: Container[str],
+  class_names: Sequence[str] = (),
+) -> None:
   """Writes the file.
 
   Args:
     folder: of the weights.
     method: what they belong to.
     names: of the tensors that were written.
+    class_names: of a classifier; () = their numbers.
 
   Raises:
     InputError: another one is there, such as that of a run, or the folder
       cannot be written.
   """
   path = folder / "config.json"
-  text = json.dumps(_told(method, names), indent=2) + "\n"
+  text = json.dumps(_content(method, names, class_names), indent=2) + "\n"
   try:
     if path.exists() and path.read_text() != text:
       raise InputError(
@@ -37,10 +45,12 @@ def write(folder: pathlib.Path, method: Any, names: Container[str]) -> None:
     ) from error
 
 
-def _told(method: Any, names: Container[str]) -> dict[str, Any]:
-  """What the file says."""
+def _content(
+  method: Method, names: Container[str], class_names: Sequence[str]
+) -> dict[str, Any]:
+  """Keys and values of the file."""
   backbone = method.backbone
-  told = {
+  content = {
     "architectures": ["ViTModel"],
     "model_type": "vit",
     "hidden_size": backbone.width,
@@ -57,20 +67,20 @@ def _told(method: Any, names: Container[str]) -> dict[str, Any]:
     "qkv_bias": True,
   }
   if "classifier.weight" in names:
-    return told | _classifier(method)
+    return content | _classifier(class_names or range(method.num_classes))
   if backbone.class_token != "input":
     # The only ViT of transformers without class token, and without its head.
     kind = dict(model_type="siglip_vision_model", vision_use_head=False)
-    return told | kind | {"architectures": ["SiglipVisionModel"]}
+    return content | kind | {"architectures": ["SiglipVisionModel"]}
   if "decoder.mask_token" in names:
-    return told | _decoder(method)
+    return content | _decoder(method)
   if backbone.positions != "learned":
-    told |= {"architectures": ["ViTMAEModel"], "model_type": "vit_mae"}
-  return told
+    content |= {"architectures": ["ViTMAEModel"], "model_type": "vit_mae"}
+  return content
 
 
-def _classifier(method: Any) -> dict[str, Any]:
-  labels = {str(i): str(i) for i in range(method.num_classes)}
+def _classifier(class_names: Sequence[Any]) -> dict[str, Any]:
+  labels = {str(i): str(name) for i, name in enumerate(class_names)}
   return {
     "architectures": ["ViTForImageClassification"],
     "id2label": labels,
@@ -78,7 +88,7 @@ def _classifier(method: Any) -> dict[str, Any]:
   }
 
 
-def _decoder(method: Any) -> dict[str, Any]:
+def _decoder(method: Mae) -> dict[str, Any]:
   return {
     "architectures": ["ViTMAEForPreTraining"],
     "model_type": "vit_mae",

@@ -14,7 +14,7 @@ from attmask_jax.models import vit
 from attmask_jax.weights.torch_io import sizes, tables
 from attmask_jax.weights.torch_io.lazy import ARRAYS
 from attmask_jax.weights.torch_io.names import Table, Tensors
-from attmask_jax.weights.torch_io.unpickling import shown
+from attmask_jax.weights.torch_io.unpickling import quoted
 
 # ExtreMA's two encoders, and the networks of ours that they are.
 _ENCODERS = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
@@ -127,7 +127,7 @@ def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     momentum encoder; a model and its average) or the one "model".
 
   Raises:
-    InputError: no tensors found.
+    InputError: it holds no tensors.
   """
   networks = []
   pairs = ("student", "teacher"), ("model", "model_ema"), ("state_dict", "")
@@ -143,9 +143,9 @@ def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     networks = _split(_tensors(obj))
   networks = [(name, tensors) for name, tensors in networks if tensors]
   if not networks:
-    listed = ", ".join(map(shown, list(obj)[:5])) or "nothing"
+    listed = ", ".join(map(quoted, list(obj)[:5])) or "nothing"
     raise InputError(
-      f"no state dict found (the file holds {listed}): give a checkpoint with "
+      f"no state dict here (the file holds {listed}): give a checkpoint with "
       "student and teacher, state_dict, model, or a bare state dict"
     )
   return networks
@@ -182,17 +182,17 @@ def recognise(
       that tells nothing about the heads.
   """
   kind, table = _kind(tensors)
-  found: dict[str, Any] = {}
+  known: dict[str, Any] = {}
   if kind != "linear":
-    found |= sizes.trunk(tensors, table, num_heads)
+    known |= sizes.trunk(tensors, table, num_heads)
   if kind == "attmask":
-    found |= sizes.prototypes(tensors)
+    known |= sizes.prototypes(tensors)
   elif kind == "extrema":
-    found |= sizes.projector(tensors)
+    known |= sizes.projector(tensors)
   elif kind in DECODERS:
-    found |= sizes.decoder(tensors, table, DECODERS[kind], decoder_num_heads)
-  found |= sizes.classifier(tensors, table)
-  return Layout(kind=kind, table=table, **found)
+    known |= sizes.decoder(tensors, table, DECODERS[kind], decoder_num_heads)
+  known |= sizes.classifier(tensors, table)
+  return Layout(kind=kind, table=table, **known)
 
 
 def kind_of(tensors: Tensors) -> str:
@@ -208,14 +208,14 @@ def _tensors(obj: Any) -> dict[str, Any]:
   """The arrays of a state dict without prefixes of wrapped modules."""
   if not isinstance(obj, Mapping):
     return {}
-  found = {}
+  renamed = {}
   for name, value in obj.items():
     if isinstance(name, str) and isinstance(value, ARRAYS):
       name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
-      found[name] = value
-  if any(name.endswith("embeddings.cls_token") for name in found):
-    found = {_transformers_4(name): value for name, value in found.items()}
-  return found
+      renamed[name] = value
+  if any(name.endswith("embeddings.cls_token") for name in renamed):
+    renamed = {_transformers_4(name): value for name, value in renamed.items()}
+  return renamed
 
 
 def _transformers_4(name: str) -> str:
@@ -260,7 +260,7 @@ def _kind(tensors: Tensors) -> tuple[str, Table]:
       return _bare_kind(tensors)
   if "linear.weight" in tensors:
     return "linear", tables.linear()
-  listed = ", ".join(map(shown, sorted(tensors)[:5]))
+  listed = ", ".join(map(quoted, sorted(tensors)[:5]))
   raise InputError(
     f"a state dict with the names {listed} ... is of no known code base: give "
     "one of AttMask, iBOT, DINO, timm, MAE, ExtreMA or transformers ViTs"
@@ -306,10 +306,10 @@ def _bare_kind(tensors: Tensors) -> tuple[str, Table]:
 
 def _attmask_table(tensors: Tensors, prefix: str) -> Table:
   """The table of a head like this one."""
-  found = sizes.prototypes(tensors)
+  known = sizes.prototypes(tensors)
   return tables.attmask(
-    found["prototypes"],
-    layers=found["head_layers"],
-    norm=found["head_norm"] == "ln",
+    known["prototypes"],
+    layers=known["head_layers"],
+    norm=known["head_norm"] == "ln",
     prefix=prefix,
   )

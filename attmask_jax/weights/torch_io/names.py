@@ -22,6 +22,7 @@ import numpy as np
 
 from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
+from attmask_jax.models import positions
 from attmask_jax.weights.torch_io import fixed
 from attmask_jax.weights.torch_io.lazy import Tensor
 
@@ -103,7 +104,7 @@ Table = tuple[Row | Constant, ...]
 
 
 class Converted(NamedTuple):
-  """What `to_ours` found.
+  """What `to_ours` returns.
 
   Attributes:
     tree: nested dict of the leaves that are complete.
@@ -136,13 +137,13 @@ def to_ours(
       disagree, or a position table that is not the fixed one.
   """
   wanted = {k: tuple(leaf.shape) for k, leaf in trees.flat(shapes).items()}
-  used, missing, found = set(), set(wanted), {}
+  used, missing, leaves = set(), set(wanted), {}
   for path, pieces in _pieces(table, wanted).items():
     missing.remove(path)
     absent = {p.name for p in pieces} - tensors.keys() - {""}
     missing |= absent
     if not absent:
-      found[path] = _assemble(path, wanted[path], pieces, tensors, dtype)
+      leaves[path] = _assemble(path, wanted[path], pieces, tensors, dtype)
       used |= {p.name for p in pieces}
   for row in table:
     if isinstance(row, Constant):
@@ -153,7 +154,7 @@ def to_ours(
   used &= tensors.keys()
   unexpected = sorted(set(tensors) - used)
   return Converted(
-    trees.nested(found), sorted(used), sorted(missing), unexpected
+    trees.nested(leaves), sorted(used), sorted(missing), unexpected
   )
 
 
@@ -322,6 +323,6 @@ def _constant(
     return np.zeros((1, 1, width), like.dtype)
   if grid is None:
     raise ValueError(f"{row.theirs} is written, and grid is not given")
-  return fixed.table(
+  return positions.fixed_table(
     grid, width, row.kind, num_prefix_tokens=num_prefix_tokens
   ).astype(like.dtype)

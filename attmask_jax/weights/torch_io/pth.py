@@ -22,7 +22,7 @@ from attmask_jax import atomic
 from attmask_jax.errors import InputError
 from attmask_jax.weights.torch_io import lazy as laziness
 from attmask_jax.weights.torch_io import pickling, unpickling
-from attmask_jax.weights.torch_io.unpickling import Refused, shown
+from attmask_jax.weights.torch_io.unpickling import Refused, quoted
 
 Opaque = unpickling.Opaque
 MAX_PICKLE_BYTES = 2**24  # that of a ViT-G training state is a twentieth
@@ -53,21 +53,21 @@ def read(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
   path = pathlib.Path(path)
   if not path.is_file():
     raise InputError(f"{path} is no file: give a .pth checkpoint")
-  with _told(path):
+  with _one_sentence(path):
     # Lazy tensors keep the file open; it is closed with the last of them.
     archive = zipfile.ZipFile(path)
     try:
-      found = _Archive(archive, path, keep=not lazy).load()
+      content = _Archive(archive, path, keep=not lazy).load()
     except BaseException:
       archive.close()
       raise
     if not lazy:
       archive.close()
-    return found
+    return content
 
 
 @contextlib.contextmanager
-def _told(path: pathlib.Path) -> Iterator[None]:
+def _one_sentence(path: pathlib.Path) -> Iterator[None]:
   """Says what is wrong with a file that cannot be read, as InputError."""
   try:
     yield
@@ -82,7 +82,7 @@ def _told(path: pathlib.Path) -> Iterator[None]:
   except MemoryError as error:
     raise InputError(f"{path} asks for more memory than there is") from error
   except Exception as error:  # damage shows in a dozen kinds
-    reason = f"{type(error).__name__}: {shown(error)}"
+    reason = f"{type(error).__name__}: {quoted(error)}"
     raise InputError(
       f"{path} is damaged ({reason}): copy or download it again"
     ) from error
@@ -97,7 +97,7 @@ def _not_a_zip(path: pathlib.Path, error: Exception) -> str:
       f"{path} was saved by torch before 1.6, or in its old format: load it in "
       "torch once and save it again with torch.save"
     )
-  return f"{path} is no .pth file, or is damaged ({shown(error)})"
+  return f"{path} is no .pth file, or is damaged ({quoted(error)})"
 
 
 class _Archive:
@@ -117,41 +117,41 @@ class _Archive:
     self, members: list[zipfile.ZipInfo]
   ) -> dict[str, zipfile.ZipInfo]:
     """Members by name; refuses what torch never writes."""
-    found: dict[str, zipfile.ZipInfo] = {}
+    by_name: dict[str, zipfile.ZipInfo] = {}
     for member in members:
       name = member.filename
       parts = name.replace("\\", "/").split("/")
       drive = re.match("[A-Za-z]:", name)
       if name.startswith("/") or ".." in parts or drive:
         raise Refused(
-          f'holds a member outside it, "{shown(name)}": take no '
+          f'holds a member outside it, "{quoted(name)}": take no '
           "weights from where this came from"
         )
-      if name in found:
+      if name in by_name:
         raise Refused(
-          f'holds the member "{shown(name)}" twice: copy or download it again'
+          f'holds the member "{quoted(name)}" twice: copy or download it again'
         )
       if member.compress_type != zipfile.ZIP_STORED:
         raise Refused(
-          f'holds a compressed member, "{shown(name)}", which torch '
+          f'holds a compressed member, "{quoted(name)}", which torch '
           "never writes: save it again with torch.save"
         )
-      found[name] = member
+      by_name[name] = member
     # Members of a zip archive may overlap, and so be larger than the file.
     if sum(m.file_size for m in members) > self._size:
       raise Refused(
         "claims members larger than itself: copy or download it again"
       )
-    return found
+    return by_name
 
   def load(self) -> Any:
     """Reads the description, and with it the tensors."""
-    found = [n for n in self._members if n.endswith("/data.pkl")]
-    if len(found) != 1:
+    programs = [n for n in self._members if n.endswith("/data.pkl")]
+    if len(programs) != 1:
       raise Refused(
         "is a zip archive, but no .pth file: give one written by torch.save"
       )
-    self._root = found[0].removesuffix("data.pkl")
+    self._root = programs[0].removesuffix("data.pkl")
     script = (self._root + "constants.pkl", self._root + "code/")
     if any(name.startswith(script) for name in self._members):
       raise Refused(
@@ -183,12 +183,12 @@ class _Archive:
     member = self._members.get(f"{self._root}data/{key}")
     if member is None:
       raise Refused(
-        f'lacks its member "data/{shown(key)}": copy or download it again'
+        f'lacks its member "data/{quoted(key)}": copy or download it again'
       )
     wanted = storage.numel * storage.dtype.itemsize
     if wanted > member.file_size:
       raise Refused(
-        f'claims {shown(wanted)} bytes in its member "data/{key}", '
+        f'claims {quoted(wanted)} bytes in its member "data/{key}", '
         f"which has {member.file_size}: copy or download it again"
       )
     return member
@@ -218,8 +218,8 @@ class _Archive:
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if last >= storage.numel:
       raise Refused(
-        f"claims a tensor of size {shown(tuple(size))} in "
-        f"{shown(storage.numel)} numbers: copy or download it again"
+        f"claims a tensor of size {quoted(tuple(size))} in "
+        f"{quoted(storage.numel)} numbers: copy or download it again"
       )
     self._member(storage)  # is there, and large enough
     if not _is_contiguous(size, stride):
@@ -232,7 +232,7 @@ class _Archive:
       return self._numbers(storage, offset, size, stride)
 
     def later() -> np.ndarray:
-      with _told(self._path):
+      with _one_sentence(self._path):
         return self._numbers(storage, offset, size, stride)
 
     return laziness.Tensor(size, storage.dtype, later)

@@ -14,7 +14,7 @@ import numpy as np
 from attmask_jax import atomic
 from attmask_jax.errors import InputError
 from attmask_jax.weights.torch_io.lazy import Tensor
-from attmask_jax.weights.torch_io.unpickling import shown
+from attmask_jax.weights.torch_io.unpickling import quoted
 
 
 def _package(path: str | os.PathLike[str]) -> types.ModuleType:
@@ -66,7 +66,7 @@ def read(
     ) from error
   except (package.SafetensorError, ValueError, OSError, TypeError) as error:
     raise InputError(
-      f"{path} is no .safetensors file, or is damaged ({shown(error)})"
+      f"{path} is no .safetensors file, or is damaged ({quoted(error)})"
     ) from error
 
 
@@ -76,13 +76,13 @@ def _later(path: pathlib.Path) -> dict[str, Tensor]:
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
   header.pop("__metadata__", None)
-  found = {}
+  loaded = {}
   for name, entry in header.items():
     if entry["dtype"] not in _DTYPES:
       raise AttributeError(entry["dtype"])
     start = 8 + size + entry["data_offsets"][0]
-    found[name] = _tensor(path, entry["dtype"], tuple(entry["shape"]), start)
-  return found
+    loaded[name] = _tensor(path, entry["dtype"], tuple(entry["shape"]), start)
+  return loaded
 
 
 def _tensor(
@@ -93,13 +93,13 @@ def _tensor(
 
   def later() -> np.ndarray:
     try:
-      found = np.fromfile(path, dtype, math.prod(shape), offset=start)
-      found = found.reshape(shape)
+      values = np.fromfile(path, dtype, math.prod(shape), offset=start)
+      values = values.reshape(shape)
     except (OSError, ValueError) as error:
       raise InputError(
         f"{path} has changed or gone while it was read ({error}): start again"
       ) from error
-    return found != 0 if kind == "BOOL" else found
+    return values != 0 if kind == "BOOL" else values
 
   return Tensor(shape, np.dtype(bool) if kind == "BOOL" else dtype, later)
 

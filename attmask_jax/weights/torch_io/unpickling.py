@@ -113,7 +113,7 @@ class Storage(NamedTuple):
   numel: int
 
 
-def shown(text: Any) -> str:
+def quoted(text: Any) -> str:
   """Text of a file for a message: short, and without control characters."""
   text = str(text)
   return ascii(text[:80])[1:-1] + ("..." if len(text) > 80 else "")
@@ -136,9 +136,9 @@ def load(program: bytes, tensor: Callable[..., np.ndarray | Tensor]) -> Any:
     if opcode.name == "STOP":
       break
     machine.step(opcode.name, argument)
-  found = machine.pop()
-  _check(found)
-  return found
+  result = machine.pop()
+  _check(result)
+  return result
 
 
 class _Machine:
@@ -324,7 +324,7 @@ def _global(module: Any, name: Any) -> Opaque:
   full = f"{_of(str, module)}.{_of(str, name)}"
   if full not in _KNOWN and not _DTYPE.fullmatch(full):
     raise Refused(
-      f"asks for {shown(full)}, which is not run: save only tensors, numbers "
+      f"asks for {quoted(full)}, which is not run: save only tensors, numbers "
       "and text in it"
     )
   return Opaque(full)
@@ -352,9 +352,9 @@ def _scalar(dtype: Any, raw: Any = b"") -> Any:
   return Opaque("numpy.scalar", (dtype, raw))
 
 
-def _check(found: Any) -> None:
+def _check(result: Any) -> None:
   """Refuses what is endless, or could not be walked through by a caller."""
-  level, count = [found], 0
+  level, count = [result], 0
   for _ in range(MAX_DEPTH):
     inner: list[Any] = []
     for value in level:

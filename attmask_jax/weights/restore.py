@@ -1,0 +1,97 @@
+"""Reads parts of a checkpoint onto the devices."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import orbax.checkpoint as ocp
+
+from attmask_jax import Params, trees
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import InputError
+from attmask_jax.methods.base import Method
+
+
+def network(
+  run_dir: pathlib.Path,
+  step: int,
+  name: str,
+  shapes: Params,
+  mesh: jax.sharding.Mesh,
+) -> Params:
+  """Parameters of one network, whole on every device.
+
+  Args:
+    run_dir: run directory.
+    step: of the checkpoint.
+    name: "student", or "teacher" where the method has one.
+    shapes: ShapeDtypeStructs, see `Method.init`.
+    mesh: devices that get a copy.
+
+  Raises:
+    InputError: no such checkpoint, a damaged one, or other shapes.
+  """
+  item = "params" if name == "student" else "teacher"
+  folder = run_dir / "checkpoints" / str(step) / item
+  if item == "teacher" and not folder.is_dir():
+    folder = folder.with_name("params")  # a method without a teacher
+  if not folder.is_dir():
+    raise InputError(f"{folder} is missing: {folder.parent} is no checkpoint")
+  reader = ocp.StandardCheckpointer()
+  try:
+    # Of the handler: the checkpointer's own warns of a file we do not have.
+    metadata = ocp.StandardCheckpointHandler().metadata(folder)
+    saved, wanted = trees.shapes(metadata.tree), trees.shapes(shapes)
+    for name in sorted(saved.keys() | wanted.keys()):
+      if saved.get(name) != wanted.get(name):
+        raise InputError(
+          f"{folder} does not fit its config: {name} has shape "
+          f"{saved.get(name, 'absent')} there, and {run_dir}/config.json "
+          f"makes it {wanted.get(name, 'absent')}"
+        )
+    place = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=meshes.replicated(mesh)
+    )
+    return reader.restore(folder, jax.tree.map(place, shapes))
+  except InputError:
+    raise
+  except (ValueError, OSError, KeyError) as error:
+    reason = str(error).strip().splitlines()[0][:200]
+    raise InputError(f"{folder} is damaged ({reason})") from error
+  finally:
+    reader.close()
+
+
+def aux(
+  run_dir: pathlib.Path,
+  step: int,
+  method: Method,
+  mesh: jax.sharding.Mesh,
+  names: Sequence[str],
+) -> Params:
+  """Some parts of a checkpoint's `aux`, whole on every device.
+
+  Args:
+    run_dir: run directory.
+    step: of the checkpoint.
+    method: of the run.
+    mesh: devices that get a copy.
+    names: of the parts.
+  """
+  if not names:
+    return {}
+  shapes = jax.eval_shape(method.init, jax.random.key(0)).aux
+  place = lambda x: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=meshes.replicated(mesh)
+  )
+  wanted = {"aux": jax.tree.map(place, {name: shapes[name] for name in names})}
+  with ocp.PyTreeCheckpointer() as reader:
+    restored = reader.restore(
+      run_dir / "checkpoints" / str(step) / "train",
+      args=ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+      ),
+    )
+  return restored["aux"]
