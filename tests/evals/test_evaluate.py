@@ -424,10 +424,10 @@ def test_defaults_are_no_mistakes(name):
     (
       "knn",
       {"evals.knn_ks": (10, 2.5)},
-      "evals.knn_ks .10, 2.5. must be whole",
+      "evals.knn_ks .10, 2.5. must be one whole number or",
     ),
-    ("masks", {"evals.ratios": (1, "a")}, "must be numbers"),
-    ("token_clusters", {"evals.clusters": (2.5,)}, "whole numbers"),
+    ("masks", {"evals.ratios": (1, "a")}, "must be one number or several"),
+    ("token_clusters", {"evals.clusters": (2.5,)}, "one whole number or"),
     ("linear", {"method.lrs": ("a",)}, "method.lrs"),
     ("knn", {"evals.batch_size": 0}, "batch_size 0 must be at least 1"),
     ("knn", {"data.image_size": 3}, "choose 4 or 8"),
