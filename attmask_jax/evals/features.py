@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from attmask_jax import mesh as meshes
 from attmask_jax import schema
 from attmask_jax.errors import InputError
-from attmask_jax.models import vit
+from attmask_jax.models import embedding
 
 FeaturesFn = Callable[[jax.Array], jax.Array]
 HostBatch = dict[str, np.ndarray]
@@ -27,7 +27,7 @@ class Keys:
   last_blocks: int = schema.key(
     1, "class tokens of that many last blocks", low=1
   )
-  pool: str = schema.key("cls", "tokens that are read", choices=vit.POOLS)
+  pool: str = schema.key("cls", "tokens that are read", choices=embedding.POOLS)
   final_norm: bool = schema.key(
     True, "behind the backbone's final LayerNorm; MAE, ExtreMA: False"
   )
@@ -60,9 +60,9 @@ def check(
     InputError: either is out of range.
   """
   pool, blocks = settings.pool, settings.last_blocks
-  if pool not in vit.POOLS:
+  if pool not in embedding.POOLS:
     raise InputError(
-      f'evals.pool "{pool}" is unknown: use {", ".join(vit.POOLS)}'
+      f'evals.pool "{pool}" is unknown: use {", ".join(embedding.POOLS)}'
     )
   if not 1 <= blocks <= depth:
     raise InputError(

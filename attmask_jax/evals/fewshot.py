@@ -10,7 +10,7 @@ import numpy as np
 
 from attmask_jax import data, schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import cache, features, knn
+from attmask_jax.evals import cache, features, knn, nearest
 from attmask_jax.evals.job import Eval, Job, Result, Table
 
 
@@ -60,7 +60,7 @@ def run(job: Job) -> Result:
       chosen = places[:, start : start + shots].ravel()
       # A broken file is in no bank.
       picks = [row_of[int(i)] for i in chosen if int(i) in row_of]
-      scores = knn.knn(
+      scores = nearest.knn(
         bank.features[picks],
         bank.labels[picks],
         queries.features,

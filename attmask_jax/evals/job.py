@@ -21,7 +21,7 @@ from attmask_jax import Params, data
 from attmask_jax.errors import InputError
 from attmask_jax.evals import cache, features, inputs
 from attmask_jax.methods import base
-from attmask_jax.models import vit
+from attmask_jax.models import embedding
 from attmask_jax.runs import progress
 from attmask_jax.weights.classifier import Classifier
 from attmask_jax.weights.loading import Weights
@@ -194,7 +194,9 @@ def _embed(
 ) -> jax.Array:
   """[B, H, W, 3] uint8 -> [B, F]; compiles once for equal methods."""
   read = functools.partial(method.features, params)
-  return vit.embed(read, images, last=last, pool=pool, final_norm=final_norm)
+  return embedding.embed(
+    read, images, last=last, pool=pool, final_norm=final_norm
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from attmask_jax.evals import (
   inputs,
   knn,
   masks,
+  nearest,
   pictures,
   reconstruct,
 )
@@ -113,7 +114,9 @@ class Evaluator:
     """
     if not self.best:
       return {}
-    chunks = dict(bank_chunk=knn.BANK_CHUNK, query_chunk=knn.QUERY_CHUNK)
+    chunks = dict(
+      bank_chunk=nearest.BANK_CHUNK, query_chunk=nearest.QUERY_CHUNK
+    )
     job = self._job("knn", state, cache="", **chunks)
     values = knn.run(job).values
     first = f"k{job.config.evals.knn_ks[0]}/"

@@ -18,7 +18,7 @@ import numpy as np
 
 from attmask_jax import Params, data, schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import accuracy, features, knn
+from attmask_jax.evals import accuracy, features, knn, nearest
 from attmask_jax.evals.job import Eval, Job, Result, Table
 
 
@@ -74,7 +74,7 @@ def run(job: Job) -> Result:
   queries = _extract(job, val, places, desc="queries")
   values = {}
   for name in bank:
-    scores = knn.knn(
+    scores = nearest.knn(
       bank[name].features,
       bank[name].labels,
       queries[name].features,

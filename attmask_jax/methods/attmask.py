@@ -9,12 +9,11 @@ no mask and no patch loss DINO (arXiv:2104.14294).
 Source: the AttMask release (train_one_epoch, iBOTLoss, AttMask). Differs:
 - crops are flattened image-major, which keeps a sharded batch in place;
 - random draws are per image and view, and do not depend on the device count;
-- prototype logits of patches are computed where a patch can be hidden only.
+- prototype logits are computed of patches that can be hidden.
 """
 
 import dataclasses
 import functools
-import random
 from typing import NamedTuple, Self
 
 import jax
@@ -26,10 +25,11 @@ from attmask_jax import Batch, Params, schema
 from attmask_jax.augment.transforms import MultiCrop
 from attmask_jax.errors import InputError
 from attmask_jax.methods import clustering, losses, masking
-from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
+from attmask_jax.methods.base import InitialState, LossOutput, Scalars
 from attmask_jax.methods.temperature import warmup_table
+from attmask_jax.methods.view_masks import ViewMasks
 from attmask_jax.models import heads, vit
-from attmask_jax.rows import flatten, gather, row_ids, row_keys, unflatten
+from attmask_jax.rows import flatten, gather, row_ids, unflatten
 
 
 class TeacherOutput(NamedTuple):
@@ -54,62 +54,22 @@ class StudentOutput(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeKeys:
-  """How losses of many patches are computed."""
-
-  patch_loss_chunks: int = schema.key(
-    1, "parts of AttMask's patch loss, to save memory", low=1
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class AttMask(Method):
+class AttMask(ViewMasks):
   """Masks, losses and temperatures of AttMask, iBOT and DINO.
 
   Attributes:
-    backbone: ViT of student and teacher.
-    head: the student's head.
-    teacher_head: the teacher's head.
-    epochs: length of the run.
-    steps_per_epoch: S.
-    global_crops: G.
+    head: the student's; teacher_head: the teacher's.
+    epochs, steps_per_epoch: length of the run; S.
     local_crops: V - G.
     patch_loss_chunks: parts that the patch loss is computed in.
   """
 
-  backbone: vit.ViT
   head: heads.Head
   teacher_head: heads.Head
   epochs: int
   steps_per_epoch: int
-  global_crops: int = MultiCrop.global_crops
   local_crops: int = MultiCrop.local_crops
-  patch_loss_chunks: int = ComputeKeys.patch_loss_chunks
-  mask: str = schema.key(
-    "attmask_high",
-    "what is hidden from the student",
-    choices=masking.POLICIES,
-  )
-  mask_ratio: tuple[float, ...] = schema.key(
-    (0.3,),
-    "share of patches hidden: one ratio, or several to choose from per draw",
-    low=0,
-    high=1,
-  )
-  mask_ratio_var: tuple[float, ...] = schema.key(
-    (0.2,),
-    "uniform jitter of the ratio, +-; one value or one per ratio",
-    low=0,
-    high=1,
-  )
-  mask_prob: float = schema.key(
-    0.5, "a view is masked at all (attmask_* only)", low=0, high=1
-  )
-  show_max: float = schema.key(
-    0.1, "hints come from this share of most attended patches", low=0, high=1
-  )
-  mask_start_epoch: int = schema.key(0, "no masks before", low=0)
-  mask_input: bool = schema.key(True, "False: the student sees everything")
+  patch_loss_chunks: int = losses.ComputeKeys.patch_loss_chunks
   norm_last_layer: bool = schema.key(
     False, "keep the gains of the student's prototypes at 1"
   )
@@ -130,9 +90,6 @@ class AttMask(Method):
   center_momentum: float = schema.key(
     0.9, "of the centres of teacher logits", low=0, high=1
   )
-  seed: int = schema.key(
-    0, "of weights, masks and stochastic depth", low=0, high=2**32 - 1
-  )
 
   config_parts = (vit.BackboneKeys, heads.HeadKeys)
   frozen_at_start = "head/last_layer"
@@ -149,7 +106,7 @@ class AttMask(Method):
       InputError: a value out of range or values that do not fit together.
     """
     m, data = config.method, config.data
-    backbone = vit.from_config(config)
+    backbone = vit.from_config(config)  # refuses an unknown size first
     head, teacher_head = heads.from_config(m)
     if data.local_crops:
       schema.check_multiple(
@@ -169,9 +126,6 @@ class AttMask(Method):
 
   def __post_init__(self) -> None:
     schema.check("method", vars(self), type(self))
-    if len(self.mask_ratio_var) == 1 < len(self.mask_ratio):
-      spread = self.mask_ratio_var * len(self.mask_ratio)
-      object.__setattr__(self, "mask_ratio_var", spread)
     self._check_ratios()
     g, local = self.global_crops, self.local_crops
     if g < 1 or local < 0 or g + local < 2:
@@ -181,37 +135,6 @@ class AttMask(Method):
       )
     _ = self.temperatures  # raises where a warm-up does not fit
 
-  def _check_ratios(self) -> None:
-    """Refuses ratios without their variance, or that leave [0, 1] by it."""
-    if len(self.mask_ratio) != len(self.mask_ratio_var):
-      raise InputError(
-        f"method.mask_ratio has {len(self.mask_ratio)} values and "
-        f"method.mask_ratio_var {len(self.mask_ratio_var)}: give one variance "
-        "or as many as ratios"
-      )
-    for r, v in zip(self.mask_ratio, self.mask_ratio_var, strict=True):
-      if r < v or r + v > 1:
-        raise InputError(
-          f"method.mask_ratio {r} with method.mask_ratio_var {v} leaves [0, 1]:"
-          " the ratio must be at least its variance, and their sum at most 1"
-        )
-
-  @property
-  def max_hidden(self) -> int:
-    """M: no mask of this configuration hides more patches."""
-    pairs = zip(self.mask_ratio, self.mask_ratio_var, strict=True)
-    return max(1, *(int(self.num_patches * (r + v)) for r, v in pairs))
-
-  @property
-  def picture_mask_ratio(self) -> float:
-    """The largest ratio that is drawn."""
-    return max(self.mask_ratio)
-
-  @property
-  def picture_show_max(self) -> float:
-    """As in training."""
-    return self.show_max
-
   @property
   def knn_temp(self) -> float:
     """The teacher's class temperature after warm-up.
@@ -219,11 +142,6 @@ class AttMask(Method):
     quirk: the release evaluates with it while it trains.
     """
     return self.teacher_temp[1]
-
-  @property
-  def by_attention(self) -> bool:
-    """Whether masks come from the teacher's attention."""
-    return self.mask in masking.ATTENTION_POLICIES
 
   @property
   def uses_patches(self) -> bool:
@@ -263,56 +181,21 @@ class AttMask(Method):
   def at(self, step: int) -> dict[str, np.generic]:
     """What changes per step, from (seed, step): float64 on the host."""
     epoch = min(step // self.steps_per_epoch, self.epochs - 1)
-    rng = random.Random(f"{self.seed}-ratio-{step}")
-    ratio, hint_ratio = (self.ratio(rng, epoch) for _ in range(2))
-    n_mask, n_show = masking.attention_counts(
-      self.num_patches, ratio, hint_ratio, self.show_max
-    )
     temp, patch_temp = self.temperatures
-    scalars = {
+    return {
       "teacher_temp": np.float32(temp[epoch]),
       "teacher_patch_temp": np.float32(patch_temp[epoch]),
-    }
-    if self.by_attention:
-      scalars |= {"n_mask": np.int32(n_mask), "n_show": np.int32(n_show)}
-    return scalars
-
-  def ratio(self, rng: random.Random, epoch: int) -> float:
-    """One draw of the mask ratio; 0 before `mask_start_epoch`."""
-    if self.mask == "none" or epoch < self.mask_start_epoch:
-      return 0.0
-    return masking.draw_ratio(rng, self.mask_ratio, self.mask_ratio_var)
+    } | self.mask_counts(step, epoch)
 
   @functools.cached_property
   def temperatures(self) -> tuple[np.ndarray, np.ndarray]:
-    """Teacher temperatures of class tokens and of patches: [epochs] each.
-
-    The patch warm-up begins when masking does.
-    """
-    warmup, total = self.temp_warmup_epochs, self.epochs
-    patch = warmup_table(
-      *self.teacher_patch_temp,
-      warmup=warmup,
-      total=total,
-      delay=self.mask_start_epoch,
+    """Teacher temperatures of class tokens and of patches: [epochs] each."""
+    table = functools.partial(
+      warmup_table, warmup=self.temp_warmup_epochs, total=self.epochs
     )
-    cls = warmup_table(*self.teacher_temp, warmup=warmup, total=total)
-    return cls, patch
-
-  def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-    """Masks drawn on the host, of one image: masks [G, N] bool."""
-    if self.mask not in masking.HOST_POLICIES:
-      return {}
-    started = epoch >= self.mask_start_epoch
-    masks = masking.host_masks(
-      self.mask,
-      seeds=(self.seed, epoch, index),
-      grid=(self.backbone.grid, self.backbone.grid),
-      views=self.global_crops,
-      ratios=self.mask_ratio if started else (0.0,),
-      variances=self.mask_ratio_var if started else (0.0,),
-    )
-    return {"masks": masks}
+    # The patch warm-up begins when masking does.
+    patch = table(*self.teacher_patch_temp, delay=self.mask_start_epoch)
+    return table(*self.teacher_temp), patch
 
   def loss(
     self,
@@ -326,9 +209,7 @@ class AttMask(Method):
     """Class-token and patch losses of one batch.
 
     Args:
-      params: student.
-      teacher: teacher.
-      aux: centres.
+      params, teacher, aux: student, teacher, centres.
       batch: images [B, G, H, W, 3], local_images [B, V - G, h, w, 3] if any,
         masks [B, G, N] for host-side policies, position [B].
       rng: key of this step.
@@ -345,7 +226,6 @@ class AttMask(Method):
     student_out = self.student_forward(
       params, images, batch, hidden, (rng_global, rng_local)
     )
-
     logits = unflatten(teacher_out.logits, images.shape[0])  # [B, G, K]
     probs = losses.teacher_probs(
       logits, aux["center"], temp=scalars["teacher_temp"]
@@ -356,7 +236,6 @@ class AttMask(Method):
     patch_loss = self.patch_weight * self.patch_loss(
       params, teacher, aux, student_out, teacher_out, hidden, scalars
     )
-
     assignment = jnp.argmax(logits[:, 0], axis=-1)
     # quirk: compared with the student's second view, masked (train_acc).
     agrees = assignment == jnp.argmax(student_out.logits[:, 1], axis=-1)
@@ -406,12 +285,8 @@ class AttMask(Method):
 
   def assignments(self, weights: Params, images: jax.Array) -> jax.Array:
     """Arg-max prototype of the class token: [B, H, W, 3] -> [B] int32."""
-    images = vit.normalize_images(images)
-    out = self.backbone.apply({"params": weights["backbone"]}, images)
-    head = {"params": weights["head"]}
-    z = self.teacher_head.apply(head, out.tokens[:, 0], method="project")
-    logits = self.teacher_head.apply(head, z, method="cls_logits")
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    out = self.teacher_forward(weights, vit.normalize_images(images))
+    return jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
 
   def teacher_forward(self, teacher: Params, rows: jax.Array) -> TeacherOutput:
     """Whole images [R, H, W, 3] through the teacher, without drop path."""
@@ -428,30 +303,6 @@ class AttMask(Method):
     if self.by_attention:
       attention = jnp.mean(out.attention, axis=1)  # over heads
     return TeacherOutput(z, logits, attention)
-
-  def select_masks(
-    self,
-    attention: jax.Array | None,
-    batch: Batch,
-    rng: jax.Array,
-    scalars: Scalars,
-  ) -> masking.Hidden | None:
-    """Chooses the hidden patches of every row, or None without masks."""
-    if self.mask == "none":
-      return None
-    if not self.by_attention:
-      return masking.Hidden.of(flatten(batch["masks"]), self.max_hidden)
-    rows = row_ids(batch["position"], self.global_crops)
-    mask = masking.attention_mask(
-      attention,
-      policy=self.mask,
-      n_mask=scalars["n_mask"],
-      keys=row_keys(rng, rows),
-      probability=self.mask_prob,
-      n_show=scalars["n_show"],
-      n_eligible=int(self.num_patches * self.show_max),
-    )
-    return masking.Hidden.of(mask, self.max_hidden)
 
   def student_forward(
     self,
@@ -496,9 +347,8 @@ class AttMask(Method):
         rng, rows, depth=self.backbone.depth
       )
     backbone = {"params": params["backbone"]}
-    rows = flatten(images)
     return self.backbone.apply(
-      backbone, rows, mask, drop_path_noise=drop_path_noise
+      backbone, flatten(images), mask, drop_path_noise=drop_path_noise
     ).tokens
 
   def patch_loss(

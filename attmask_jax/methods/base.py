@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from attmask_jax import Batch, Params
-from attmask_jax.models import vit
+from attmask_jax.models import embedding, vit
 
 Scalars = dict[str, jax.Array]
 # (path of a leaf, leaf) -> its learning rate over that of the run; broadcasts.
@@ -194,7 +194,7 @@ class Method(abc.ABC):
     last: int = 1,
     norm: bool = True,
   ) -> tuple[jax.Array | None, jax.Array]:
-    """Features of whole images, see `vit.features`.
+    """Features of whole images, see `embedding.features`.
 
     Args:
       weights: `params` or `teacher`.
@@ -206,7 +206,7 @@ class Method(abc.ABC):
       cls [B, last * D], or None for a network without a class token, and
       patches [B, N, D], float32.
     """
-    return vit.features(
+    return embedding.features(
       self.backbone, weights["backbone"], images, last=last, norm=norm
     )
 
@@ -215,4 +215,4 @@ class Method(abc.ABC):
 
     Of the class token or, without one, what patches receive on average.
     """
-    return vit.class_attention(self.backbone, weights["backbone"], images)
+    return embedding.class_attention(self.backbone, weights["backbone"], images)

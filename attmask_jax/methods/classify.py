@@ -13,7 +13,6 @@ release. Differs:
 
 import dataclasses
 import functools
-import re
 from typing import Self
 
 import jax
@@ -25,13 +24,13 @@ import optax
 from attmask_jax import Batch, Params, schema
 from attmask_jax.augment import mixup
 from attmask_jax.errors import InputError
+from attmask_jax.methods import layer_decay
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
-from attmask_jax.models import vit
+from attmask_jax.models import embedding, vit
 from attmask_jax.models.layers import layer_norm, trunc_normal
 from attmask_jax.models.positions import DINO_OFFSET
 
 MIX_TAG = 5  # last word of the key of the host's mixup draws
-EMBEDDING = "patch_embed|cls_token|pos_embed"  # before the first block
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 
 
@@ -68,15 +67,12 @@ class Classify(Method):
   Attributes:
     backbone: ViT; its position table keeps the size it was pretrained with.
     num_classes: C.
-    epochs: length of the run.
-    steps_per_epoch: S.
-    image_size: of training images, pixels.
-    batch_size: B over all devices.
+    epochs, steps_per_epoch: length of the run; S.
+    image_size, batch_size: of training images, pixels; B over all devices.
     rates: [J] learning rate of each linear layer over that of the run.
     mixup_group: images that exchange partners, 0 = the whole batch.
   """
 
-  backbone: vit.ViT
   num_classes: int
   epochs: int
   steps_per_epoch: int
@@ -89,7 +85,7 @@ class Classify(Method):
     1, "class tokens of that many last blocks", low=1
   )
   pool: str = schema.key(
-    "cls", "tokens that the linear layer reads", choices=vit.POOLS
+    "cls", "tokens that the linear layer reads", choices=embedding.POOLS
   )
   final_norm: bool = schema.key(
     True, "behind the backbone's final LayerNorm; MAE, ExtreMA: False"
@@ -150,7 +146,6 @@ class Classify(Method):
         mlp_ratio=m.get("mlp_ratio", 4.0),  # older runs do not say it
         class_token=m.class_token,
         positions=m.positions,
-        # Runs from before this key were trained with DINO's.
         grid_offset=m.get("grid_offset", DINO_OFFSET),
         key_bias=m.key_bias,
         readout_layers=m.readout_layers,
@@ -225,7 +220,7 @@ class Classify(Method):
 
   @property
   def feature_width(self) -> int:
-    """F of `vit.pool`."""
+    """F of `embedding.pool`."""
     classes = self.last_blocks * (self.pool != "mean")
     return self.backbone.width * (classes + (self.pool != "cls"))
 
@@ -330,12 +325,7 @@ class Classify(Method):
       rates = np.asarray(self.rates, np.float32)
       return rates.reshape(-1, *[1] * (leaf.ndim - 1))
     depth = self.backbone.depth
-    # Of MAE and BEiT: what comes after the blocks keeps the full rate.
-    if re.search("/blocks/", name):
-      layers = 1 + np.arange(depth).reshape(-1, *[1] * (leaf.ndim - 1))
-    else:
-      layers = 0 if re.search(EMBEDDING, name) else depth + 1
-    return np.float32(self.layer_decay) ** (depth + 1 - np.float32(layers))
+    return layer_decay.rate(name, leaf, depth=depth, decay=self.layer_decay)
 
   def assemble(self, params: Params, aux: Params) -> Params:
     """backbone and head (and batch_norm), whichever of them is trained."""
@@ -358,7 +348,7 @@ class Classify(Method):
 
   def all_logits(self, weights: Params, images: jax.Array) -> jax.Array:
     """Of every linear layer: [B, H, W, 3], uint8 or normalised -> [B, J, C]."""
-    x = vit.embed(
+    x = embedding.embed(
       functools.partial(self.features, weights),
       images,
       last=self.last_blocks,
@@ -396,12 +386,12 @@ class Classify(Method):
         rng, batch["position"], depth=self.backbone.depth
       )
     features = functools.partial(
-      vit.features,
+      embedding.features,
       self.backbone,
       weights["backbone"],
       drop_path_noise=drop_path_noise,
     )
-    return vit.embed(
+    return embedding.embed(
       features,
       images,
       last=self.last_blocks,

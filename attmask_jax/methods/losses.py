@@ -4,13 +4,25 @@ Means over the batch are plain means: inside a compiled program with a sharded
 batch they already run over all devices.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from attmask_jax import schema
+
 HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeKeys:
+  """How losses of many patches are computed."""
+
+  patch_loss_chunks: int = schema.key(
+    1, "parts of AttMask's patch loss, to save memory", low=1
+  )
 
 
 def teacher_probs(

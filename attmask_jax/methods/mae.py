@@ -29,7 +29,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.methods import losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import decoder as decoders
-from attmask_jax.models import layers, positions, vit
+from attmask_jax.models import embedding, layers, positions, vit
 from attmask_jax.models.decoder import Decoder, DecoderKeys
 from attmask_jax.rows import gather, row_keys
 
@@ -227,7 +227,7 @@ class Mae(Method):
     """
     scores = None
     if self.guided:
-      attention = vit.class_attention(
+      attention = embedding.class_attention(
         self.backbone, teacher["backbone"], images
       )
       scores = jax.lax.stop_gradient(jnp.mean(attention, axis=1))

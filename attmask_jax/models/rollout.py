@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attmask_jax import Params
-from attmask_jax.models import vit
+from attmask_jax.models import embedding, vit
 
 FUSIONS = ("mean", "max", "min")
 ROW_SUMS = ("reference", "rows")
@@ -198,8 +198,8 @@ def logit_gradients(
   out = backbone.apply({"params": params}, images, return_attention="all")
 
   def score(bias: jax.Array) -> jax.Array:
-    x = vit.embed(
-      functools.partial(vit.features, backbone, params, logit_bias=bias),
+    x = embedding.embed(
+      functools.partial(embedding.features, backbone, params, logit_bias=bias),
       images,
       last=method.last_blocks,
       pool=method.pool,
@@ -244,7 +244,9 @@ def gradient_rollout(
     )
     row = None
     if backbone.class_token == "readout" and not mean:
-      row = vit.class_attention(backbone, weights["backbone"], image[None])
+      row = embedding.class_attention(
+        backbone, weights["backbone"], image[None]
+      )
       row = jnp.mean(row, axis=1)
     rolled = roll(
       fuse_gradients(attention, gradients, pairing=pairing),

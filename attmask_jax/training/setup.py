@@ -14,7 +14,7 @@ from attmask_jax.data import keys
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, inputs, online
 from attmask_jax.evals.knn import BankKeys, SearchKeys
-from attmask_jax.methods import attmask
+from attmask_jax.methods import losses
 from attmask_jax.methods.base import Method
 from attmask_jax.models import vit
 from attmask_jax.runs import config as run_config
@@ -61,7 +61,7 @@ class EvaluationKeys(inputs.Keys):
 
 
 RUN_KEYS = (
-  run_config.RunKeys, keys.LoadKeys, vit.ComputeKeys, attmask.ComputeKeys
+  run_config.RunKeys, keys.LoadKeys, vit.ComputeKeys, losses.ComputeKeys
 )  # fmt: skip
 OPTIM_KEYS = (
   optim.NameKeys, optim.Optimizer, schedules.RateKeys, schedules.Schedules

@@ -63,7 +63,7 @@ def child(program: str, folder: pathlib.Path, sizes: list[int]) -> None:
     sys.path.insert(0, str(ROOT))
     import jax
 
-    from attmask_jax.evals import knn
+    from attmask_jax.evals import nearest
 
     jax.config.update("jax_platforms", "cpu")
     jax.numpy.zeros(1).block_until_ready()
@@ -80,7 +80,7 @@ def child(program: str, folder: pathlib.Path, sizes: list[int]) -> None:
     }
     np.savez(folder / "answers.npz", **{str(k): a for k, a in answers.items()})
   else:
-    run = lambda ks, truth: knn.knn(
+    run = lambda ks, truth: nearest.knn(
       bank, labels, queries, truth, ks=ks, temp=TEMP, num_classes=CLASSES
     )
     scores = run(KS, truth)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from attmask_jax.errors import InputError
-from attmask_jax.evals import features, knn, visualize
+from attmask_jax.evals import features, knn, nearest, visualize
 from attmask_jax.methods import clustering
 
 MESHES = [None, (1, 1), (8, 1), (4, 2)]
@@ -64,7 +64,7 @@ def test_knn_equals_loop_whatever_the_chunks_and_devices(shape, chunks):
   problem = knn_problem(
     np.random.default_rng(0), bank=90, queries=37, classes=9
   )
-  got = knn.knn(
+  got = nearest.knn(
     *problem,
     ks=(1, 4, 20),
     temp=0.1,
@@ -84,7 +84,7 @@ def test_knn_few_queries_and_two_classes(queries):
   problem = knn_problem(
     np.random.default_rng(1), bank=30, queries=queries, classes=2
   )
-  got = knn.knn(
+  got = nearest.knn(
     *problem, ks=(30,), temp=0.5, num_classes=2, mesh=make_mesh((8, 1))
   )
   assert got["k30/top1"] == pytest.approx(knn_loop(*problem, 30, 0.5)[0])
@@ -98,7 +98,7 @@ def test_knn_ties_go_to_the_lowest_bank_index(bank_chunk):
   query = np.asarray([[5, 0]], np.float32)
 
   def top1(label, k):
-    return knn.knn(
+    return nearest.knn(
       bank,
       labels,
       query,
@@ -118,7 +118,7 @@ def test_knn_ties_go_to_the_lowest_bank_index(bank_chunk):
 
 def test_knn_counts_only_classes_with_a_vote():
   bank = np.eye(3, dtype=np.float32)
-  got = knn.knn(
+  got = nearest.knn(
     bank,
     np.arange(3),
     bank[:1],
@@ -135,7 +135,7 @@ def test_knn_counts_only_classes_with_a_vote():
 def test_knn_padding_never_votes():
   # All similarities are negative: zero rows of padding would be nearer.
   bank = np.asarray([[-1, -0.1], [-1, 0.1], [-1, 0.2]], np.float32)
-  got = knn.knn(
+  got = nearest.knn(
     bank,
     np.asarray([1, 2, 2]),
     np.asarray([[1, 0]], np.float32),
@@ -153,7 +153,7 @@ def test_knn_small_temperature_does_not_overflow():
   # exp(1 / 0.001) is infinite in float32, and infinite votes would tie.
   bank = np.asarray([[1, 0], [1, 0], [1, 0], [0, 1]], np.float32)
   labels = np.asarray([0, 1, 1, 2])
-  got = knn.knn(
+  got = nearest.knn(
     bank,
     labels,
     bank[:1],
@@ -172,9 +172,9 @@ def test_knn_many_neighbours_in_pieces(monkeypatch):
     np.random.default_rng(3), bank=90, queries=30, classes=5
   )
   monkeypatch.setattr(knn, "VOTE_PAIRS", 7 * 90**2)
-  knn._count_hits.clear_cache()
-  got = knn.knn(*problem, ks=(90,), temp=0.1, num_classes=5)
-  knn._count_hits.clear_cache()
+  nearest._count_hits.clear_cache()
+  got = nearest.knn(*problem, ks=(90,), temp=0.1, num_classes=5)
+  nearest._count_hits.clear_cache()
   assert got["k90/top1"] == pytest.approx(knn_loop(*problem, 90, 0.1)[0])
 
 
@@ -183,7 +183,7 @@ def test_knn_refuses_what_it_cannot_do():
   good = dict(ks=(2,), temp=1.0, num_classes=5)
 
   def run(bank=bank, labels=labels, queries=bank, true=labels, **options):
-    knn.knn(bank, labels, queries, true, **{**good, **options})
+    nearest.knn(bank, labels, queries, true, **{**good, **options})
 
   with pytest.raises(InputError, match="k = 20 .* bank has 5"):
     run(ks=(1, 20))
@@ -204,7 +204,7 @@ def test_knn_refuses_what_it_cannot_do():
 
 
 def golden_knn(data, k, temp, classes, **options):
-  scores = knn.knn(
+  scores = nearest.knn(
     data["in/train_features_raw"],
     data["in/train_labels"],
     data["in/test_features_raw"],

@@ -17,7 +17,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.evals import pictures
 from attmask_jax.evals.job import Eval, Result, Table
 from attmask_jax.methods import METHODS, masking
-from attmask_jax.models import vit
+from attmask_jax.models import embedding
 from attmask_jax.rows import row_ids
 from attmask_jax.training import setup, supervised, train_step
 from attmask_jax.weights import loading
@@ -288,7 +288,9 @@ def test_refilled_masks_of_figures_are_those_of_mae(policy):
   want = np.zeros((5, 16), bool)
   for row in range(5):
     want[row, order[row, 16 - method.n_hidden :]] = True
-  attention = vit.class_attention(method.backbone, teacher["backbone"], images)
+  attention = embedding.class_attention(
+    method.backbone, teacher["backbone"], images
+  )
   got = pictures.policy_masks(
     np.asarray(attention.mean(axis=1)),
     (4, 4),

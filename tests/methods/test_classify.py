@@ -13,7 +13,7 @@ from attmask_jax import evaluate, mesh, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 from attmask_jax.methods.classify import Classify
-from attmask_jax.models import vit
+from attmask_jax.models import embedding, vit
 from attmask_jax.training import optim, schedules, supervised, train_step
 from attmask_jax.weights import classifier as classifiers
 from attmask_jax.weights import loading
@@ -26,7 +26,7 @@ class OfTokens(Classify):
   def _embed(self, weights, images, batch, rng):
     tokens = batch["tokens"]
     cls = tokens[:, :, 0].reshape(len(tokens), -1)
-    return vit.pool(cls, tokens[:, -1, 1:], pool=self.pool)
+    return embedding.pool(cls, tokens[:, -1, 1:], pool=self.pool)
 
 
 def backbone(width=10, depth=3, **changes):

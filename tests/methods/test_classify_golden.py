@@ -9,7 +9,7 @@ from recorded_classifiers import Given, mae_method, under, weights_of
 
 from attmask_jax import mesh, trees
 from attmask_jax.methods.classify import Classify
-from attmask_jax.models import vit
+from attmask_jax.models import embedding, vit
 from attmask_jax.training import optim, schedules, train_step
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # golden/{mae,extrema}/README.md
@@ -21,7 +21,7 @@ def test_golden_mae_classifier(golden, variant):
   method = mae_method(file, variant == "cls", head_norm="layer")
   weights = weights_of(under(file, f"sd/{variant}/"), fixed=True)
   images = reference.nhwc(file["in/images"])
-  pooled = vit.embed(
+  pooled = embedding.embed(
     lambda x, **kw: method.features(weights, x, **kw),
     images,
     pool=method.pool,

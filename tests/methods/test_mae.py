@@ -12,9 +12,9 @@ from small import loss_of
 
 from attmask_jax import mesh, trees
 from attmask_jax.errors import InputError
-from attmask_jax.evals import knn
+from attmask_jax.evals import nearest
 from attmask_jax.methods import losses, mae, masking
-from attmask_jax.models import vit
+from attmask_jax.models import embedding, vit
 from attmask_jax.rows import gather
 from attmask_jax.training import optim, schedules, setup, train_step
 from configs import tiny
@@ -225,7 +225,9 @@ def test_every_policy_hides_the_same_count(policy):
       (hidden & drawn).sum(1), np.minimum(drawn.sum(1), 48)
     )
   if policy.startswith("attmask"):
-    scores = vit.class_attention(method.backbone, teacher["backbone"], images)
+    scores = embedding.class_attention(
+      method.backbone, teacher["backbone"], images
+    )
     place = np.asarray(masking.rank(jnp.mean(scores, axis=1)))
     if policy == "attmask_high":
       np.testing.assert_array_equal(hidden, place < 48)
@@ -369,7 +371,7 @@ def test_golden_schedules(golden):
 def test_golden_knn(golden):
   file = golden("mae/knn.npz")
   ks = tuple(int(k) for k in file["cfg/k"])
-  scores = knn.knn(
+  scores = nearest.knn(
     file["in/train_features_raw"],
     file["in/train_labels"],
     file["in/test_features_raw"],

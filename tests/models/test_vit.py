@@ -7,7 +7,7 @@ import pytest
 import reference
 
 from attmask_jax.errors import InputError
-from attmask_jax.models import blocks, layers, positions, vit
+from attmask_jax.models import blocks, embedding, layers, positions, vit
 from attmask_jax.training import setup
 
 
@@ -310,7 +310,7 @@ def test_golden_class_attention_encoder(reading):
   # The class token attends to itself, too, so a row sums to less than 1.
   assert out.attention.shape == (len(images), model.num_heads, model.grid**2)
   assert 0.5 < float(out.attention.sum(-1).max()) < 1
-  cls, patches = vit.features(model, variables["params"], images)
+  cls, patches = embedding.features(model, variables["params"], images)
   close(cls, file["out/full/feature"], 2e-5)
   close(patches, file["out/full/norm_tokens"][:, 1:], 2e-5)
 
@@ -375,11 +375,11 @@ def test_no_class_token_no_class_feature():
   model = vit.ViT(8, 1, 2, 4, 8, class_token="none", positions="yx")
   images = jnp.zeros((1, 8, 8, 3))
   params = model.init(jax.random.key(0), images)["params"]
-  cls, patches = vit.features(model, params, images)
+  cls, patches = embedding.features(model, params, images)
   assert cls is None
-  assert vit.pool(cls, patches, pool="mean").shape == (1, 8)
+  assert embedding.pool(cls, patches, pool="mean").shape == (1, 8)
   with pytest.raises(InputError, match="none"):
-    vit.pool(cls, patches, pool="cls")
+    embedding.pool(cls, patches, pool="cls")
 
 
 @pytest.mark.parametrize("final_norm", [True, False])
@@ -398,7 +398,7 @@ def test_pooled_features(final_norm):
     ("mean", mean),
     ("cls+mean", np.concatenate([cls, mean], axis=1)),
   ):
-    got = vit.embed(
+    got = embedding.embed(
       features, np.zeros(1), last=2, pool=pool, final_norm=final_norm
     )
     close(got, scale * want, 1e-6)

@@ -46,7 +46,7 @@ def test_old_keys_have_todays_names():
   }  # fmt: skip
 
 
-# As vit.embed of version 0.1 has it: norm = not raw and avgpool != 1.
+# As embedding.embed of version 0.1 has it: norm = not raw and avgpool != 1.
 @pytest.mark.parametrize(
   "avgpool, raw, pool, final_norm",
   [

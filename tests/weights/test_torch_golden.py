@@ -14,9 +14,9 @@ from conftest import GOLDEN
 from torch_trees import back, filled, same, trees
 
 from attmask_jax import mesh as meshes
-from attmask_jax.evals import knn
+from attmask_jax.evals import nearest
 from attmask_jax.methods import classify, mae
-from attmask_jax.models import heads, vit
+from attmask_jax.models import embedding, heads, vit
 from attmask_jax.weights import loading
 from attmask_jax.weights.torch_io import (
   files,
@@ -344,12 +344,14 @@ def test_golden_features_of_the_mae_checkpoint(golden):
   file = golden("mae/knn.npz")
   heads_of = golden("mae/train_steps.npz")["cfg/heads"].item()
   layout, tree = converted(found["model"], heads_of)
-  features = functools.partial(vit.features, network(layout), tree["backbone"])
+  features = functools.partial(
+    embedding.features, network(layout), tree["backbone"]
+  )
   images = reference.nhwc(file["in/images"])
-  raw = vit.embed(features, images, pool="cls", final_norm=False)
+  raw = embedding.embed(features, images, pool="cls", final_norm=False)
   want = file["out/checkpoint_features_raw"]
   np.testing.assert_allclose(raw, want, rtol=1e-4, atol=2e-5)
-  unit = knn._unit(np.asarray(raw), 0, len(raw))
+  unit = nearest._unit(np.asarray(raw), 0, len(raw))
   want = file["out/checkpoint_features"]
   np.testing.assert_allclose(unit, want, rtol=1e-4, atol=2e-5)
 

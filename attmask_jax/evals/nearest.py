@@ -1,0 +1,309 @@
+"""Vote of the nearest neighbours among frozen features.
+
+Source: knn_classifier in AttMask eval_knn.py.
+differs: any number of queries, classes and devices; the bank is streamed, so
+it may be larger than device memory; top-5 counts only classes that received a
+vote (the reference ranks the others too, in an arbitrary order).
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from attmask_jax.errors import InputError
+from attmask_jax.mesh import BATCH_AXES
+
+ROWS = PartitionSpec(BATCH_AXES)  # queries, split over all devices
+SAME = PartitionSpec()  # bank chunk, a copy on every device
+# Bank rows on the device at a time, and queries compared at a time.
+BANK_CHUNK, QUERY_CHUNK = 65536, 1024
+VOTE_PAIRS = 2**24  # k * k * queries compared at once: 64 MiB of float32
+
+
+def knn(
+  bank: np.ndarray,
+  bank_labels: np.ndarray,
+  queries: np.ndarray,
+  query_labels: np.ndarray,
+  *,
+  ks: Sequence[int],
+  temp: float,
+  num_classes: int,
+  mesh: Mesh | None = None,
+  bank_chunk: int = BANK_CHUNK,
+  query_chunk: int = QUERY_CHUNK,
+) -> dict[str, float]:
+  """Accuracy of the vote of each query's k nearest bank rows.
+
+  Features are L2-normalised here. Each of the k neighbours with the largest
+  dot products votes exp(similarity / temp) for its label. Equal similarities
+  go to the lowest bank index, equal votes to the class with the nearer
+  neighbour.
+
+  The bank crosses to the device once, at most two chunks being there at a
+  time, beside a block of similarities [query_chunk, bank_chunk] split over the
+  devices, the queries and their neighbours. Every process passes the same.
+
+  Args:
+    bank: [n, F] float32, host.
+    bank_labels: [n] int, 0 to num_classes - 1.
+    queries: [m, F] float32, m >= 1.
+    query_labels: [m] int, 0 to num_classes - 1.
+    ks: numbers of neighbours, each 1 to n.
+    temp: temperature, > 0.
+    num_classes: >= 2; only checks the labels.
+    mesh: queries are split over all of its devices; None = one device.
+    bank_chunk: bank rows per step.
+    query_chunk: queries per step, over all devices.
+
+  Returns:
+    {"k{k}/top1": ..., "k{k}/top5": ...} in percent, for each k of `ks`.
+
+  Raises:
+    InputError: an argument outside these ranges, or features not finite.
+  """
+  _check(bank, bank_labels, queries, query_labels, ks, temp, num_classes)
+  mesh = _one_device() if mesh is None else mesh
+  query_chunk = min(query_chunk, len(queries))
+  query_chunk += -query_chunk % mesh.size
+  starts = range(0, len(queries), query_chunk)
+  placed = [_put(_unit(queries, i, query_chunk), mesh, ROWS) for i in starts]
+  best = _search(placed, bank, bank_labels, max(ks), mesh, bank_chunk)
+  truth = [
+    _put(_slice(query_labels, i, query_chunk, fill=-1), mesh, ROWS)
+    for i in starts
+  ]
+  scores = {}
+  for k in ks:
+    hits = [
+      _count_hits(*found, true, np.float32(temp), k=k, mesh=mesh)
+      for found, true in zip(best, truth, strict=True)
+    ]
+    top1, top5 = np.sum([np.asarray(h) for h in hits], axis=0)
+    scores[f"k{k}/top1"] = 100.0 * float(top1) / len(queries)
+    scores[f"k{k}/top5"] = 100.0 * float(top5) / len(queries)
+  return scores
+
+
+def _one_device() -> Mesh:
+  """A mesh of this process's first device."""
+  devices = np.asarray(jax.local_devices()[:1]).reshape(1, 1)
+  return Mesh(devices, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _check(
+  bank: np.ndarray,
+  bank_labels: np.ndarray,
+  queries: np.ndarray,
+  query_labels: np.ndarray,
+  ks: Sequence[int],
+  temp: float,
+  num_classes: int,
+) -> None:
+  """Raises InputError for arguments outside the ranges `knn` states."""
+  if not len(bank) or not len(queries):
+    raise InputError(
+      f"k-NN needs a bank and queries; got {len(bank)} and {len(queries)} rows."
+    )
+  if bank.shape[1] != queries.shape[1]:
+    raise InputError(
+      f"k-NN bank and queries differ in width: {bank.shape[1]} and"
+      f" {queries.shape[1]}; extract both with the same model."
+    )
+  if not ks or min(ks) < 1:
+    raise InputError(f"k-NN needs neighbour counts of at least 1, got {ks}.")
+  if max(ks) > len(bank):
+    raise InputError(
+      f"k-NN with k = {max(ks)} needs as many bank images, but the bank has"
+      f" {len(bank)}: lower k or use more training images."
+    )
+  if not temp > 0:
+    raise InputError(f"k-NN temperature must be positive, got {temp}.")
+  if num_classes < 2:
+    raise InputError(f"k-NN needs at least 2 classes, got {num_classes}.")
+  for name, labels in (("bank", bank_labels), ("query", query_labels)):
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low < 0 or high >= num_classes:
+      raise InputError(
+        f"k-NN {name} labels must lie in 0..{num_classes - 1}, found {low} to"
+        f" {high}: use a labelled data set and its class count."
+      )
+
+
+def _slice(
+  array: np.ndarray, start: int, size: int, *, fill: int = 0
+) -> np.ndarray:
+  """Rows start .. start + size - 1 of [n, ...], `fill` beyond the end."""
+  rows = np.asarray(array[start : start + size])
+  padding = [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+  dtype = np.float32 if rows.dtype.kind == "f" else np.int32
+  return np.pad(rows.astype(dtype), padding, constant_values=fill)
+
+
+def _unit(features: np.ndarray, start: int, size: int) -> np.ndarray:
+  """L2-normalised rows start .. start + size - 1 of [n, F], 0 beyond n."""
+  rows = _slice(features, start, size)
+  norms = np.linalg.norm(rows, axis=1, keepdims=True)
+  if not np.isfinite(norms).all():
+    raise InputError(
+      "k-NN features are not finite: the model has diverged or the weights are"
+      " broken; use an earlier checkpoint."
+    )
+  return rows / np.maximum(norms, 1e-12)
+
+
+def _put(array: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+  """A host array that every process holds in full -> global device array."""
+  return jax.make_array_from_callback(
+    array.shape, NamedSharding(mesh, spec), lambda index: array[index]
+  )
+
+
+def _search(
+  queries: list[jax.Array],
+  bank: np.ndarray,
+  bank_labels: np.ndarray,
+  k: int,
+  mesh: Mesh,
+  bank_chunk: int,
+) -> list[tuple[jax.Array, jax.Array]]:
+  """Similarities and labels, both [Q, k], of the neighbours of each chunk.
+
+  Args:
+    queries: chunks [Q, F], normalised, split over the devices.
+    bank: [n, F] host, not normalised; bank_labels: [n].
+    k: neighbours kept, <= n.
+    mesh: see `knn`; bank_chunk: see `knn`.
+  """
+  bank_chunk = min(bank_chunk, len(bank))
+  bank_chunk += -bank_chunk % mesh.size
+  shape = len(queries[0]), k
+  nothing = (
+    _put(np.full(shape, -np.inf, np.float32), mesh, ROWS),
+    _put(np.zeros(shape, np.int32), mesh, ROWS),
+  )
+  best = [nothing] * len(queries)
+  for start in range(0, len(bank), bank_chunk):
+    # Split over the devices on its way to them, whole once it is there.
+    chunk = _put(_unit(bank, start, bank_chunk), mesh, ROWS)
+    labels = _put(_slice(bank_labels, start, bank_chunk), mesh, SAME)
+    count = np.int32(min(bank_chunk, len(bank) - start))
+    # The copy above overlaps with the previous chunk's work; without this
+    # wait the whole bank would be queued on the device.
+    jax.block_until_ready(best)
+    best = [
+      _merge(*found, query, chunk, labels, count, mesh=mesh)
+      for found, query in zip(best, queries, strict=True)
+    ]
+  return best
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _merge(*args: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+  """`_merge_rows`, the query rows split over the devices of `mesh`."""
+  # On a split array outside shard_map, top_k compiles to an all-gather.
+  return jax.shard_map(
+    _merge_rows,
+    mesh=mesh,
+    in_specs=(ROWS, ROWS, ROWS, ROWS, SAME, SAME),
+    out_specs=(ROWS, ROWS),
+  )(*args)
+
+
+def _merge_rows(
+  best_sims: jax.Array,
+  best_labels: jax.Array,
+  queries: jax.Array,
+  bank: jax.Array,
+  bank_labels: jax.Array,
+  count: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """The k best of those found so far and those of one more bank chunk.
+
+  Args:
+    best_sims: [Q, k] float32, falling; best_labels: [Q, k] int32.
+    queries: [Q, F] float32, unit length.
+    bank: [n / devices, F] float32, unit length, this device's share of the
+      chunk; bank_labels: [n] int32, of all of it.
+    count: [] int32, rows of the chunk that are not padding.
+
+  Returns:
+    best_sims, best_labels after this chunk.
+  """
+  bank = jax.lax.all_gather(bank, BATCH_AXES, tiled=True)
+  k, n = best_sims.shape[1], len(bank)
+  sims = jnp.dot(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
+  sims = jnp.where((jnp.arange(n) < count)[None], sims, -jnp.inf)  # [Q, n]
+  sims, rows = jax.lax.top_k(sims, min(k, n))
+  # Earlier chunks come first, so equal similarities keep the lowest index.
+  sims = jnp.concatenate([best_sims, sims], axis=1)
+  labels = jnp.concatenate([best_labels, bank_labels[rows]], axis=1)
+  sims, picks = jax.lax.top_k(sims, k)
+  return sims, jnp.take_along_axis(labels, picks, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "mesh"))
+def _count_hits(
+  sims: jax.Array,
+  labels: jax.Array,
+  truth: jax.Array,
+  temp: jax.Array,
+  *,
+  k: int,
+  mesh: Mesh,
+) -> jax.Array:
+  """Queries whose class is voted first, and among the first five: [2] int32.
+
+  Args:
+    sims: [Q, K] float32, falling, K >= k; labels: [Q, K] int32.
+    truth: [Q] int32, -1 = padding, counted nowhere.
+    temp: [] float32.
+    k: neighbours that vote.
+    mesh: the queries are split over all of its devices.
+  """
+
+  def count(
+    sims: jax.Array, labels: jax.Array, truth: jax.Array, temp: jax.Array
+  ) -> jax.Array:
+    ranks = jax.lax.map(
+      lambda query: _rank(*query, temp),
+      (sims[:, :k], labels[:, :k], truth),
+      batch_size=max(1, min(len(sims), VOTE_PAIRS // k**2)),
+    )
+    hits = jnp.stack([jnp.sum(ranks < 1), jnp.sum(ranks < 5)])
+    return jax.lax.psum(hits, BATCH_AXES)
+
+  return jax.shard_map(
+    count, mesh=mesh, in_specs=(ROWS, ROWS, ROWS, SAME), out_specs=SAME
+  )(sims, labels, truth, temp)
+
+
+def _rank(
+  sims: jax.Array, labels: jax.Array, truth: jax.Array, temp: jax.Array
+) -> jax.Array:
+  """Rank of the true class among the classes voted for; k if it got no vote.
+
+  Compares neighbours in pairs: needs no array as long as the class list, and
+  no scatter, whose order of additions is not fixed on GPUs.
+
+  Args:
+    sims: [k] float32, falling; labels: [k] int32.
+    truth: [] int32; temp: [] float32.
+  """
+  (k,) = sims.shape
+  # Relative to the largest: exp overflows for no temp, and ranks are the same.
+  votes = jnp.exp((sims - sims[0]) / temp)
+  same = labels[:, None] == labels[None, :]  # [k, k]
+  scores = jnp.sum(jnp.where(same, votes[None, :], 0.0), axis=1)  # [k]
+  first = ~jnp.any(jnp.tril(same, -1), axis=1)  # one neighbour per class
+  right = labels == truth
+  own = jnp.argmax(right)
+  nearer = jnp.arange(k) < own
+  ahead = (scores > scores[own]) | ((scores == scores[own]) & nearer)
+  rank = jnp.sum(first & ahead)
+  # A query of padding, or with no neighbour of its class, is never a hit.
+  return jnp.where(jnp.any(right), rank, max(k, 5))
