@@ -12,43 +12,16 @@ import jax
 import ml_collections
 from absl import logging
 
-from attmask_jax import evals, runtime, train
+from attmask_jax import evals, runtime, schema, train
 from attmask_jax import mesh as meshes
+from attmask_jax.data import keys
 from attmask_jax.errors import InputError
 from attmask_jax.evals import linear, results
 from attmask_jax.evals.job import Eval, Job, Result
 from attmask_jax.runs import checkpoint
-from attmask_jax.training import supervised
+from attmask_jax.training import setup, supervised
 from attmask_jax.weights import classifier, loading
 
-# Values that stand for "as in the run that trained the weights".
-OPEN = {
-  "source": "",
-  "path": "",
-  "subset": -1,
-  "image_size": 0,
-  "eval_resample": "",
-  "seed": -1,
-  "shapes_train": 0,
-  "shapes_val": 0,
-}
-# And where that is not known, as of weight files.
-UNKNOWN = {
-  "subset": 0,
-  "eval_resample": "bicubic",
-  "seed": 0,
-  "shapes_train": 4000,
-  "shapes_val": 800,
-}
-# Settings of several numbers, and of what kind; others that must be positive.
-NUMBERS = {
-  "evals.knn_ks": int,
-  "evals.shots": int,
-  "evals.clusters": int,
-  "evals.ratios": float,
-  "method.lrs": float,
-}
-POSITIVE = ("evals.batch_size", "evals.knn_k", "evals.every")
 GENERATED = ("shapes",)  # sources that read no path
 
 
@@ -71,8 +44,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
       "NAME with --mode=eval"
     )
   evaluation = evals.by_name(config.evals.name)
+  check_values(config, evaluation)
   runtime.setup(config.run)
-  _check_numbers(config)
   needs = evaluation.needed(config.evals)
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   source = None
@@ -115,24 +88,15 @@ def _load(
   return source
 
 
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-  """Refuses words among numbers, and counts of nothing."""
-  for key in (*NUMBERS, *POSITIVE):
-    section, name = key.split(".")
-    if name not in config.get(section, {}):
-      continue
-    value = config[section][name]
-    if key in POSITIVE:
-      if value < 1:
-        raise InputError(f"{key} {value} must be at least 1")
-      continue
-    values = value if isinstance(value, list | tuple) else (value,)
-    kinds = (int,) if NUMBERS[key] is int else (int, float)
-    if not all(isinstance(x, kinds) for x in values):
-      what = "whole numbers" if NUMBERS[key] is int else "numbers"
-      raise InputError(
-        f"{key} {tuple(values)} must be {what}, written as --config.{key}=A,B"
-      )
+def check_values(config: ml_collections.ConfigDict, evaluation: Eval) -> None:
+  """Compares the config of an evaluation with what its keys declare.
+
+  Raises:
+    InputError: the first value that is not as declared.
+  """
+  trains = "method" in config
+  classes = setup.evaluation_classes(*evaluation.keys, trains=trains)
+  setup.check(config, classes)
 
 
 def complete(
@@ -142,8 +106,9 @@ def complete(
   config = ml_collections.ConfigDict(config.to_dict())
   mine, theirs = config.data, source.config.get("data", {})
   own = not mine.source and not mine.path  # the run's images
-  for key, is_open in OPEN.items():
-    if mine[key] != is_open:
+  unset = schema.section(keys.OpenKeys)
+  for key in unset:
+    if mine[key] != unset[key]:
       continue
     if own or key not in ("source", "path", "subset"):
       mine[key] = theirs.get(key, mine[key])
@@ -151,21 +116,20 @@ def complete(
       mine[key] = 0
     elif key == "source" and "source" in theirs:  # another folder of the same
       mine[key] = theirs["source"]
-  for key, value in UNKNOWN.items():
-    if mine[key] == OPEN[key]:
-      mine[key] = value
+  for key, described in schema.keys(keys.SourceKeys).items():
+    if key not in ("source", "path") and mine[key] == unset[key]:
+      mine[key] = described.default
   if mine.path and mine.source in GENERATED:
     raise InputError(
       f"data.path {mine.path} is given, and images of data.source="
       f"{mine.source} are generated: set --config.data.source, such as folder"
     )
-  p = source.method.backbone.patch_size
-  if mine.image_size < p or mine.image_size % p:
-    down = max(mine.image_size // p, 1) * p
-    raise InputError(
-      f"data.image_size {mine.image_size} is not a multiple of the weights' "
-      f"patches of {p} pixels: choose {down} or {down + p}"
-    )
+  schema.check_multiple(
+    "data.image_size",
+    mine.image_size,
+    source.method.backbone.patch_size,
+    "the weights' patch size",
+  )
   if not mine.source and not config.evals.get("images"):
     raise InputError(
       f"{source.where} does not say what images it was trained on: set "

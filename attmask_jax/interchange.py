@@ -20,6 +20,7 @@ from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
 from attmask_jax.methods.attmask import AttMask
 from attmask_jax.runs import checkpoint
+from attmask_jax.runs import config as run_config
 from attmask_jax.weights import classifier, export, loading
 from attmask_jax.weights.torch_io import files
 
@@ -65,7 +66,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   if aux:
     with ocp.PyTreeCheckpointer() as writer:
       writer.save(root / "train", {"aux": aux})
-  flat = checkpoint.flat_config(loaded["student"].config)
+  flat = run_config.flat_config(loaded["student"].config)
   with atomic.replaced(folder / "config.json") as temporary:
     temporary.write_text(json.dumps(flat, indent=2) + "\n")
   layout = loaded["student"].layout

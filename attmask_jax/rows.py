@@ -30,3 +30,8 @@ def row_ids(position: jax.Array, views: int) -> jax.Array:
 def gather(tokens: jax.Array, ids: jax.Array) -> jax.Array:
   """Picks tokens per row: [R, N, D], [R, M] -> [R, M, D]."""
   return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
+
+
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+  """One random key per row identity: [R] int32 -> [R] keys."""
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)

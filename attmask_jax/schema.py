@@ -2,13 +2,13 @@
 
   @dataclasses.dataclass(frozen=True)
   class AttMask(Method):
-    show_max: float = key(0.1, "hints come from this share of patches", low=0)
+    show_max: float = key(0.1, "share of patches with hints", low=0)
 
-The field holds the default, the type (its annotation), the range or the choices
-and the meaning. `section` turns such classes into a ConfigDict, `check` compares
-a config with them, `take` reads their fields back out of it, and docs/config.md
-is generated from them. Rules between several keys stand where the keys are
-used.
+The field holds the default, the type (its annotation), the range or the
+choices and the meaning. `section` turns such classes into a ConfigDict, `check`
+compares a config with them, `take` reads their fields back out of it, and
+docs/config.md is generated from them. Rules between several keys stand where
+the keys are used.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ class Key:
     above: the value must be larger than this, None = no limit.
     high: largest value, None = no limit.
     choices: the only values, for text; () = any.
+    empty: a list may hold nothing.
     name: of the field; filled in by `keys`.
     type: annotation of the field; filled in by `keys`.
     default: of the field; filled in by `keys`.
@@ -46,6 +47,7 @@ class Key:
   above: float | None = None
   high: float | None = None
   choices: Choices = ()
+  empty: bool = False
   name: str = ""
   type: Any = None
   default: Any = None
@@ -67,7 +69,7 @@ class Key:
     return len(args) if self.is_list and args[-1] is not ... else None
 
   @property
-  def known(self) -> tuple[str, ...]:
+  def allowed(self) -> tuple[str, ...]:
     """The choices as a tuple."""
     return self.choices() if callable(self.choices) else self.choices
 
@@ -80,26 +82,33 @@ def key(
   above: float | None = None,
   high: float | None = None,
   choices: Choices = (),
+  empty: bool = False,
 ) -> Any:
   """A dataclass field that is a config key, see `Key`."""
-  described = Key(meaning, low, above, high, choices)
+  described = Key(meaning, low, above, high, choices, empty)
   return dataclasses.field(default=default, metadata={_METADATA: described})
+
+
+def inherit(cls: type, name: str, default: Any) -> Any:
+  """A field for a key that `cls` declares, with another default."""
+  described = {f.name: f for f in dataclasses.fields(cls)}[name].metadata
+  return dataclasses.field(default=default, metadata=described)
 
 
 def keys(*classes: type) -> dict[str, Key]:
   """The config keys that dataclasses declare, by name, in their order."""
-  found: dict[str, Key] = {}
+  declared: dict[str, Key] = {}
   for cls in classes:
     annotations = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
       if _METADATA in field.metadata:
-        found[field.name] = dataclasses.replace(
+        declared[field.name] = dataclasses.replace(
           field.metadata[_METADATA],
           name=field.name,
           type=annotations[field.name],
           default=field.default,
         )
-  return found
+  return declared
 
 
 def section(*classes: type, **changes: Any) -> ml_collections.ConfigDict:
@@ -137,8 +146,13 @@ def take(cls: type, *sections: ml_collections.ConfigDict) -> dict[str, Any]:
   }
 
 
-def check(name: str, values: ml_collections.ConfigDict, *classes: type) -> None:
+def check(
+  name: str, values: ml_collections.ConfigDict | dict[str, Any], *classes: type
+) -> None:
   """Compares a config section with what its keys declare.
+
+  A dataclass with `key` fields checks itself by
+  `schema.check("method", vars(self), type(self))`.
 
   Args:
     name: of the section, "" for keys at the top of the config.
@@ -156,7 +170,9 @@ def check(name: str, values: ml_collections.ConfigDict, *classes: type) -> None:
 
 
 def _pairs(
-  name: str, values: ml_collections.ConfigDict, classes: tuple[type, ...]
+  name: str,
+  values: ml_collections.ConfigDict | dict[str, Any],
+  classes: tuple[type, ...],
 ) -> Iterator[tuple[str, Key, Any]]:
   """(full name, key, value) of each key, nested ones too."""
   prefix = f"{name}." if name else ""
@@ -175,38 +191,43 @@ def _items(value: Any) -> tuple[Any, ...]:
 
 
 def _check_type(name: str, described: Key, value: Any) -> None:
-  allowed = (int, float) if described.item_type is float else ()
-  allowed = allowed or typing.cast(Any, described.item_type)
-  if isinstance(allowed, types.GenericAlias):
+  if isinstance(described.item_type, types.GenericAlias):
     return  # lists of lists: whoever uses them checks them
   items = _items(value)
-  fits = described.length in (None, len(items)) and (
-    described.is_list or not isinstance(value, list | tuple)
-  )
-  right = lambda x: (
-    isinstance(x, allowed)
-    and (described.item_type is bool or not isinstance(x, bool))
-  )
-  if not fits or not all(map(right, items)):
+  fits = described.is_list == isinstance(value, list | tuple)
+  if described.is_list:
+    fits &= described.length in (None, len(items))
+    fits &= bool(items) or described.empty
+  if not fits or not all(_is_a(described.item_type, x) for x in items):
+    shown = tuple(value) if isinstance(value, list) else value
     example = f", written as --config.{name}=A,B" if described.is_list else ""
-    raise InputError(f"{name} {value!r} must be {kind(described)}{example}")
+    raise InputError(f"{name} {shown!r} must be {kind(described)}{example}")
+
+
+def _is_a(item_type: type, value: Any) -> bool:
+  """Whether a value has the type; whole numbers are numbers, too."""
+  if isinstance(value, bool) or item_type is bool:
+    return isinstance(value, bool) and item_type is bool
+  return isinstance(value, (int, float) if item_type is float else item_type)
 
 
 def _check_choices(name: str, described: Key, value: Any) -> None:
   for item in _items(value):
-    if described.known and item not in described.known:
+    if described.allowed and item not in described.allowed:
       raise InputError(
-        f'{name} "{item}" is unknown: use {", ".join(described.known)}'
+        f'{name} "{item}" is unknown: use {choices_text(described)}'
       )
+
+
+def choices_text(described: Key) -> str:
+  """The choices of a key in words, "" where it has none."""
+  names = [name or '""' for name in described.allowed]
+  return (" or " if len(names) == 2 else ", ").join(names)
 
 
 def _check_range(name: str, described: Key, value: Any) -> None:
   limits = range_text(described)
-  for item in _items(value):
-    if isinstance(item, str | bool) or item is None or not limits:
-      continue
-    if isinstance(item, list | tuple):
-      continue
+  for item in _items(value) if limits else ():
     inside = (
       (described.low is None or item >= described.low)
       and (described.above is None or item > described.above)
@@ -225,19 +246,27 @@ def kind(described: Key) -> str:
     return special.get(word, f"a {word}")
   if described.length == 2:
     return f"two {word}s"
-  return f"one {word} or several"
+  return f"one {word} or several" + ", or none" * described.empty
 
 
 def range_text(described: Key) -> str:
   """The limits of a key in words, "" where it has none."""
+  low, above, high = described.low, described.above, described.high
+  if low is not None and high is not None:
+    return f"between {_number(low)} and {_number(high)}"
   parts = []
-  if described.low is not None:
-    parts.append(f"at least {described.low:g}")
-  if described.above is not None:
-    parts.append(f"above {described.above:g}")
-  if described.high is not None:
-    parts.append(f"at most {described.high:g}")
+  if low is not None:
+    parts.append(f"at least {_number(low)}")
+  if above is not None:
+    parts.append(f"above {_number(above)}")
+  if high is not None:
+    parts.append(f"at most {_number(high)}")
   return " and ".join(parts)
+
+
+def _number(x: float) -> str:
+  """Whole numbers with all their digits."""
+  return str(int(x)) if float(x).is_integer() else f"{x:g}"
 
 
 def words(value: str | typing.Iterable[str]) -> tuple[str, ...]:

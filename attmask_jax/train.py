@@ -18,7 +18,8 @@ from attmask_jax import Params, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import NotFiniteError, StoppedError
 from attmask_jax.runs import checkpoint, metrics, progress, report
-from attmask_jax.training import train_step
+from attmask_jax.runs import config as run_config
+from attmask_jax.training import setup, train_step
 from attmask_jax.training.epoch import Epoch
 from attmask_jax.training.setup import Run, build
 from attmask_jax.weights import init_from
@@ -48,7 +49,12 @@ def train(
   runtime.setup(config.run)
   run = build(config)
   folder = checkpoint.check_workdir(workdir)
-  checkpoint.check_config(config, folder, images=len(run.train_source))
+  run_config.check_config(
+    config,
+    folder,
+    images=len(run.train_source),
+    defaults=setup.defaults(config),
+  )
   begun = 0
   # A run that continues needs nothing of the file that it started from.
   fresh = not checkpoint.steps(folder)
@@ -59,7 +65,7 @@ def train(
     folder, keep_steps=config.run.keep_steps, best=run.evaluator.best
   ) as saved:
     loop = Loop(run, folder, saved, start or {}, begun)
-    checkpoint.write_config(config, folder, images=len(run.train_source))
+    run_config.write_config(config, folder, images=len(run.train_source))
     loop.run_all()
   return run
 

@@ -44,10 +44,11 @@ try 5 epochs, set --config.method.temp_warmup_epochs=5 and
 
 import ml_collections
 
+from attmask_jax.training import setup
 from configs import common
 
 # Attention masks: one ratio of 0.3 +- 0.2 per step; each view is masked with
-# probability 0.5. common.py holds these values, too.
+# probability 0.5. These are the defaults, too.
 _ATTENTION = dict(mask_ratio=(0.3,), mask_ratio_var=(0.2,), mask_prob=0.5)
 HIGH = dict(mask="attmask_high", **_ATTENTION)
 HINT = dict(mask="attmask_hint", show_max=0.1, **_ATTENTION)
@@ -114,9 +115,9 @@ RUNS = {
 
 
 def get_config(arg: str = "high_100") -> ml_collections.ConfigDict:
-  """One of RUNS; the values not named here are those of common.py."""
+  """One of RUNS; values not named here are the defaults."""
   masks, length, subset = common.choose(RUNS, arg)
-  config = common.attmask()
+  config = setup.default_config()
   config.method.update(
     masks,
     variant="small",

@@ -30,6 +30,7 @@ ImageNet-1k labels to evaluate on the way: --config.evals.knn=False.
 
 import ml_collections
 
+from attmask_jax.training import setup
 from configs import common
 
 RUNS = {
@@ -42,40 +43,9 @@ RUNS = {
 
 def extrema() -> ml_collections.ConfigDict:
   """ExtreMA on ViT-B/16 with five masks of 80 % and colour augmentation."""
-  config = common.attmask()
-  config.method = dict(
-    name="extrema",
-    variant="base",  # tiny | small | base | large | WIDTHxDEPTHxHEADS
-    patch_size=16,  # pixels
-    dtype="float32",  # of matrix products: float32 | bfloat16
-    drop_path=0.1,  # stochastic depth of the student's last block
-    # What the student sees: random | attmask_high | attmask_hint | attmask_low
-    mask="random",
-    mask_ratio=0.8,  # share of patches hidden in each subset
-    num_masks=5,  # subsets per image
-    disjoint=True,  # no patch is in two of them
-    show_max=0.1,  # hints come from this share of most attended patches
-    readout_layers=2,  # class-attention blocks
-    layer_scale=0.1,  # start of their scales; 1e-5 suggested for ViT-L
-    head_hidden=4096,
-    out_dim=256,
-    contrast="byol",  # byol | infonce
-    contrast_temp=1.0,  # infonce
-    seed=0,  # of weights, masks and stochastic depth
-  )
-  data = config.data
-  for key in (
-    "global_crops", "global_scale", "local_size", "local_crops",
-    "local_scale", "jitter", "grey", "blur_radius",
-  ):  # fmt: skip
-    del data[key]
-  data.batch_size = 2048
-  # two_colours: one crop, coloured twice | crop_flip | centre_crop
-  data.transform = "two_colours"
-  data.scale = (0.2, 1.0)  # share of the image's area
-  data.resample = "bilinear"
-  data.jitter = 0.8  # probability of colour jitter
-  data.grey = 0.2  # probability of a grey view
+  config = setup.default_config("extrema", "two_colours")
+  config.method.variant = "base"
+  config.data.batch_size = 2048
   config.optim.update(
     lr_per_256=1.5e-4,
     min_lr=0.0,
@@ -85,7 +55,6 @@ def extrema() -> ml_collections.ConfigDict:
     clip=0.0,
     clip_by="global",
     freeze_epochs=0,
-    teacher_momentum=0.996,
   )
   return config
 

@@ -45,6 +45,7 @@ the last three ask a moving average of the encoder.
 
 import ml_collections
 
+from attmask_jax.training import setup
 from configs import common
 
 
@@ -92,41 +93,10 @@ RUNS = {
 
 def mae() -> ml_collections.ConfigDict:
   """MAE on ViT-S/16 without class token, as published for 100 epochs."""
-  config = common.attmask()
-  config.method = dict(
-    name="mae",
-    variant="small",  # tiny | small | base | large | huge | giant | WxDxH
-    patch_size=16,  # pixels
-    dtype="float32",  # of matrix products: float32 | bfloat16
-    drop_path=0.0,  # stochastic depth of the encoder's last block
-    class_token=False,  # True: CLS mode, False: GAP mode
-    position_order="yx",  # which axis comes first: yx | xy (official)
-    # random | block | attmask_high | attmask_hint | attmask_low, or grid: one
-    # fixed mask for all images, at 0.75 every second patch of every second row
-    mask="random",
-    mask_ratio=0.75,  # share of patches hidden, the same for all images
-    shared_mask=False,  # one mask for all images of a batch (MAE-priv)
-    show_max=0.1,  # hints come from this share of most attended patches
-    decoder_width=192,
-    decoder_depth=4,
-    decoder_num_heads=0,  # 0 = width / 64
-    decoder_class_token=False,  # the decoder sees the encoder's (official)
-    norm_target=True,  # pixels normalised per patch
-    target_layout="chw",  # values of a patch: chw | hwc (official)
-    target_variance="biased",  # biased | unbiased (official)
-    seed=0,  # of weights and masks
-  )
-  data = config.data
-  for key in (
-    "global_crops", "global_scale", "local_size", "local_crops",
-    "local_scale", "jitter", "grey", "blur_radius",
-  ):  # fmt: skip
-    del data[key]
-  data.batch_size = 4096
-  data.transform = "crop_flip"
-  data.scale = (0.08, 1.0)  # share of the image's area; official 0.2 to 1
-  data.resample = "bilinear"  # bilinear | bicubic (official)
-  data.eval_resample = "bilinear"
+  config = setup.default_config("mae", "crop_flip")
+  config.method.drop_path = 0.0
+  # scale and resample of the official recipes: see get_config.
+  config.data.update(batch_size=4096, eval_resample="bilinear")
   config.optim.update(
     lr_per_256=1.5e-4,
     min_lr=0.0,
@@ -134,7 +104,6 @@ def mae() -> ml_collections.ConfigDict:
     betas=(0.9, 0.95),
     clip=0.0,
     freeze_epochs=0,
-    teacher_momentum=0.996,  # of the encoder's average, where masks need it
   )
   # Features as published: the mean patch or class token, without final norm.
   config.evals.update(pool="mean", final_norm=False)

@@ -36,6 +36,7 @@ local crops; mae sees 16 of the 64 patches, extrema four times 16.
 
 import ml_collections
 
+from attmask_jax.training import setup
 from configs import attmask_vits16, common
 from configs import extrema as extrema_vitb16
 from configs import mae as mae_imagenet
@@ -58,7 +59,7 @@ def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
 
 def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
   """AttMask, iBOT and DINO."""
-  config = common.attmask()
+  config = setup.default_config()
   config.method.update(
     mask,
     variant="tiny",  # 192x12x3; 192x6x3 for a laptop

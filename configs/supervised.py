@@ -30,55 +30,25 @@ from collections.abc import Callable
 
 import ml_collections
 
-from configs import common
+from attmask_jax.training import setup
 
 
-def _classify(name: str, **method: object) -> ml_collections.ConfigDict:
-  """Supervised training on the loop of pretraining."""
-  config = common.evaluation(name)
-  config.method = (
-    dict(
-      name="classify",
-      frozen=True,  # train only the linear layer
-      last_blocks=1,
-      pool="cls",  # cls | mean | cls+mean: class token, mean patch, both
-      final_norm=True,  # features behind the backbone's final norm
-      head_norm="none",  # before the linear layer: none | layer | batch
-      class_token="",  # "" = as pretrained; "none" drops it
-      positions="",  # "" = as pretrained; "learned" trains fixed ones
-      lrs=(),  # one linear layer per rate; () = one at optim.lr_per_256
-      init_std=0.01,  # of the linear layer
-      drop_path=0.0,
-      smoothing=0.0,  # of labels
-      mixup=0.0,  # alpha of Beta, 0 = off
-      cutmix=0.0,
-      mix_prob=1.0,  # a batch is mixed at all
-      switch_prob=0.5,  # cutmix rather than mixup, where both are on
-      ema=False,  # keep a moving average
-      layer_decay=1.0,  # rate of a block over that of the next
-      decay_tokens=True,  # class token and positions have weight decay
-      dtype="",  # "" = as in the run
-      seed=0,
-    )
-    | method
-  )
+def probe(
+  name: str, *own: type, **settings: object
+) -> ml_collections.ConfigDict:
+  """Frozen features, SGD: what all linear probes start from.
+
+  Args:
+    name: of the evaluation.
+    *own: dataclasses of its own settings.
+    **settings: other values than their defaults.
+  """
+  config = setup.supervised_config(name, *own, **settings)
   config.data.update(
-    batch_size=128,
-    transform="crop_flip",  # crop_flip | supervised
-    scale=(0.08, 1.0),  # share of the image's area
-    resample="bilinear",  # bilinear | bicubic
-    eval_resample="bicubic",
-    rand_augment="",  # such as rand-m9-mstd0.5-inc1
-    jitter_strength=0.4,  # where rand_augment is off
-    erase_prob=0.0,  # random erasing
-    repeats=1,  # copies of an image per epoch, in a row
-    # Images that exchange partners, 0 = as those of a device in the releases.
-    mixup_group=0,
+    batch_size=128, eval_resample="bicubic", rand_augment="", erase_prob=0.0
   )
-  config.optim = common.optim()
   config.optim.update(
     optimizer="sgd",
-    epochs=100,
     lr_per_256=0.001,
     min_lr=0.0,
     warmup_epochs=0,
@@ -87,13 +57,14 @@ def _classify(name: str, **method: object) -> ml_collections.ConfigDict:
     clip=0.0,
     freeze_epochs=0,
   )
-  config.evals.update(eval_epochs=1, mask_images=0)
   return config
 
 
 def linear() -> ml_collections.ConfigDict:
   """Linear probe with the release's defaults."""
-  return _classify("linear", last_blocks=4)
+  config = probe("linear")
+  config.method.last_blocks = 4
+  return config
 
 
 def linear_vits16() -> ml_collections.ConfigDict:
@@ -106,8 +77,8 @@ def linear_vits16() -> ml_collections.ConfigDict:
 
 def finetune() -> ml_collections.ConfigDict:
   """Fine-tuning with the recipe of DeiT, as in the release."""
-  config = _classify(
-    "finetune",
+  config = probe("finetune")
+  config.method.update(
     frozen=False,
     init_std=0.02,
     drop_path=0.1,
@@ -157,8 +128,8 @@ def linear_mae(optimizer: str, *, cls: bool) -> ml_collections.ConfigDict:
   "lars" is real LARS. The release's never applies its trust ratio:
   --config.optim.optimizer=lars_mae reproduces that.
   """
-  config = _classify(
-    "linear",
+  config = probe("linear")
+  config.method.update(
     pool="cls" if cls else "mean",
     final_norm=False,
     head_norm="batch",
@@ -208,7 +179,8 @@ def finetune_mae(
 
 def linear_extrema() -> ml_collections.ConfigDict:
   """ExtreMA: raw class token of the teacher, batch norm, 4096 images."""
-  config = _classify("linear", final_norm=False, head_norm="batch")
+  config = probe("linear")
+  config.method.update(final_norm=False, head_norm="batch")
   config.data.update(batch_size=4096, eval_resample="bilinear")
   config.optim.update(
     epochs=90, lr_per_256=0.1, warmup_epochs=10, schedule="smooth_cosine"

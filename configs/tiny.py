@@ -17,6 +17,7 @@ attention policies. `mae` and `extrema` run the other two methods
 
 import ml_collections
 
+from attmask_jax.training import setup
 from configs import common
 from configs import extrema as extrema_vitb16
 from configs import mae as mae_imagenet
@@ -42,7 +43,7 @@ def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
 
 def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
   """AttMask, iBOT and DINO."""
-  config = common.attmask()
+  config = setup.default_config()
   config.method.update(
     variant="64x4x2",
     patch_size=4,

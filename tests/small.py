@@ -131,8 +131,12 @@ def run_steps(config, count):
 def example(changes=None, *, arg="attmask", rows=4):
   """A method, its trees (params, teacher, aux) and a batch, all of noise.
 
-  Images are uint8. Teacher and student differ from each other.
+  Images are uint8. Teacher and student differ from each other. One block, or
+  two where drop path is on, as the first never drops.
   """
+  changes = changes or {}
+  depth = 2 if changes.get("method.drop_path") else 1
+  changes = {"method.variant": f"16x{depth}x2"} | changes
   cfg = config(changes, arg=arg)
   method = METHODS[arg].from_config(cfg, steps_per_epoch=STEPS_PER_EPOCH)
   noise = np.random.default_rng(1)

@@ -11,9 +11,10 @@ import small
 from absl.testing import flagsaver
 from PIL import Image
 
-from attmask_jax import cli, evaluate, interchange, train, words
+from attmask_jax import cli, evaluate, interchange, schema, train
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 from attmask_jax.runs import checkpoint
+from attmask_jax.runs import config as run_config
 from attmask_jax.training import epoch
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -96,7 +97,7 @@ BAD_VALUES = {
   ),
   "ratio above 1": (
     {"method.mask_ratio": 1.2, "method.mask_ratio_var": 0.0},
-    ["1.2", "at most 1"],
+    ["1.2", "between 0 and 1"],
   ),
   "temperature warm-up": (
     {"method.temp_warmup_epochs": 3}, ["3", "optim.epochs 2", "lower method."],
@@ -116,7 +117,7 @@ BAD_VALUES = {
   "no prototype": ({"method.out_dim": 0}, ["out_dim 0", "at least 1"]),
   "k beyond the set": ({"evals.knn_ks": 65}, ["65", "64 images", "lower k"]),
   "k beyond the bank": ({"evals.knn_bank": 4}, ["(3, 5, 10)", "4 images"]),
-  "unknown method": ({"method.name": "attmsk"}, ["attmsk", "use one of"]),
+  "unknown method": ({"method.name": "attmsk"}, ["attmsk", "attmask, extrema"]),
   "unknown variant": ({"method.variant": "vast"}, ["vast", "small"]),
   "unknown mask": ({"method.mask": "high"}, ["high", "attmask_high"]),
   "unknown optimiser": ({"optim.optimizer": "adam"}, ["adam", "adamw"]),
@@ -131,8 +132,8 @@ BAD_VALUES = {
   "one for two": ({"optim.weight_decay": 0.04}, ["weight_decay", "(0.04,)"]),
   "fraction for k": ({"evals.knn_ks": 2.5}, ["knn_ks", "2.5", "whole"]),
   "nearest key": ({"optim.lr_per256": 1}, ["lr_per256", "lr_per_256"]),
-  "no near key": ({"optim.zzz": 1}, ["config.optim.zzz", "configs/common.py"]),
-  "unknown section": ({"zzz.a": 1}, ["zzz", "configs/common.py"]),
+  "no near key": ({"optim.zzz": 1}, ["config.optim.zzz", "docs/config.md"]),
+  "unknown section": ({"zzz.a": 1}, ["zzz", "docs/config.md"]),
 }  # fmt: skip
 
 
@@ -204,7 +205,7 @@ def test_checkpoint_of_another_architecture(call, tmp_path):
     saved.save(3, items, sums.progress() | {"broken": {}})
   call_tiny = lambda: call(TINY, f"--workdir={tmp_path}", *flags_of({}))
   check_sentence(*call_tiny(), ["checkpoints and no config.json", "restore"])
-  checkpoint.write_config(small.config(), tmp_path, images=64)
+  run_config.write_config(small.config(), tmp_path, images=64)
   before = contents(tmp_path)
   code, words = call_tiny()
   check_sentence(code, words, ["another architecture", "24", "16", "config"])
@@ -225,7 +226,7 @@ def test_the_config_comes_first(call):
 
 def test_another_config_on_a_run(call, tmp_path):
   config = small.config({"data.seed": 5})
-  checkpoint.write_config(config, tmp_path, images=64)
+  run_config.write_config(config, tmp_path, images=64)
   before = contents(tmp_path)
   code, words = call(TINY, f"--workdir={tmp_path}", *flags_of({}))
   check_sentence(code, words, ["data.seed (5 there, 0 here)", "--workdir"])
@@ -348,13 +349,13 @@ def test_lists_of_words_reach_the_program(call, monkeypatch):
   flags = ["--mode=import", "--output=D", "--config.weights=a.pth"]
   for given in ("head.,fc_norm", "head."):
     assert call(*flags, f"--config.allow_missing={given}") == (0, "")
-    assert words.split(seen.pop().allow_missing) == tuple(given.split(","))
+    assert schema.words(seen.pop().allow_missing) == tuple(given.split(","))
   flags = ["--mode=eval", f"--config={ROOT / 'configs' / 'evals.py'}:compare"]
   runs = ["--config.evals.runs=runs/a,runs/b", "--config.evals.labels=A, B"]
   assert call(*flags, "--workdir=D", *runs) == (0, "")
   (config,) = seen
-  assert words.split(config.evals.runs) == ("runs/a", "runs/b")
-  assert words.split(config.evals.labels) == ("A", "B")
+  assert schema.words(config.evals.runs) == ("runs/a", "runs/b")
+  assert schema.words(config.evals.labels) == ("A", "B")
 
 
 def shell(programs, *flags):

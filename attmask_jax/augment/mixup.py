@@ -8,13 +8,28 @@ differs: partners are found in fixed groups of images instead of in the batch
 of a device, so the groups alone decide who is mixed with whom.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax.methods import masking
+from attmask_jax import schema
+from attmask_jax.rows import row_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Partners of mixup and cutmix."""
+
+  mixup_group: int = schema.key(
+    0,
+    "images that exchange partners, 0 = as many as a device of the releases "
+    "has",
+    low=0,
+  )
+
 
 # --- on the host ------------------------------------------------------------
 
@@ -22,11 +37,11 @@ from attmask_jax.methods import masking
 def draw(
   rng: np.random.Generator,
   *,
-  mixup_alpha: float = 0.8,
-  cutmix_alpha: float = 1.0,
-  prob: float = 1.0,
-  switch_prob: float = 0.5,
-  size: tuple[int, int] = (224, 224),
+  mixup_alpha: float,
+  cutmix_alpha: float,
+  prob: float,
+  switch_prob: float,
+  size: tuple[int, int],
 ) -> dict[str, np.generic | np.ndarray]:
   """How one batch is mixed.
 
@@ -145,7 +160,7 @@ def erase(
   """
   _, height, width, _ = images.shape
   noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))
-  keys = masking.row_keys(key, rows)
+  keys = row_keys(key, rows)
   return jnp.where(_inside(boxes, height, width), noise(keys), images)
 
 

@@ -13,35 +13,19 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
+from attmask_jax import schema
 from attmask_jax.augment import supervised, transforms
-from attmask_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoColours:
-  """One random resized crop with a flip, coloured twice.
+class TwoColours(supervised.CropFlip):
+  """One random resized crop with a flip, coloured twice."""
 
-  Attributes:
-    image_size: side of the crop in pixels.
-    scale: smallest and largest share of the image's area, above 0 up to 1.
-    resample: "bilinear" or "bicubic".
-    jitter, grey: probabilities of colour jitter and of a grey view, 0-1.
-  """
-
-  image_size: int = 224
-  scale: tuple[float, float] = (0.2, 1.0)
-  resample: str = "bilinear"
-  jitter: float = 0.8
-  grey: float = 0.2
-
-  def __post_init__(self) -> None:
-    """Refuses what cannot work, before the first image is read."""
-    supervised.resampling(self.resample)
-    supervised.check_scale(self.scale)
-    for name in ("jitter", "grey"):
-      value = getattr(self, name)
-      if not 0 <= value <= 1:
-        raise InputError(f"data.{name} {value} must lie between 0 and 1")
+  scale: tuple[float, float] = schema.inherit(
+    supervised.CropFlip, "scale", (0.2, 1.0)
+  )
+  jitter: float = schema.inherit(transforms.MultiCrop, "jitter", 0.8)
+  grey: float = schema.inherit(transforms.MultiCrop, "grey", 0.2)
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
@@ -52,7 +36,7 @@ class TwoColours:
       rng,
       size=self.image_size,
       scale=self.scale,
-      resample=supervised.resampling(self.resample),
+      resample=transforms.RESAMPLE[self.resample],
     )
     image = transforms.random_flip(image, rng)
     colour = transforms.Photometric(
@@ -63,20 +47,10 @@ class TwoColours:
 
 
 @dataclasses.dataclass(frozen=True)
-class CentreCrop:
-  """The central square, the same in every epoch: see `transforms.eval_crop`.
+class CentreCrop(transforms.Recipe):
+  """The central square, the same in every epoch: see `transforms.eval_crop`."""
 
-  Attributes:
-    image_size: side in pixels.
-    resample: "bilinear" or "bicubic".
-  """
-
-  image_size: int = 224
-  resample: str = "bilinear"
-
-  def __post_init__(self) -> None:
-    """Refuses an unknown filter."""
-    supervised.resampling(self.resample)
+  resample: str = schema.inherit(supervised.CropFlip, "resample", "bilinear")
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator

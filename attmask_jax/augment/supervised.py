@@ -13,8 +13,9 @@ import math
 import numpy as np
 from PIL import Image
 
+from attmask_jax import schema
 from attmask_jax.augment import randaugment, transforms
-from attmask_jax.errors import InputError
+from attmask_jax.augment.transforms import RESAMPLE
 
 SMALL = 32  # images of up to that many pixels are shifted, not resized
 
@@ -33,7 +34,7 @@ def erase_box(
   width: int,
   rng: np.random.Generator,
   *,
-  prob: float = 0.25,
+  prob: float,
   area: tuple[float, float] = (0.02, 1 / 3),
   aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> np.ndarray:
@@ -67,50 +68,21 @@ def erase_box(
   return none
 
 
-def resampling(name: str) -> Image.Resampling:
-  """Filter by its name in configs, see `transforms.RESAMPLE`.
-
-  Raises:
-    InputError: it is unknown.
-  """
-  if name not in transforms.RESAMPLE:
-    known = " or ".join(transforms.RESAMPLE)
-    raise InputError(f'data.resample "{name}" is unknown: use {known}')
-  return transforms.RESAMPLE[name]
-
-
-def check_scale(scale: tuple[float, float]) -> None:
-  """Refuses shares of an image's area that no crop can have.
-
-  Raises:
-    InputError: not ascending, or outside of (0, 1].
-  """
-  low, high = scale
-  if not 0 < low <= high <= 1:
-    raise InputError(
-      f"data.scale {(low, high)} must be two shares of the image's area, the "
-      "smaller first, above 0 and at most 1"
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class CropFlip:
-  """A random resized crop, mirrored half of the time, for linear probes.
+class CropFlip(transforms.Recipe):
+  """A random resized crop, mirrored half of the time, for linear probes."""
 
-  Attributes:
-    image_size: side of the crop in pixels.
-    scale: smallest and largest share of the image's area, 0-1.
-    resample: "bilinear" or "bicubic".
-  """
-
-  image_size: int = 224
-  scale: tuple[float, float] = (0.08, 1.0)
-  resample: str = "bilinear"
+  scale: tuple[float, float] = schema.key(
+    (0.08, 1.0), "share of the image's area, of the crop"
+  )
+  resample: str = schema.key(
+    "bilinear", "filter of crops in training", choices=tuple(RESAMPLE)
+  )
 
   def __post_init__(self) -> None:
     """Refuses what cannot work, before the first image is read."""
-    resampling(self.resample)
-    check_scale(self.scale)
+    super().__post_init__()
+    transforms.check_scale("data.scale", self.scale)
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
@@ -121,52 +93,40 @@ class CropFlip:
       rng,
       size=self.image_size,
       scale=self.scale,
-      resample=resampling(self.resample),
+      resample=RESAMPLE[self.resample],
     )
     return {"images": np.asarray(transforms.random_flip(image, rng))[None]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised:
+class Supervised(CropFlip):
   """The augmentation of fine-tuning.
 
   A random resized crop, or, for images of up to 32 pixels, a random shift by up
   to 4; then a flip, RandAugment or else colour jitter, and the box of random
   erasing.
 
-  Attributes:
-    image_size: side in pixels.
-    scale: smallest and largest share of the image's area, 0-1.
-    resample: "bilinear" or "bicubic", of the crop and of RandAugment.
-    rand_augment: see `randaugment.parse`; "" for none.
-    jitter_strength: of brightness, contrast and saturation, where rand_augment
-      is "".
-    erase_prob: that a box is erased, 0-1.
-
   differs: an image that is to be shifted but is not of `image_size` is resized
   first; the reference cuts a larger one and fails on a smaller one.
   """
 
-  image_size: int = 224
-  scale: tuple[float, float] = (0.08, 1.0)
-  resample: str = "bicubic"
-  rand_augment: str = "rand-m9-mstd0.5-inc1"
-  jitter_strength: float = 0.4
-  erase_prob: float = 0.25
+  resample: str = schema.inherit(CropFlip, "resample", "bicubic")
+  rand_augment: str = schema.key(
+    "rand-m9-mstd0.5-inc1", 'see augment/randaugment.py; "" = none'
+  )
+  jitter_strength: float = schema.key(
+    0.4,
+    "of brightness, contrast and saturation, where rand_augment is empty",
+    low=0,
+  )
+  erase_prob: float = schema.key(
+    0.25, "probability of random erasing", low=0, high=1
+  )
 
   def __post_init__(self) -> None:
     """Refuses what cannot work, before the first image is read."""
-    resampling(self.resample)
-    check_scale(self.scale)
+    super().__post_init__()
     randaugment.parse(self.rand_augment)
-    if not 0 <= self.erase_prob <= 1:
-      raise InputError(
-        f"data.erase_prob {self.erase_prob} must lie between 0 and 1"
-      )
-    if self.jitter_strength < 0:
-      raise InputError(
-        f"data.jitter_strength {self.jitter_strength} must not be negative"
-      )
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
@@ -186,7 +146,7 @@ class Supervised:
         rng,
         size=size,
         scale=self.scale,
-        resample=resampling(self.resample),
+        resample=RESAMPLE[self.resample],
       )
     image = self._colour(transforms.random_flip(image, rng), rng)
     arrays = {"images": np.asarray(image)[None]}
@@ -200,7 +160,7 @@ class Supervised:
     settings = randaugment.parse(self.rand_augment)
     if settings is not None:
       return randaugment.rand_augment(
-        image, rng, **settings._asdict(), resample=resampling(self.resample)
+        image, rng, **settings._asdict(), resample=RESAMPLE[self.resample]
       )
     x = self.jitter_strength
     return transforms.color_jitter(

@@ -16,6 +16,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from attmask_jax import schema
+from attmask_jax.errors import InputError
+
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
 RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC}
@@ -232,6 +235,98 @@ def solarise(image: Image.Image, *, threshold: int = 128) -> Image.Image:
 # --- recipes ----------------------------------------------------------------
 
 
+def check_scale(name: str, scale: tuple[float, float]) -> None:
+  """Refuses shares of an image's area that no crop can have.
+
+  Args:
+    name: of the key.
+    scale: its value.
+
+  Raises:
+    InputError: not ascending, or outside of (0, 1].
+  """
+  low, high = scale
+  if not 0 < low <= high <= 1:
+    raise InputError(
+      f"{name} {(low, high)} must be two shares of the image's area, the "
+      "smaller first, above 0 and at most 1"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Base class of the recipes that `data.transform` names."""
+
+  image_size: int = schema.key(
+    224, "side of global crops and of images that are evaluated, pixels", low=1
+  )
+
+  def __post_init__(self) -> None:
+    """Refuses what cannot work, before the first image is read."""
+    schema.check("data", vars(self), type(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiCrop(Recipe):
+  """Global and local crops, as DINO, iBOT and AttMask cut them.
+
+  Source: AttMask main_attmask.py, DataAugmentationiBOT.
+  """
+
+  global_crops: int = schema.key(2, "global views of an image")
+  global_scale: tuple[float, float] = schema.key(
+    (0.25, 1.0), "share of the image's area, of global crops"
+  )
+  local_size: int = schema.key(96, "side of local crops, pixels", low=1)
+  local_crops: int = schema.key(10, "local views of an image")
+  local_scale: tuple[float, float] = schema.key(
+    (0.05, 0.25), "share of the image's area, of local crops"
+  )
+  jitter: float = schema.key(0.8, "probability of colour jitter", low=0, high=1)
+  grey: float = schema.key(0.2, "probability of a grey view", low=0, high=1)
+  blur_radius: float = schema.key(
+    2.0, "largest, in pixels; as published for 224 px", low=0.1
+  )
+
+  def __post_init__(self) -> None:
+    """Refuses what cannot work, before the first image is read."""
+    super().__post_init__()
+    check_scale("data.global_scale", self.global_scale)
+    check_scale("data.local_scale", self.local_scale)
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """Augments one RGB image.
+
+    Args:
+      image: RGB.
+      rng: the image's own generator.
+
+    Returns:
+      "images" [G, image_size, image_size, 3] uint8 and, unless there are no
+      local crops, "local_images" [local_crops, local_size, local_size, 3].
+    """
+    names = ("jitter", "grey", "blur_radius")
+    strength = {name: getattr(self, name) for name in names}
+    first, other, local = (
+      dataclasses.replace(colour, **strength)
+      for colour in (FIRST_GLOBAL, OTHER_GLOBAL, LOCAL)
+    )
+    views = lambda colours, size, scale: np.stack(
+      [
+        random_view(image, rng, colour, size=size, scale=scale)
+        for colour in colours
+      ]
+    )
+    colours = [first] + [other] * (self.global_crops - 1)
+    crops = {"images": views(colours, self.image_size, self.global_scale)}
+    if self.local_crops:
+      colours = [local] * self.local_crops
+      crops["local_images"] = views(colours, self.local_size, self.local_scale)
+    return crops
+
+
 @dataclasses.dataclass(frozen=True)
 class Photometric:
   """The colour steps of one kind of crop.
@@ -243,9 +338,9 @@ class Photometric:
 
   blur: float
   solarise: float = 0.0
-  jitter: float = 0.8
-  grey: float = 0.2
-  blur_radius: float = 2.0
+  jitter: float = MultiCrop.jitter
+  grey: float = MultiCrop.grey
+  blur_radius: float = MultiCrop.blur_radius
 
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
@@ -279,77 +374,3 @@ def random_view(
   image = random_resized_crop(image, rng, size=size, scale=scale)
   image = random_flip(image, rng)
   return np.asarray(colour(image, rng))
-
-
-def multi_crop(
-  image: Image.Image,
-  rng: np.random.Generator,
-  *,
-  image_size: int,
-  local_size: int,
-  global_crops: int,
-  global_scale: tuple[float, float],
-  local_crops: int,
-  local_scale: tuple[float, float],
-  jitter: float = 0.8,
-  grey: float = 0.2,
-  blur_radius: float = 2.0,
-) -> dict[str, np.ndarray]:
-  """Global and local crops of one RGB image, as DINO, iBOT and AttMask cut it.
-
-  Args:
-    image: RGB.
-    rng: the image's own generator.
-    image_size, local_size: sides of global and local crops, in pixels.
-    global_crops, local_crops: G >= 1 and Lc >= 0, how many of each.
-    global_scale, local_scale: share of the image's area, 0-1.
-    jitter, grey, blur_radius: see `Photometric`.
-
-  Returns:
-    "images" [G, image_size, image_size, 3] uint8 and, unless Lc is 0,
-    "local_images" [Lc, local_size, local_size, 3] uint8.
-
-  Source: AttMask main_attmask.py, DataAugmentationiBOT.
-  """
-  strength = dict(jitter=jitter, grey=grey, blur_radius=blur_radius)
-  first, other, local = (
-    dataclasses.replace(colour, **strength)
-    for colour in (FIRST_GLOBAL, OTHER_GLOBAL, LOCAL)
-  )
-  colours = [first] + [other] * (global_crops - 1)
-  crops = {}
-  crops["images"] = np.stack(
-    [
-      random_view(image, rng, colour, size=image_size, scale=global_scale)
-      for colour in colours
-    ]
-  )
-  if local_crops:
-    crops["local_images"] = np.stack(
-      [
-        random_view(image, rng, local, size=local_size, scale=local_scale)
-        for _ in range(local_crops)
-      ]
-    )
-  return crops
-
-
-@dataclasses.dataclass(frozen=True)
-class MultiCrop:
-  """`multi_crop` with its sizes filled in, for the input pipeline."""
-
-  image_size: int = 224
-  local_size: int = 96
-  global_crops: int = 2
-  global_scale: tuple[float, float] = (0.25, 1.0)
-  local_crops: int = 10
-  local_scale: tuple[float, float] = (0.05, 0.25)
-  jitter: float = 0.8
-  grey: float = 0.2
-  blur_radius: float = 2.0
-
-  def __call__(
-    self, image: Image.Image, rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
-    """See `multi_crop`."""
-    return multi_crop(image, rng, **vars(self))

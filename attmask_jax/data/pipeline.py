@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax.augment import transforms
+from attmask_jax.data import keys
 from attmask_jax.data.files import BrokenImage
 from attmask_jax.data.sources import Source
 from attmask_jax.errors import InputError
@@ -116,10 +117,10 @@ class TrainPipeline:
     seed: int,
     positions: Sequence[int] | np.ndarray | None = None,
     extras: Extras | None = None,
-    threads: int = 0,
-    prefetch: int = 4,
-    max_broken: float = 0.01,
-    repeats: int = 1,
+    threads: int = keys.LoadKeys.threads,
+    prefetch: int = keys.LoadKeys.prefetch,
+    max_broken: float = keys.ReadKeys.max_broken,
+    repeats: int = keys.RepeatKeys.repeats,
   ) -> None:
     """Checks the sizes; reads nothing yet.
 
@@ -256,9 +257,9 @@ def eval_batches(
   image_size: int,
   batch_size: int,
   indices: Sequence[int] | np.ndarray | None = None,
-  threads: int = 0,
+  threads: int = keys.LoadKeys.threads,
   prefetch: int = 2,
-  max_broken: float = 0.01,
+  max_broken: float = keys.ReadKeys.max_broken,
   crop: Callable[[Image.Image, int], Image.Image] = transforms.eval_crop,
 ) -> Generator[HostBatch, None, None]:
   """Images in order, with the evaluation crop, in full batches only.

@@ -5,13 +5,14 @@ Differs: the region is that of the mean over heads; pictures keep their aspect
 ratio; frames of one video share the scale of their colours.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from attmask_jax import atomic
+from attmask_jax import atomic, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
@@ -25,6 +26,23 @@ TITLES = {
   "none": "Attention that patches receive in the last block",
 }
 FRAME_MS = 100  # how long an animation shows each frame
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepKeys:
+  """Which patches count as attended."""
+
+  keep: float = schema.key(
+    0.6,
+    "share of the attention that the outlined patches hold",
+    above=0,
+    high=1,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(KeepKeys, pictures.Keys):
+  """Attention maps."""
 
 
 def run(job: Job) -> Result:
@@ -43,24 +61,24 @@ def run(job: Job) -> Result:
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING
-  shown, moving = pictures.given(job)
+  selected, moving = pictures.given(job)
   backbone = job.weights.method.backbone
-  found = pictures.attention(job, params, [p.image for p in shown])
-  means = [heads.mean(axis=0) for heads in found]
+  maps = pictures.attention(job, params, [p.image for p in selected])
+  means = [heads.mean(axis=0) for heads in maps]
   kept = [keep_mask(mean, keep) for mean in means]
-  some = pictures.some(len(shown))
+  some = pictures.some(len(selected))
   figures = [job.figure("attention.png")]
   _draw(
     figures[0],
-    [(shown[i], found[i], kept[i]) for i in some],
+    [(selected[i], maps[i], kept[i]) for i in some],
     patch_size=backbone.patch_size,
     keep=keep,
     title=TITLES[getattr(backbone, "class_token", "input")],
   )
   if moving:
     folder = job.figure("attention")
-    figures += _animate(folder, shown, means, backbone.patch_size)
-  return _result(shown, means, kept, keep, tuple(figures))
+    figures += _animate(folder, selected, means, backbone.patch_size)
+  return _result(selected, means, kept, keep, tuple(figures))
 
 
 def check_keep(keep: float) -> None:
@@ -104,7 +122,7 @@ def entropy(attention: np.ndarray) -> float:
 
 
 def _result(
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   means: Sequence[np.ndarray],
   kept: Sequence[np.ndarray],
   keep: float,
@@ -116,7 +134,7 @@ def _result(
     for mean, mask in zip(means, kept, strict=True)
   ]
   average = [float(np.mean(column)) for column in zip(*numbers, strict=True)]
-  rows = [(p.name, *n) for p, n in zip(shown, numbers, strict=True)]
+  rows = [(p.name, *n) for p, n in zip(selected, numbers, strict=True)]
   rows = [*rows[: pictures.TABLE_ROWS], ("mean", *average)]
   table = Table(
     (
@@ -134,7 +152,11 @@ def _result(
     zip(("entropy", "entropy_uniform", "kept"), average, strict=True)
   )
   return Result(
-    values, {"pictures": len(shown)}, table, figures, pictures.notes(len(shown))
+    values,
+    {"pictures": len(selected)},
+    table,
+    figures,
+    pictures.notes(len(selected)),
   )
 
 
@@ -199,7 +221,7 @@ def _draw(
 
 def _animate(
   folder: pathlib.Path,
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   means: Sequence[np.ndarray],
   patch_size: int,
 ) -> list[pathlib.Path]:
@@ -217,7 +239,7 @@ def _animate(
     old.unlink()
   frames = []
   for number, (picture, mean) in enumerate(
-    zip(shown, means, strict=True), start=1
+    zip(selected, means, strict=True), start=1
   ):
     height, width, _ = picture.image.shape
     heat = mean.reshape(height // patch_size, width // patch_size)
@@ -240,4 +262,4 @@ def _animate(
   return [path]
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -10,6 +10,7 @@ folder; BG-gap is computed; base and large networks keep their final norm,
 with which their probes were trained.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -17,11 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params
+from attmask_jax import Params, schema
 from attmask_jax.augment import transforms
 from attmask_jax.data import backgrounds, imagenet
 from attmask_jax.evals import accuracy
 from attmask_jax.evals.job import Eval, Job, Result, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Backgrounds challenge."""
+
+  backgrounds: str = schema.key(
+    "", "folder with original/, mixed_same/, mixed_rand/, ..."
+  )
 
 
 def check(job: Job) -> None:
@@ -53,10 +63,10 @@ def run(job: Job) -> Result:
   count = accuracy.counter(votes, job.mesh)
   values, counts, resized = {}, {}, []
   for variant in variants:
-    found: set[tuple[int, int]] = set()
+    sizes: set[tuple[int, int]] = set()
 
-    def whole(image: Image.Image, size: int, found: set = found) -> Image.Image:
-      found.add(image.size)
+    def whole(image: Image.Image, size: int, sizes: set = sizes) -> Image.Image:
+      sizes.add(image.size)
       return transforms.eval_whole(image, size)
 
     name = variant.variant
@@ -64,7 +74,7 @@ def run(job: Job) -> Result:
       scores = accuracy.scores(count, classifier.params, batches, mesh=job.mesh)
     values[f"{name}/top1"] = float(scores["top1"][0])
     counts[f"{name} images"] = int(scores["images"])
-    resized += [name] * bool(found - {(size, size)})
+    resized += [name] * bool(sizes - {(size, size)})
   if {"mixed_same/top1", "mixed_rand/top1"} <= values.keys():
     gap = values["mixed_same/top1"] - values["mixed_rand/top1"]
     values["bg_gap"] = gap
@@ -108,4 +118,4 @@ def _notes(resized: Sequence[str], size: int) -> tuple[str, ...]:
   )
 
 
-EVAL = Eval(run, check=check, needs="classifier")
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

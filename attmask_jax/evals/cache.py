@@ -1,5 +1,6 @@
 """Features kept on disk, under a key that says all they depend on."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -10,11 +11,18 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from attmask_jax import atomic
+from attmask_jax import atomic, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals.features import Features
 
 FORMAT = 1  # of the files; raise it when features are computed differently
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Features on disk."""
+
+  cache: str = schema.key("", 'folder that keeps features, "" = none')
 
 
 def key(*, config: Any, indices: np.ndarray | None, **parts: Any) -> str:
@@ -46,11 +54,11 @@ def read(folder: str, name: str) -> Features | None:
   """
   if not folder:
     return None
-  found = _read(folder, name)
+  cached = _read(folder, name)
   if jax.process_count() > 1:
-    there = multihost_utils.process_allgather(np.array(found is not None))
-    found = found if np.all(there) else None
-  return found
+    there = multihost_utils.process_allgather(np.array(cached is not None))
+    cached = cached if np.all(there) else None
+  return cached
 
 
 def _read(folder: str, name: str) -> Features | None:
@@ -59,12 +67,12 @@ def _read(folder: str, name: str) -> Features | None:
     return None
   try:
     with np.load(path) as file:
-      found = Features(*(file[field] for field in Features._fields))
+      cached = Features(*(file[field] for field in Features._fields))
   except Exception as error:  # zip, numpy and the disk have a dozen kinds
     logging.warning("feature cache %s is damaged (%s): not used", path, error)
     return None
   logging.info("features from the cache: %s", path)
-  return found
+  return cached
 
 
 def write(folder: str, name: str, features: Features) -> None:

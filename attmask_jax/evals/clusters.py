@@ -34,10 +34,10 @@ def run(job: Job) -> Result:
     return assign(params, images)[:, None].astype(jnp.float32)
 
   with job.batches(source, desc="prototypes") as batches:
-    found = features.extract(column, batches, mesh=job.mesh)
-  clusters = found.features[:, 0].astype(np.int64)
-  values = clustering.cluster_scores(found.labels, clusters)
-  values["accuracy"] = clustering.hungarian_accuracy(found.labels, clusters)
+    extracted = features.extract(column, batches, mesh=job.mesh)
+  clusters = extracted.features[:, 0].astype(np.int64)
+  values = clustering.cluster_scores(extracted.labels, clusters)
+  values["accuracy"] = clustering.hungarian_accuracy(extracted.labels, clusters)
   names = {
     "nmi": "NMI",
     "ari": "ARI",

@@ -3,21 +3,32 @@
 Source: the figure "AttMask learns faster" of the authors' ECCV slides.
 """
 
+import dataclasses
 import pathlib
 from typing import NamedTuple
 
 import jax
 
-from attmask_jax import words
+from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing
 from attmask_jax.evals.job import Eval, Job, Result, Table
-from attmask_jax.runs import checkpoint, metrics
-from attmask_jax.weights import loading
+from attmask_jax.runs import config as run_config
+from attmask_jax.runs import metrics
 
 ACCURACIES = {"knn/top1": "k-NN top-1", "val/top1": "accuracy"}
 SHOWN_KEYS = 6  # differing config keys named in the notes
 Curve = list[tuple[float, float]]  # (epoch, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Curves of several runs."""
+
+  runs: str = schema.key("", "run directories: runs/a,runs/b")
+  labels: str = schema.key(
+    "", 'A,B: their names in the plot; "" = the directories\''
+  )
 
 
 class History(NamedTuple):
@@ -84,7 +95,7 @@ def read(folder: pathlib.Path, label: str) -> History:
       f"{folder} holds no run (no metrics.jsonl): give run directories in "
       "--config.evals.runs=A,B"
     )
-  config = checkpoint.flat_config(loading.read_config(folder))
+  config = run_config.flat_config(run_config.read_config(folder))
   images, batch = config.get("data.images"), config.get("data.batch_size")
   per_epoch = max(int(images) // int(batch), 1) if images and batch else 1
   lines = metrics.read_metrics(path)
@@ -99,7 +110,7 @@ def read(folder: pathlib.Path, label: str) -> History:
 
 def _named(evals: object) -> list[tuple[str, str]]:
   """(folder, label) of every run."""
-  runs, labels = words.split(evals.runs), words.split(evals.labels)
+  runs, labels = schema.words(evals.runs), schema.words(evals.labels)
   if not runs:
     raise InputError(
       "evals.runs is empty: give run directories, --config.evals.runs=A,B"
@@ -159,7 +170,7 @@ def _differences(histories: list[History]) -> tuple[str, ...]:
       key
       for key in first.config.keys() | other.config.keys()
       if first.config.get(key) != other.config.get(key)
-      and not key.startswith(checkpoint.FREE_KEYS)
+      and not key.startswith(run_config.FREE_KEYS)
     )
     if keys:
       named = ", ".join(
@@ -205,4 +216,4 @@ def _draw(path: pathlib.Path, histories: list[History]) -> None:
   drawing.save(figure, path)
 
 
-EVAL = Eval(run, needs="none")
+EVAL = Eval(run, needs="none", keys=(Keys,))

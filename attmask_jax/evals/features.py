@@ -1,5 +1,6 @@
 """Feature extraction: a whole data set through one compiled function."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,25 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from attmask_jax import mesh as meshes
+from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.models import vit
 
 FeaturesFn = Callable[[jax.Array], jax.Array]
 HostBatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Which features of a network are taken."""
+
+  last_blocks: int = schema.key(
+    1, "class tokens of that many last blocks", low=1
+  )
+  pool: str = schema.key("cls", "tokens that are read", choices=vit.POOLS)
+  final_norm: bool = schema.key(
+    True, "behind the backbone's final LayerNorm; MAE, ExtreMA: False"
+  )
 
 
 class Features(NamedTuple):

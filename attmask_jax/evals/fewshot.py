@@ -4,12 +4,30 @@ Source: the few-shot protocol of AttMask eval_knn.py (--subset,
 --subset_starts).
 """
 
+import dataclasses
+
 import numpy as np
 
-from attmask_jax import data
+from attmask_jax import data, schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import knn
+from attmask_jax.evals import cache, features, knn
 from attmask_jax.evals.job import Eval, Job, Result, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(knn.SearchKeys, cache.Keys, features.Keys):
+  """k-NN on few images per class."""
+
+  shots: tuple[int, ...] = schema.key(
+    (1, 5, 10, 20), "training images per class", low=1
+  )
+  knn_ks: tuple[int, ...] = schema.key(
+    (1, 20, 20, 20), "neighbours, one entry per entry of shots", low=1
+  )
+  starts: tuple[tuple[int, ...], ...] = schema.key(
+    tuple(tuple(range(0, 5 * n, n)) for n in (5, 5, 10, 20)),
+    "first image of each class in each run, one list per entry of shots",
+  )
 
 
 def run(job: Job) -> Result:
@@ -115,4 +133,4 @@ def _places(source: data.Source, needed: int) -> np.ndarray:
   return order[first[:, None] + np.arange(needed)]
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

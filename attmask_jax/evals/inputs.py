@@ -1,5 +1,6 @@
 """Images of an evaluation: this process's rows of padded batches."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Generator
 
@@ -8,10 +9,17 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from attmask_jax import data
+from attmask_jax import data, schema
 from attmask_jax.augment import transforms
 from attmask_jax.data.pipeline import HostBatch
 from attmask_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """What all evaluations on images have."""
+
+  batch_size: int = schema.key(256, "images over all devices", low=1)
 
 
 def batches(

@@ -6,6 +6,7 @@ it may be larger than device memory; top-5 counts only classes that received a
 vote (the reference ranks the others too, in an arbitrary order).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -15,8 +16,9 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from attmask_jax import schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import inputs
+from attmask_jax.evals import cache, features, inputs
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.mesh import BATCH_AXES
 
@@ -25,6 +27,43 @@ SAME = PartitionSpec()  # bank chunk, a copy on every device
 # Bank rows on the device at a time, and queries compared at a time.
 BANK_CHUNK, QUERY_CHUNK = 65536, 1024
 VOTE_PAIRS = 2**24  # k * k * queries compared at once: 64 MiB of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchKeys:
+  """How neighbours are found and weighted."""
+
+  knn_temp: float = schema.key(
+    0.07,
+    "temperature of the votes; 0 = the method's: 0.07, or the teacher's class "
+    "temperature of AttMask",
+    low=0,
+  )
+  bank_chunk: int = schema.key(
+    BANK_CHUNK, "bank images on the device at a time", low=1
+  )
+  query_chunk: int = schema.key(
+    QUERY_CHUNK, "queries compared at a time", low=1
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class BankKeys:
+  """How many images are compared."""
+
+  knn_bank: int = schema.key(0, "training images in the bank, 0 = all", low=0)
+  knn_queries: int = schema.key(0, "validation images, 0 = all", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(BankKeys, SearchKeys, cache.Keys, features.Keys):
+  """Weighted k-NN."""
+
+  knn_ks: tuple[int, ...] = schema.key(
+    (10, 20, 100, 200), "neighbours that vote", low=1
+  )
+  knn_bank: int = schema.key(0, "training images in the bank, 0 = all", low=0)
+  knn_queries: int = schema.key(0, "validation images, 0 = all", low=0)
 
 
 def run(job: Job) -> Result:
@@ -382,4 +421,4 @@ def _rank(
   return jnp.where(jnp.any(right), rank, max(k, 5))
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

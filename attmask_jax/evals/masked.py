@@ -9,6 +9,7 @@ any network (a fixed DINO ViT-B/16 there); several ratios and policies in one
 pass over the data.
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -16,14 +17,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Params
+from attmask_jax import Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, drawing, inputs, pictures, visualize
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.methods import masking
+from attmask_jax.rows import row_keys
 from attmask_jax.weights import loading
 
 POLICIES = ("attmask_high", "attmask_low", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Masked images."""
+
+  ratios: tuple[float, ...] = schema.key(
+    (0.1, 0.3, 0.5, 0.7, 0.9), "shares of black patches", low=0, empty=True
+  )
+  policies: tuple[str, ...] = schema.key(
+    ("attmask_high", "random", "attmask_low"),
+    "which patches are black",
+    choices=POLICIES,
+  )
+  guide: str = schema.key(
+    "", 'weights whose attention chooses; "" = the evaluated ones'
+  )
+  seed: int = schema.key(0, "of random patches", low=0)
 
 
 def run(job: Job) -> Result:
@@ -101,7 +121,7 @@ def _hidden(
   """[B, N] bool: random ones depend on the image and the seed alone."""
   if policy != "random":
     return masking.attention_mask(attention, policy=policy, n_mask=n_mask)
-  keys = masking.row_keys(jax.random.key(seed), index)
+  keys = row_keys(jax.random.key(seed), index)
   return masking.random_patches(keys, attention.shape[1], n_mask)
 
 
@@ -176,4 +196,4 @@ def _draw(
   drawing.save(figure, path)
 
 
-EVAL = Eval(run, check=check, needs="classifier")
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

@@ -1,12 +1,30 @@
 """What every mask policy hides at given ratios, as a gallery."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.evals import pictures, visualize
 from attmask_jax.evals.job import Eval, Job, Result, Table
+from attmask_jax.methods import masking
 
 SCORES = {"precision": "precision", "recall": "object hidden", "iou": "IoU"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.MaskKeys, pictures.Keys):
+  """What each mask policy hides."""
+
+  policies: tuple[str, ...] = schema.key(
+    ("attmask_high", "attmask_hint", "attmask_low", "random", "block"),
+    "what is compared",
+    choices=masking.POLICIES[:-1],
+  )
+  gallery: int = schema.key(
+    16, "pictures in the figure at most, 0 = no figure", low=0
+  )
 
 
 def run(job: Job) -> Result:
@@ -25,15 +43,15 @@ def run(job: Job) -> Result:
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING
-  shown, _ = pictures.given(job)
-  images = [picture.image for picture in shown]
-  found = pictures.attention(job, params, images)
-  attention = [heads.mean(axis=0) for heads in found]
-  some = pictures.some(len(shown), evals.gallery)
+  selected, _ = pictures.given(job)
+  images = [picture.image for picture in selected]
+  maps = pictures.attention(job, params, images)
+  attention = [heads.mean(axis=0) for heads in maps]
+  some = pictures.some(len(selected), evals.gallery)
   patch_size = method.backbone.patch_size
   token = method.backbone.class_token != "none"
   whose = "of the class token" if token else "that patches receive"
-  known = any(picture.object_mask is not None for picture in shown)
+  known = any(picture.object_mask is not None for picture in selected)
   caption = (
     "Colours run from the least to the most attended patch of each picture. "
     f"Hints are revealed among the {100 * evals.show_max:g} % most attended "
@@ -42,7 +60,7 @@ def run(job: Job) -> Result:
   figures, values, rows = [], {}, []
   if known:
     values["object_share"] = float(
-      np.concatenate(_covers(shown, patch_size)).mean()
+      np.concatenate(_covers(selected, patch_size)).mean()
     )
   for ratio in evals.ratios:
     masks = _masks(job, images, attention, ratio)
@@ -55,22 +73,22 @@ def run(job: Job) -> Result:
         [attention[i] for i in some],
         {policy: [hidden[i] for i in some] for policy, hidden in masks.items()},
         patch_size=patch_size,
-        object_masks=[shown[i].object_mask for i in some],
-        labels=[shown[i].name for i in some],
+        object_masks=[selected[i].object_mask for i in some],
+        labels=[selected[i].name for i in some],
         title=f"Attention {whose}, and what each policy hides at {name} %",
         caption=caption,
         network=job.weights.network.capitalize(),
       )
     for policy, hidden in masks.items():
-      scores = _scores(shown, hidden, patch_size)
+      scores = _scores(selected, hidden, patch_size)
       values |= {f"{policy}_{name}/{k}": v for k, v in scores.items()}
       rows.append((visualize.READABLE_NAMES[policy], ratio, scores))
   return Result(
     values,
-    {"pictures": len(shown)},
+    {"pictures": len(selected)},
     _table(rows, SCORES if known else {}),
     tuple(figures),
-    pictures.notes(len(shown), evals.gallery),
+    pictures.notes(len(selected), evals.gallery),
   )
 
 
@@ -90,7 +108,7 @@ def _masks(
     grids.setdefault(grid, []).append(row)
   masks: dict[str, dict[int, np.ndarray]] = {}
   for grid, rows in grids.items():
-    found = pictures.policy_masks(
+    grid_masks = pictures.policy_masks(
       np.stack([attention[row] for row in rows]),
       grid,
       ratio=ratio,
@@ -99,35 +117,37 @@ def _masks(
       rows=np.asarray(rows),
       refill=method.refills_hints,
     )
-    for policy, hidden in found.items():
+    for policy, hidden in grid_masks.items():
       masks.setdefault(policy, {}).update(zip(rows, hidden, strict=True))
   return {
-    policy: [found[row] for row in range(len(images))]
-    for policy, found in masks.items()
+    policy: [by_picture[row] for row in range(len(images))]
+    for policy, by_picture in masks.items()
   }
 
 
 def _scores(
-  shown: list[pictures.Picture], hidden: list[np.ndarray], patch_size: int
+  selected: list[pictures.Picture], hidden: list[np.ndarray], patch_size: int
 ) -> dict[str, float]:
   """Share hidden, and overlap over the pictures whose objects are known."""
   scores = {"hidden": float(np.concatenate(hidden).mean())}
   masks = [
     mask
-    for picture, mask in zip(shown, hidden, strict=True)
+    for picture, mask in zip(selected, hidden, strict=True)
     if picture.object_mask is not None
   ]
   if masks:
     scores |= visualize.overlap_scores(
-      np.concatenate(masks), np.concatenate(_covers(shown, patch_size))
+      np.concatenate(masks), np.concatenate(_covers(selected, patch_size))
     )
   return scores
 
 
-def _covers(shown: list[pictures.Picture], patch_size: int) -> list[np.ndarray]:
+def _covers(
+  selected: list[pictures.Picture], patch_size: int
+) -> list[np.ndarray]:
   """Share of each patch that is object, [N], where objects are known."""
   covers = []
-  for picture in shown:
+  for picture in selected:
     if picture.object_mask is not None:
       height, width = picture.object_mask.shape
       grid = height // patch_size, width // patch_size
@@ -145,11 +165,11 @@ def _table(
       (
         policy,
         f"{ratio:g}",
-        *(f"{100 * found[k]:.1f} %" for k in ("hidden", *scores)),
+        *(f"{100 * parts[k]:.1f} %" for k in ("hidden", *scores)),
       )
-      for policy, ratio, found in rows
+      for policy, ratio, parts in rows
     ),
   )
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -1,5 +1,6 @@
 """Where attention and masks fall, against the objects of the images."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import data
+from attmask_jax import data, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import (
   attention,
@@ -31,6 +32,17 @@ BARS = {
   "precision": ("on the object (precision)", "#ee9944"),
   "recall": ("share of the object (recall)", "#448855"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(attention.KeepKeys, pictures.MaskKeys):
+  """Attention and masks against object masks."""
+
+  ratios: tuple[float, ...] = schema.inherit(
+    pictures.MaskKeys, "ratios", (0.3,)
+  )
+  count: int = schema.key(0, "images, 0 = all", low=0)
+  seed: int = schema.key(0, "of hints, random and block-wise masks", low=0)
 
 
 def run(job: Job) -> Result:
@@ -57,19 +69,19 @@ def run(job: Job) -> Result:
     raise InputError(f"evals.count {evals.count} must be at least 0 (0 = all)")
   side = _side(job)
   source = pictures.objects(job)
-  found = _attention(job, source)
+  extracted = _attention(job, source)
   if jax.process_index():
     return pictures.NOTHING
-  cover = _cover(source, found.index, job.config.data.image_size, side)
-  regions = {"attention": attention.keep_mask(found.features, evals.keep)}
+  cover = _cover(source, extracted.index, job.config.data.image_size, side)
+  regions = {"attention": attention.keep_mask(extracted.features, evals.keep)}
   panels = {}
   for ratio in evals.ratios:
     masks = pictures.policy_masks(
-      found.features,
+      extracted.features,
       (side, side),
       ratio=ratio,
       show_max=evals.show_max,
-      rows=found.index,
+      rows=extracted.index,
       seed=evals.seed,
       refill=job.weights.method.refills_hints,
     )
@@ -223,4 +235,4 @@ def _bars(
   return handles
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -4,6 +4,7 @@ Source: the idea of DINOv2 (arXiv:2304.07193, figure 1), without its removal
 of the background.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -19,6 +20,11 @@ COMPONENTS = 3
 RANGE = (1, 99)  # percentiles that become black and full colour
 
 
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """Patch tokens as colours."""
+
+
 def run(job: Job) -> Result:
   """Draws figures/pca.png: image, three components, the first one alone.
 
@@ -31,22 +37,22 @@ def run(job: Job) -> Result:
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING
-  shown, _ = pictures.given(job)
+  selected, _ = pictures.given(job)
   method = job.weights.method
   tokens = pictures.forward(
     lambda weights, images: method.features(weights, images)[1],
     params,
-    [picture.image for picture in shown],
+    [picture.image for picture in selected],
   )
   scores, shares = components(np.concatenate(tokens))
   colours = stretch(scores)
   ends = np.cumsum([len(t) for t in tokens])[:-1]
   per_picture = np.split(colours, ends)
   path = job.figure("pca.png")
-  some = pictures.some(len(shown))
+  some = pictures.some(len(selected))
   _draw(
     path,
-    [shown[i] for i in some],
+    [selected[i] for i in some],
     [per_picture[i] for i in some],
     patch_size=method.backbone.patch_size,
     shares=shares,
@@ -56,10 +62,10 @@ def run(job: Job) -> Result:
   rows.append(("sum", f"{100 * shares.sum():.1f} %"))
   return Result(
     named,
-    {"pictures": len(shown), "tokens": len(scores)},
+    {"pictures": len(selected), "tokens": len(scores)},
     Table(("component", "share of the variance"), tuple(rows)),
     (path,),
-    pictures.notes(len(shown)),
+    pictures.notes(len(selected)),
   )
 
 
@@ -108,7 +114,7 @@ def stretch(scores: np.ndarray) -> np.ndarray:
 
 def _draw(
   path: pathlib.Path,
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   colours: Sequence[np.ndarray],
   *,
   patch_size: int,
@@ -125,15 +131,15 @@ def _draw(
   """
   percent = ", ".join(f"{100 * share:.0f} %" for share in shares)
   figure, axes = drawing.grid(
-    [p.image.shape[0] / p.image.shape[1] for p in shown],
+    [p.image.shape[0] / p.image.shape[1] for p in selected],
     3,
     headings={0: ["Image", "Components\n1, 2, 3", "Component 1"]},
-    labels=[picture.name for picture in shown],
+    labels=[picture.name for picture in selected],
     title="Main directions of the patch tokens",
     caption="Components 1, 2, 3 as red, green, blue, common to all pictures; "
     f"they explain {percent} of the variance.",
   )
-  for row, picture, values in zip(axes, shown, colours, strict=True):
+  for row, picture, values in zip(axes, selected, colours, strict=True):
     height, width, _ = picture.image.shape
     shape = height // patch_size, width // patch_size
     row[0].imshow(picture.image)
@@ -145,4 +151,4 @@ def _draw(
   drawing.save(figure, path)
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -1,5 +1,6 @@
 """What the picture evaluations share: which pictures, and what is computed."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from attmask_jax import Params, data
+from attmask_jax import Params, data, schema
 from attmask_jax import mesh as meshes
 from attmask_jax.augment import transforms
 from attmask_jax.data import pictures as picture_files
@@ -18,6 +19,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.evals import inputs
 from attmask_jax.evals.job import Job, Result, Table
 from attmask_jax.methods import masking
+from attmask_jax.rows import row_keys
 
 # Pictures that go through the network at a time: bounds memory for large ones.
 CHUNK = 8
@@ -27,6 +29,29 @@ TABLE_ROWS = 20  # pictures that a table lists at most
 
 # What processes other than the first answer; the first one does the work.
 NOTHING = Result({}, {}, Table((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Which pictures are drawn."""
+
+  images: str = schema.key(
+    "", 'image, folder or video; "" = the run\'s validation images'
+  )
+  count: int = schema.key(8, "pictures at most, 0 = all", low=0)
+  every: int = schema.key(1, "take every n-th frame or file", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskKeys:
+  """Which masks are compared."""
+
+  ratios: tuple[float, ...] = schema.key(
+    (0.1, 0.3, 0.5), "shares of patches that each policy hides", above=0, high=1
+  )
+  show_max: float = schema.key(
+    0.1, "hints come from this share of most attended patches", low=0, high=1
+  )
 
 
 class Picture(NamedTuple):
@@ -70,15 +95,15 @@ def given(job: Job) -> tuple[list[Picture], bool]:
     )
   if evals.images:
     path = os.path.expanduser(evals.images)
-    found = picture_files.load(path, every=evals.every, limit=evals.count)
-    shown = [Picture(n, fit(image, size, patch)) for n, image in found]
-    return shown, len(shown) > 1 and os.path.isfile(path)
+    loaded = picture_files.load(path, every=evals.every, limit=evals.count)
+    selected = [Picture(n, fit(image, size, patch)) for n, image in loaded]
+    return selected, len(selected) > 1 and os.path.isfile(path)
   source = _source(job)
   chosen = inputs.spread(len(source), evals.count)
-  shown = crops(source, chosen, size - size % patch)
-  if not shown:
+  selected = crops(source, chosen, size - size % patch)
+  if not selected:
     raise InputError(f"none of the images of {source.name} can be read")
-  return shown, False
+  return selected, False
 
 
 def _source(job: Job) -> data.Source:
@@ -104,8 +129,8 @@ def objects(job: Job) -> data.Source:
 
 def some(count: int, limit: int = GALLERY_ROWS) -> np.ndarray:
   """Evenly spaced indices of what a gallery shows: [at most `limit`]."""
-  shown = min(count, limit)
-  return np.linspace(0, count - 1, shown).round().astype(int)
+  rows = min(count, limit)
+  return np.linspace(0, count - 1, rows).round().astype(int)
 
 
 def notes(count: int, limit: int = GALLERY_ROWS) -> tuple[str, ...]:
@@ -120,21 +145,21 @@ def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
 
   Images that cannot be read are left out.
   """
-  found = []
+  outputs = []
   for index in map(int, indices):
     try:
       image = source.load(index)
     except data.BrokenImage:
       continue
     known = hasattr(source, "object_mask")
-    found.append(
+    outputs.append(
       Picture(
         os.path.basename(source.describe(index)),
         np.asarray(transforms.eval_crop(image, size)),
         object_crop(source, index, size) if known else None,
       )
     )
-  return found
+  return outputs
 
 
 def object_crop(source: Any, index: int, size: int) -> np.ndarray:
@@ -203,7 +228,7 @@ def forward(
   shapes: dict[tuple[int, ...], list[int]] = {}
   for index, image in enumerate(images):
     shapes.setdefault(image.shape, []).append(index)
-  found: dict[int, np.ndarray] = {}
+  outputs: dict[int, np.ndarray] = {}
   for indices in shapes.values():
     rows = min(CHUNK, len(indices))
     for start in range(0, len(indices), rows):
@@ -211,8 +236,8 @@ def forward(
       # The last chunk is filled up, or it would be compiled once more.
       filled = [images[i] for i in (chunk + chunk[:1] * rows)[:rows]]
       out = np.asarray(_compiled(fn, params, np.stack(filled)))
-      found |= dict(zip(chunk, out, strict=False))
-  return [found[index] for index in range(len(images))]
+      outputs |= dict(zip(chunk, out, strict=False))
+  return [outputs[index] for index in range(len(images))]
 
 
 def attention(
@@ -275,7 +300,7 @@ def policy_masks(
   n, patches = attention.shape
   rows = np.arange(n) if rows is None else rows
   n_mask, n_show = masking.attention_counts(patches, ratio, ratio, show_max)
-  keys = masking.row_keys(jax.random.key(seed), jnp.asarray(rows, jnp.int32))
+  keys = row_keys(jax.random.key(seed), jnp.asarray(rows, jnp.int32))
   scores = jnp.asarray(attention)
 
   def drawn(policy: str) -> np.ndarray:

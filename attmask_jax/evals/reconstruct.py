@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Batch, Params
+from attmask_jax import Batch, Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
-from attmask_jax.methods import checks, masking
+from attmask_jax.methods import masking
 from attmask_jax.methods.mae import Mae
 
 TARGETS = {"normalised": True, "raw": False}
@@ -30,6 +30,27 @@ HEADINGS = (
   "Reconstruction",
   "Reconstruction\nwith visible",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """What a masked autoencoder paints."""
+
+  mask: str = schema.key(
+    "",
+    'policy; "" = as in the run',
+    choices=("", *masking.VISIBLE_POLICIES),
+  )
+  ratio: float = schema.key(
+    0.0, "of hidden patches; 0 = as in the run", low=0, high=1
+  )
+  seed: int = schema.key(0, "of masks", low=0)
+  target: str = schema.key(
+    "",
+    'pixels that the decoder predicts; "" = as in the run. Files do not say: '
+    'normalised is assumed ("visualize" models are raw)',
+    choices=("", *TARGETS),
+  )
 
 
 class Painted(NamedTuple):
@@ -80,10 +101,10 @@ def run(job: Job) -> Result:
     guide = pictures.to_one_device(job.mesh, job.guide)
   if jax.process_index():
     return pictures.NOTHING
-  shown, _ = pictures.given(job)
+  selected, _ = pictures.given(job)
   p = source.method.backbone.patch_size
-  side = min(min(picture.image.shape[:2]) for picture in shown) // p * p
-  images = np.stack([_square(picture.image, side) for picture in shown])
+  side = min(min(picture.image.shape[:2]) for picture in selected) // p * p
+  images = np.stack([_square(picture.image, side) for picture in selected])
   method = dataclasses.replace(
     source.method,
     backbone=source.method.backbone.clone(image_size=side),
@@ -91,21 +112,20 @@ def run(job: Job) -> Result:
     mask_ratio=evals.ratio or source.method.mask_ratio,
     norm_target=TARGETS.get(evals.target, source.method.norm_target),
   )
-  checks.visible(method)
   guide = params if guide is None else guide
   painted = paint(method, params, guide, images, seed=evals.seed)
   path = job.figure("reconstruct.png")
-  some = pictures.some(len(shown))
+  some = pictures.some(len(selected))
   draw(
     path,
     images[some],
     Painted(*(x[some] for x in painted)),
-    labels=[shown[i].name for i in some],
+    labels=[selected[i].name for i in some],
     title=f"{method.n_hidden} of {method.num_patches} patches hidden, "
     f"{job.weights.network} network",
     note=note_of(method),
   )
-  result = _result([p.name for p in shown], painted, path)
+  result = _result([p.name for p in selected], painted, path)
   notes = (note_of(method),) if note_of(method) else ()
   return result._replace(notes=result.notes + notes)
 
@@ -195,10 +215,10 @@ def draw(
   )
   for row, image in enumerate(images):
     visible = drawing.hide(image, painted.hidden[row], p)
-    for axis, shown in zip(
+    for axis, selected in zip(
       axes[row], (image, visible, painted.pixels[row], pasted[row]), strict=True
     ):
-      axis.imshow(shown, interpolation="nearest")
+      axis.imshow(selected, interpolation="nearest")
   drawing.save(figure, path)
 
 
@@ -236,4 +256,4 @@ def _result(
   )
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 
 from attmask_jax import atomic
 from attmask_jax.evals.job import Job, Result
-from attmask_jax.runs import checkpoint, records, report
+from attmask_jax.runs import config as run_config
+from attmask_jax.runs import records, report
 
 
 def everywhere(result: Result) -> Result:
@@ -95,7 +96,7 @@ def _record(job: Job, result: Result) -> dict[str, Any]:
     "classifier": classifier
     and {"where": classifier.where, "digest": classifier.digest},
     "folder": str(job.folder.resolve()),
-    "config": checkpoint.flat_config(config),
+    "config": run_config.flat_config(config),
   }
 
 

@@ -6,6 +6,7 @@ one class of a classifier. Source: the explanation tools of MAE-priv, see
 ratio, normalised as the network was trained; networks without class token.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from attmask_jax import Params
+from attmask_jax import Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import attention, drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Needs, Result, Table
@@ -22,6 +23,40 @@ from attmask_jax.evals.pictures import Picture
 from attmask_jax.models import rollout
 
 EXPLAINED = ("token", "class")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """Attention through all blocks."""
+
+  explain: str = schema.key(
+    "token",
+    "what is explained: the class token, or a class of the probe or of a "
+    "fine-tuned network",
+    choices=EXPLAINED,
+  )
+  category: int = schema.key(
+    -1, "class that is explained, -1 = the most probable one", low=-1
+  )
+  fusions: tuple[str, ...] = schema.key(
+    ("mean", "max", "min"),
+    'of the heads; explain "class" has its own',
+    choices=rollout.FUSIONS,
+  )
+  discard: float = schema.key(
+    0.9, "share of the weakest links of a block that is left out", low=0
+  )
+  layer: int = schema.key(-1, "the only block, from 0; -1 = all", low=-1)
+  row_sums: str = schema.key(
+    "rows",
+    "how rows are normalised; reference is what the release computes",
+    choices=rollout.ROW_SUMS,
+  )
+  pairing: str = schema.key(
+    "blocks",
+    "gradients that go with a block; reference is what the release computes",
+    choices=rollout.PAIRINGS,
+  )
 
 
 def run(job: Job) -> Result:
@@ -49,23 +84,23 @@ def run(job: Job) -> Result:
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING
-  shown, _ = pictures.given(job)
-  images = [picture.image for picture in shown]
+  selected, _ = pictures.given(job)
+  images = [picture.image for picture in selected]
   if by_class:
     maps = {"gradient": _by_class(job, images)}
   else:
     maps = {f: _by_token(job, params, images, f) for f in evals.fusions}
   empty = _fill_empty(maps)
   path = job.figure("rollout.png")
-  some = pictures.some(len(shown))
+  some = pictures.some(len(selected))
   _draw(
     path,
-    [shown[i] for i in some],
+    [selected[i] for i in some],
     {name: [found[i] for i in some] for name, found in maps.items()},
     patch_size=job.weights.method.backbone.patch_size,
     title=_title(job),
   )
-  result = _result(shown, maps, path)
+  result = _result(selected, maps, path)
   if not empty:
     return result
   note = (
@@ -175,22 +210,22 @@ def _title(job: Job) -> str:
 
 def _draw(
   path: pathlib.Path,
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   maps: dict[str, list[np.ndarray]],
   *,
   patch_size: int,
   title: str,
 ) -> None:
   figure, axes = drawing.grid(
-    [p.image.shape[0] / p.image.shape[1] for p in shown],
+    [p.image.shape[0] / p.image.shape[1] for p in selected],
     1 + len(maps),
     headings={0: ("Image", *(name.capitalize() for name in maps))},
-    labels=[p.name for p in shown],
+    labels=[p.name for p in selected],
     title=title,
     caption="Colours run from the patch that counts least to the one that "
     "counts most.",
   )
-  for row, picture in enumerate(shown):
+  for row, picture in enumerate(selected):
     height, width, _ = picture.image.shape
     grid = height // patch_size, width // patch_size
     axes[row][0].imshow(picture.image)
@@ -201,7 +236,7 @@ def _draw(
 
 
 def _result(
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   maps: dict[str, list[np.ndarray]],
   path: pathlib.Path,
 ) -> Result:
@@ -218,16 +253,16 @@ def _result(
   shown_number = lambda x: f"{x:.3f}" if np.isfinite(x) else "-"
   rows = [
     (picture.name, *(shown_number(numbers[f][i]) for f in maps))
-    for i, picture in enumerate(shown)
+    for i, picture in enumerate(selected)
   ][: pictures.TABLE_ROWS]
   rows.append(("mean", *map(shown_number, values.values())))
   headings = ("entropy in nats", *maps)
   return Result(
     values,
-    {"pictures": len(shown)},
+    {"pictures": len(selected)},
     Table(headings, tuple(rows)),
     (path,),
-    pictures.notes(len(shown)),
+    pictures.notes(len(selected)),
   )
 
 
@@ -236,4 +271,4 @@ def _needs(evals: ml_collections.ConfigDict) -> Needs:
   return "classifier" if evals.explain == "class" else "weights"
 
 
-EVAL = Eval(run, needs=_needs)
+EVAL = Eval(run, needs=_needs, keys=(Keys,))

@@ -1,11 +1,13 @@
 """Patch tokens in clusters, as colours over the pictures."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
@@ -13,6 +15,16 @@ from attmask_jax.evals.pictures import Picture
 
 COLOURS = "tab20"  # of matplotlib; as many clusters at most
 MOST = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(pictures.Keys):
+  """Patch tokens in clusters."""
+
+  clusters: tuple[int, ...] = schema.key(
+    (3, 6, 12), "numbers of clusters", low=2, high=MOST
+  )
+  seed: int = schema.key(0, "of k-means", low=0)
 
 
 def run(job: Job) -> Result:
@@ -37,12 +49,12 @@ def run(job: Job) -> Result:
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING
-  shown, _ = pictures.given(job)
+  selected, _ = pictures.given(job)
   method = job.weights.method
   tokens = pictures.forward(
     lambda weights, images: method.features(weights, images)[1],
     params,
-    [picture.image for picture in shown],
+    [picture.image for picture in selected],
   )
   ends = np.cumsum([len(t) for t in tokens])[:-1]
   found = {
@@ -50,11 +62,11 @@ def run(job: Job) -> Result:
     for k in evals.clusters
   }
   path = job.figure("token_clusters.png")
-  some = pictures.some(len(shown))
+  some = pictures.some(len(selected))
   by_picture = {k: np.split(ids, ends) for k, (ids, _) in found.items()}
   _draw(
     path,
-    [shown[i] for i in some],
+    [selected[i] for i in some],
     {k: [ids[i] for i in some] for k, ids in by_picture.items()},
     patch_size=method.backbone.patch_size,
   )
@@ -62,10 +74,10 @@ def run(job: Job) -> Result:
   rows = [(str(k), f"{100 * s:.1f} %") for k, (_, s) in found.items()]
   return Result(
     values,
-    {"pictures": len(shown), "tokens": int(sum(map(len, tokens)))},
+    {"pictures": len(selected), "tokens": int(sum(map(len, tokens)))},
     Table(("clusters", "variance between them"), tuple(rows)),
     (path,),
-    pictures.notes(len(shown)),
+    pictures.notes(len(selected)),
   )
 
 
@@ -105,7 +117,7 @@ def cluster(
 
 def _draw(
   path: pathlib.Path,
-  shown: Sequence[Picture],
+  selected: Sequence[Picture],
   clusters: dict[int, list[np.ndarray]],
   *,
   patch_size: int,
@@ -115,15 +127,15 @@ def _draw(
 
   colours = matplotlib.colormaps[COLOURS].colors
   figure, axes = drawing.grid(
-    [p.image.shape[0] / p.image.shape[1] for p in shown],
+    [p.image.shape[0] / p.image.shape[1] for p in selected],
     1 + len(clusters),
     headings={0: ("Image", *(f"{k} clusters" for k in clusters))},
-    labels=[p.name for p in shown],
+    labels=[p.name for p in selected],
     title="Clusters of patch tokens",
     caption="A colour is one cluster in all pictures of a column.",
   )
   palette = np.array([*colours[::2], *colours[1::2]])
-  for row, picture in enumerate(shown):
+  for row, picture in enumerate(selected):
     height, width, _ = picture.image.shape
     grid = height // patch_size, width // patch_size
     axes[row][0].imshow(picture.image)
@@ -132,4 +144,4 @@ def _draw(
   drawing.save(figure, path)
 
 
-EVAL = Eval(run)
+EVAL = Eval(run, keys=(Keys,))

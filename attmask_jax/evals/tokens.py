@@ -9,16 +9,29 @@ Source: the idea of distributed representations in ExtreMA (arXiv:2206.04667);
 no published protocol.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attmask_jax import Params, data
+from attmask_jax import Params, data, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, knn
 from attmask_jax.evals.job import Eval, Job, Result, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(knn.SearchKeys):
+  """What a single patch token knows."""
+
+  places: int = schema.key(
+    8, "tokens taken of an image, at the same random places", low=1
+  )
+  seed: int = schema.key(0, "of the places", low=0)
+  final_norm: bool = schema.inherit(features.Keys, "final_norm", True)
+  knn_k: int = schema.key(20, "neighbours that vote", low=1)
 
 
 def check(job: Job) -> None:
@@ -100,20 +113,22 @@ def _extract(
     return jnp.concatenate(parts if cls is None else [cls, *parts], axis=1)
 
   with job.batches(source, desc=desc) as batches:
-    found = features.extract(
+    extracted = features.extract(
       functools.partial(compiled, weights.params), batches, mesh=job.mesh
     )
   d, names = weights.method.backbone.width, ["class", "mean"]
   if weights.method.backbone.class_token == "none":
     names.remove("class")
   parts = {
-    name: found._replace(features=found.features[:, i * d : (i + 1) * d])
+    name: extracted._replace(
+      features=extracted.features[:, i * d : (i + 1) * d]
+    )
     for i, name in enumerate(names)
   }
-  tokens = found.features[:, len(names) * d :].reshape(-1, d)
+  tokens = extracted.features[:, len(names) * d :].reshape(-1, d)
   repeat = functools.partial(np.repeat, repeats=len(places))
   parts["token"] = features.Features(
-    tokens, repeat(found.labels), repeat(found.index)
+    tokens, repeat(extracted.labels), repeat(extracted.index)
   )
   return parts
 
@@ -130,8 +145,8 @@ def _linear(
     )
     chosen = patches[:, places]
     x = jnp.concatenate([jnp.mean(patches, axis=1)[:, None], chosen], axis=1)
-    found = method.classify(weights, x.reshape(-1, x.shape[-1]))[:, 0]
-    return found.reshape(*x.shape[:2], -1)  # [B, 1 + T, C]
+    outputs = method.classify(weights, x.reshape(-1, x.shape[-1]))[:, 0]
+    return outputs.reshape(*x.shape[:2], -1)  # [B, 1 + T, C]
 
   count = accuracy.counter(logits, job.mesh)
   with job.batches(source, desc="linear") as batches:
@@ -153,4 +168,4 @@ def _table(values: dict[str, float], k: int) -> Table:
   return Table(("of", f"k-NN ({k}), %", "linear, %"), tuple(rows))
 
 
-EVAL = Eval(run, check=check, needs="classifier")
+EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

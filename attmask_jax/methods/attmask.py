@@ -22,12 +22,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from attmask_jax import Batch, Params
-from attmask_jax.methods import checks, clustering, losses, masking
+from attmask_jax import Batch, Params, schema
+from attmask_jax.augment.transforms import MultiCrop
+from attmask_jax.errors import InputError
+from attmask_jax.methods import clustering, losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.methods.temperature import warmup_table
 from attmask_jax.models import heads, vit
-from attmask_jax.rows import flatten, gather, row_ids, unflatten
+from attmask_jax.rows import flatten, gather, row_ids, row_keys, unflatten
 
 
 class TeacherOutput(NamedTuple):
@@ -52,8 +54,17 @@ class StudentOutput(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class ComputeKeys:
+  """How losses of many patches are computed."""
+
+  patch_loss_chunks: int = schema.key(
+    1, "parts of AttMask's patch loss, to save memory", low=1
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class AttMask(Method):
-  """The method; configs/common.py says what each field means and its range.
+  """Masks, losses and temperatures of AttMask, iBOT and DINO.
 
   Attributes:
     backbone: ViT of student and teacher.
@@ -63,6 +74,7 @@ class AttMask(Method):
     steps_per_epoch: S.
     global_crops: G.
     local_crops: V - G.
+    patch_loss_chunks: parts that the patch loss is computed in.
   """
 
   backbone: vit.ViT
@@ -70,26 +82,59 @@ class AttMask(Method):
   teacher_head: heads.Head
   epochs: int
   steps_per_epoch: int
-  global_crops: int = 2
-  local_crops: int = 10
-  mask: str = "attmask_high"
-  mask_ratio: tuple[float, ...] = (0.3,)
-  mask_ratio_var: tuple[float, ...] = (0.2,)
-  mask_prob: float = 0.5
-  show_max: float = 0.1
-  mask_start_epoch: int = 0
-  mask_input: bool = True
-  norm_last_layer: bool = False
-  cls_weight: float = 1.0
-  patch_weight: float = 1.0
-  student_temp: float = 0.1
-  teacher_temp: tuple[float, float] = (0.04, 0.07)
-  teacher_patch_temp: tuple[float, float] = (0.04, 0.07)
-  temp_warmup_epochs: int = 30
-  center_momentum: float = 0.9
-  patch_loss_chunks: int = 1
-  seed: int = 0
+  global_crops: int = MultiCrop.global_crops
+  local_crops: int = MultiCrop.local_crops
+  patch_loss_chunks: int = ComputeKeys.patch_loss_chunks
+  mask: str = schema.key(
+    "attmask_high",
+    "what is hidden from the student",
+    choices=masking.POLICIES,
+  )
+  mask_ratio: tuple[float, ...] = schema.key(
+    (0.3,),
+    "share of patches hidden: one ratio, or several to choose from per draw",
+    low=0,
+    high=1,
+  )
+  mask_ratio_var: tuple[float, ...] = schema.key(
+    (0.2,),
+    "uniform jitter of the ratio, +-; one value or one per ratio",
+    low=0,
+    high=1,
+  )
+  mask_prob: float = schema.key(
+    0.5, "a view is masked at all (attmask_* only)", low=0, high=1
+  )
+  show_max: float = schema.key(
+    0.1, "hints come from this share of most attended patches", low=0, high=1
+  )
+  mask_start_epoch: int = schema.key(0, "no masks before", low=0)
+  mask_input: bool = schema.key(True, "False: the student sees everything")
+  norm_last_layer: bool = schema.key(
+    False, "keep the gains of the student's prototypes at 1"
+  )
+  cls_weight: float = schema.key(1.0, "of the class-token loss")
+  patch_weight: float = schema.key(1.0, "of the patch loss, 0 = none")
+  student_temp: float = schema.key(0.1, "of its softmax", low=1e-6)
+  teacher_temp: tuple[float, float] = schema.key(
+    (0.04, 0.07),
+    "of the teacher's class tokens: at the start, after warm-up",
+    low=1e-6,
+  )
+  teacher_patch_temp: tuple[float, float] = schema.key(
+    (0.04, 0.07), "the same of its patch tokens", low=1e-6
+  )
+  temp_warmup_epochs: int = schema.key(
+    30, "epochs of both temperatures' warm-up", low=0
+  )
+  center_momentum: float = schema.key(
+    0.9, "of the centres of teacher logits", low=0, high=1
+  )
+  seed: int = schema.key(
+    0, "of weights, masks and stochastic depth", low=0, high=2**32 - 1
+  )
 
+  config_parts = (vit.BackboneKeys, heads.HeadKeys)
   frozen_at_start = "head/last_layer"
   per_image = ("assignment",)
   assigns_prototypes = True
@@ -103,27 +148,53 @@ class AttMask(Method):
     Raises:
       InputError: a value out of range or values that do not fit together.
     """
-    checks.section(config)
-    head, teacher_head = heads.from_config(config.method)
+    m, data = config.method, config.data
+    backbone = vit.from_config(config)
+    head, teacher_head = heads.from_config(m)
+    if data.local_crops:
+      schema.check_multiple(
+        "data.local_size", data.local_size, m.patch_size, "method.patch_size"
+      )
     return cls(
-      backbone=vit.from_config(config),
+      backbone=backbone,
       head=head,
       teacher_head=teacher_head,
       epochs=config.optim.epochs,
       steps_per_epoch=steps_per_epoch,
-      global_crops=config.data.global_crops,
-      local_crops=config.data.local_crops,
+      global_crops=data.global_crops,
+      local_crops=data.local_crops,
       patch_loss_chunks=config.run.patch_loss_chunks,
-      **checks.own_fields(cls, config.method),
+      **schema.take(cls, m),
     )
 
   def __post_init__(self) -> None:
+    schema.check("method", vars(self), type(self))
     if len(self.mask_ratio_var) == 1 < len(self.mask_ratio):
       spread = self.mask_ratio_var * len(self.mask_ratio)
       object.__setattr__(self, "mask_ratio_var", spread)
-    checks.masks(self)
-    checks.views(self)
+    self._check_ratios()
+    g, local = self.global_crops, self.local_crops
+    if g < 1 or local < 0 or g + local < 2:
+      raise InputError(
+        f"data.global_crops {g} and data.local_crops {local} leave no other "
+        "view to predict: use at least two global crops, or one and local ones"
+      )
     _ = self.temperatures  # raises where a warm-up does not fit
+
+  def _check_ratios(self) -> None:
+    """Refuses ratios without their variance, or that leave [0, 1] by it."""
+    if len(self.mask_ratio) != len(self.mask_ratio_var):
+      raise InputError(
+        f"method.mask_ratio has {len(self.mask_ratio)} values and "
+        f"method.mask_ratio_var {len(self.mask_ratio_var)}: give one variance "
+        "or as many as ratios"
+      )
+    for r, v in zip(self.mask_ratio, self.mask_ratio_var, strict=True):
+      if r < v or r + v > 1:
+        raise InputError(
+          f"method.mask_ratio {r} with method.mask_ratio_var {v} leaves [0, 1]:"
+          " the ratio must be at least its variance, and their sum at most 1"
+        )
 
   @property
   def max_hidden(self) -> int:
@@ -375,7 +446,7 @@ class AttMask(Method):
       attention,
       policy=self.mask,
       n_mask=scalars["n_mask"],
-      keys=masking.row_keys(rng, rows),
+      keys=row_keys(rng, rows),
       probability=self.mask_prob,
       n_show=scalars["n_show"],
       n_eligible=int(self.num_patches * self.show_max),

@@ -77,6 +77,8 @@ class Method(abc.ABC):
 
   backbone: vit.ViT
 
+  # Dataclasses that declare the other keys of the config's section `method`.
+  config_parts: ClassVar[tuple[type, ...]] = ()
   # The teacher moves before the forward pass, not after the student's update.
   teacher_first: ClassVar[bool] = False
   # Images of a batch meet in the loss, so run.accumulate would change it.

@@ -22,10 +22,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from attmask_jax import Batch, Params
+from attmask_jax import Batch, Params, schema
 from attmask_jax.augment import mixup
 from attmask_jax.errors import InputError
-from attmask_jax.methods import checks
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import vit
 from attmask_jax.models.layers import layer_norm, trunc_normal
@@ -37,8 +36,34 @@ BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
+class NetworkKeys:
+  """The pretrained network of a classifier."""
+
+  drop_path: float = schema.inherit(vit.BackboneKeys, "drop_path", 0.0)
+  dtype: str = schema.key(
+    "", 'of matrix products; "" = as in the run', choices=("", *vit.DTYPES)
+  )
+  class_token: str = schema.key(
+    "",
+    '"" = as pretrained; none drops it',
+    choices=("", "none", "input", "readout"),
+  )
+  positions: str = schema.key(
+    "",
+    '"" = as pretrained; learned trains fixed ones',
+    choices=("", "learned", "yx", "xy"),
+  )
+  lrs: tuple[float, ...] = schema.key(
+    (),
+    "one linear layer per rate; none = one layer at optim.lr_per_256",
+    above=0,
+    empty=True,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Classify(Method):
-  """The method; configs/evals.py says what each field means.
+  """Linear layers on a pretrained network, and how they are trained.
 
   Attributes:
     backbone: ViT; its position table keeps the size it was pretrained with.
@@ -48,11 +73,7 @@ class Classify(Method):
     image_size: of training images, pixels.
     batch_size: B over all devices.
     rates: [J] learning rate of each linear layer over that of the run.
-    pool: what the linear layers read, one of `vit.POOLS`.
-    final_norm: features behind the backbone's final LayerNorm.
-    decay_tokens: class token and positions have weight decay.
-    head_norm: of features before the linear layers: "none", "layer" (trained
-      LayerNorm) or "batch" (batch norm without scale and bias).
+    mixup_group: images that exchange partners, 0 = the whole batch.
   """
 
   backbone: vit.ViT
@@ -62,23 +83,43 @@ class Classify(Method):
   image_size: int
   batch_size: int
   rates: tuple[float, ...] = (1.0,)
-  frozen: bool = True
-  last_blocks: int = 1
-  pool: str = "cls"
-  final_norm: bool = True
-  head_norm: str = "none"
-  init_std: float = 0.01
-  smoothing: float = 0.0
-  mixup: float = 0.0
-  cutmix: float = 0.0
-  mix_prob: float = 1.0
-  switch_prob: float = 0.5
-  mixup_group: int = 0
-  ema: bool = False
-  layer_decay: float = 1.0
-  decay_tokens: bool = True
-  seed: int = 0
+  mixup_group: int = mixup.Keys.mixup_group
+  frozen: bool = schema.key(True, "train only the linear layer")
+  last_blocks: int = schema.key(
+    1, "class tokens of that many last blocks", low=1
+  )
+  pool: str = schema.key(
+    "cls", "tokens that the linear layer reads", choices=vit.POOLS
+  )
+  final_norm: bool = schema.key(
+    True, "behind the backbone's final LayerNorm; MAE, ExtreMA: False"
+  )
+  head_norm: str = schema.key(
+    "none",
+    "of features before the linear layer: trained LayerNorm, or batch norm "
+    "without scale and bias",
+    choices=("none", "layer", "batch"),
+  )
+  init_std: float = schema.key(0.01, "start of the linear layer", low=0)
+  smoothing: float = schema.key(0.0, "of labels", low=0, high=1)
+  mixup: float = schema.key(0.0, "alpha of Beta, 0 = off", low=0)
+  cutmix: float = schema.key(0.0, "alpha of Beta, 0 = off", low=0)
+  mix_prob: float = schema.key(1.0, "a batch is mixed at all", low=0, high=1)
+  switch_prob: float = schema.key(
+    0.5, "cutmix rather than mixup, where both are on", low=0, high=1
+  )
+  ema: bool = schema.key(False, "keep a moving average")
+  layer_decay: float = schema.key(
+    1.0, "rate of a block over that of the next", above=0, high=1
+  )
+  decay_tokens: bool = schema.key(
+    True, "class token and positions have weight decay"
+  )
+  seed: int = schema.key(
+    0, "of the linear layer, mixing and stochastic depth", low=0, high=2**32 - 1
+  )
 
+  config_parts = (NetworkKeys,)
   classifies = True
 
   @classmethod
@@ -90,14 +131,20 @@ class Classify(Method):
     Raises:
       InputError: a value out of range.
     """
-    m = config.method
-    if m.lrs and not config.optim.lr_per_256 > 0:
+    m, rate = config.method, config.optim.lr_per_256
+    schema.check("method", m, *cls.config_parts)
+    if m.lrs and not rate > 0:
       raise InputError(
-        f"optim.lr_per_256 {config.optim.lr_per_256} must be positive: the "
-        "rates of method.lrs are measured by it"
+        f"optim.lr_per_256 {rate} must be positive: the rates of method.lrs "
+        "are measured by it"
       )
-    rates = tuple(lr / config.optim.lr_per_256 for lr in m.lrs) or (1.0,)
-    method = cls(
+    if len(m.lrs) > 1 and config.optim.optimizer.startswith("lars"):
+      raise InputError(
+        f"method.lrs {tuple(m.lrs)} with optim.optimizer="
+        f"{config.optim.optimizer} would share one trust ratio among the "
+        "linear layers: give one rate, or use --config.optim.optimizer=sgd"
+      )
+    return cls(
       backbone=vit.from_config(config).clone(
         image_size=m.position_size,
         mlp_ratio=m.get("mlp_ratio", 4.0),  # older runs do not say it
@@ -108,16 +155,52 @@ class Classify(Method):
         key_bias=m.key_bias,
         readout_layers=m.readout_layers,
       ),
+      num_classes=m.num_classes,
       epochs=config.optim.epochs,
       steps_per_epoch=steps_per_epoch,
       image_size=config.data.image_size,
       batch_size=config.data.batch_size,
-      rates=rates,
+      rates=tuple(lr / rate for lr in m.lrs) or (1.0,),
       mixup_group=config.data.mixup_group,
-      **checks.own_fields(cls, m),
+      **schema.take(cls, m),
     )
-    checks.classify(method, config)
-    return method
+
+  def __post_init__(self) -> None:
+    schema.check("method", vars(self), type(self))
+    if self.num_classes < 2:
+      raise InputError(
+        f"a classifier needs at least 2 classes, and the data have "
+        f"{self.num_classes}: give images of several classes"
+      )
+    self._check_features()
+    group = self.mixup_group or self.batch_size
+    if self.mixes and (group % 2 or self.batch_size % group):
+      raise InputError(
+        f"data.mixup_group {group} must be even and divide data.batch_size "
+        f"{self.batch_size}: mixup pairs the images of a group"
+      )
+
+  def _check_features(self) -> None:
+    """Refuses features that the network does not have."""
+    class_token, depth = self.backbone.class_token, self.backbone.depth
+    if class_token == "none" and self.pool != "mean":
+      raise InputError(
+        f"method.pool {self.pool} reads the class token, which this network "
+        "does not have: set --config.method.pool=mean"
+      )
+    if (
+      class_token == "readout" and self.pool != "mean" and self.last_blocks > 1
+    ):
+      raise InputError(
+        f"method.last_blocks {self.last_blocks} takes class tokens of several "
+        "blocks, and that of ExtreMA exists once, after the last: set "
+        "--config.method.last_blocks=1, or use configs/evals.py:linear_extrema"
+      )
+    if self.last_blocks > depth:
+      raise InputError(
+        f"method.last_blocks {self.last_blocks} must lie between 1 and the "
+        f"{depth} blocks of the weights"
+      )
 
   @property
   def mixes(self) -> bool:

@@ -22,18 +22,29 @@ import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
-from attmask_jax import Batch, Params
-from attmask_jax.methods import checks, losses, masking
+from attmask_jax import Batch, Params, schema
+from attmask_jax.errors import InputError
+from attmask_jax.methods import losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
-from attmask_jax.models import heads, vit
-from attmask_jax.rows import row_ids, unflatten
+from attmask_jax.models import heads, positions, vit
+from attmask_jax.rows import row_ids, row_keys, unflatten
 
 LITTLE = 0.1  # share of hidden patches below which guiding is warned of
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadoutKeys:
+  """The class token of ExtreMA, which reads the patches."""
+
+  readout_layers: int = schema.key(2, "class-attention blocks", low=1)
+  layer_scale: float = schema.key(
+    0.1, "start of their scales; 1e-5 suggested for ViT-L"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtreMA(Method):
-  """The method; configs/extrema.py says what each field means and its range.
+  """Masks and loss of ExtreMA.
 
   Attributes:
     backbone: ViT whose class token reads the patches after the last block.
@@ -44,15 +55,29 @@ class ExtreMA(Method):
   backbone: vit.ViT
   projector: heads.Projector
   predictor: heads.Projector
-  mask: str = "random"
-  mask_ratio: float = 0.8
-  num_masks: int = 5
-  disjoint: bool = True
-  show_max: float = 0.1
-  contrast: str = "byol"
-  contrast_temp: float = 1.0
-  seed: int = 0
+  mask: str = schema.key(
+    "random",
+    "what the student sees: guided policies hide their patches from all "
+    "subsets together",
+    choices=("random", *masking.ATTENTION_POLICIES),
+  )
+  mask_ratio: float = schema.key(
+    0.8, "share of patches hidden in each subset", low=0, high=1
+  )
+  num_masks: int = schema.key(5, "subsets per image", low=1)
+  disjoint: bool = schema.key(True, "no patch is in two of them")
+  show_max: float = schema.key(
+    0.1, "hints come from this share of most attended patches", low=0, high=1
+  )
+  contrast: str = schema.key(
+    "byol", "loss between the networks", choices=("byol", "infonce")
+  )
+  contrast_temp: float = schema.key(1.0, "of infonce", above=0)
+  seed: int = schema.key(
+    0, "of weights, masks and stochastic depth", low=0, high=2**32 - 1
+  )
 
+  config_parts = (vit.BackboneKeys, ReadoutKeys, heads.ProjectorKeys)
   teacher_first = True  # it moves before the forward pass, by old weights
   # All vectors: layer scales and the class token, too.
   undecayed = r"(^|/)(bias|scale|cls_token|gamma_[12])$"
@@ -68,7 +93,7 @@ class ExtreMA(Method):
     """
     del steps_per_epoch  # nothing changes with time
     m = config.method
-    checks.extrema(config)
+    schema.check("method", m, ReadoutKeys, heads.ProjectorKeys)
     backbone = vit.from_config(config).clone(
       class_token="readout",
       positions="xy",
@@ -78,17 +103,50 @@ class ExtreMA(Method):
       readout_layers=m.readout_layers,
       layer_scale=m.layer_scale,
     )
+    positions.check_width(backbone.width)
     head = dict(hidden=m.head_hidden, out=m.out_dim, dtype=backbone.dtype)
     method = cls(
       backbone,
       projector=heads.Projector(layers=3, **head),
       predictor=heads.Projector(layers=2, **head),
-      **checks.own_fields(cls, m),
+      **schema.take(cls, m),
     )
-    checks.fixed_positions(method)
-    checks.subsets(method)
+    if method.contrast == "infonce" and config.data.batch_size < 2:
+      raise InputError(
+        "InfoNCE tells the images of a batch apart, and data.batch_size is "
+        f"{config.data.batch_size}: use at least 2, or method.contrast=byol"
+      )
     method._warn_of_little_hidden()
     return method
+
+  def __post_init__(self) -> None:
+    schema.check("method", vars(self), type(self))
+    m, k, n = self.num_masks, self.kept, self.num_patches
+    if k < 1:
+      raise InputError(
+        f"method.mask_ratio {self.mask_ratio} leaves no patch of {n} to see: "
+        "lower it"
+      )
+    if self.mask_ratio == 0 and self.mask != "random":
+      raise InputError(
+        f'method.mask_ratio 0 leaves nothing for method.mask "{self.mask}" to '
+        "hide: raise the ratio, or set --config.method.mask=random"
+      )
+    if self.mask_ratio == 0 and m > 1:
+      raise InputError(
+        f"method.mask_ratio 0 shows everything, so method.num_masks {m} would "
+        "repeat it: set num_masks to 1"
+      )
+    if self.disjoint and m * k > n:
+      raise InputError(
+        f"method.num_masks {m} times {k} visible patches is more than the {n} "
+        f"of an image: use at most {n // k} masks, or method.disjoint=False"
+      )
+    if self.mask != "random" and not self.disjoint:
+      raise InputError(
+        f'method.mask "{self.mask}" would make all {m} independent subsets the '
+        "same: set method.disjoint=True"
+      )
 
   def _warn_of_little_hidden(self) -> None:
     """A policy chooses what no subset shows, which may be next to nothing."""
@@ -203,19 +261,19 @@ class ExtreMA(Method):
       return None
     position, t, m = batch["position"], self.num_masks, self.kept
     if not self.disjoint:
-      keys = masking.row_keys(rng, row_ids(position, t))
+      keys = row_keys(rng, row_ids(position, t))
       order = self._order("random", keys, self.num_patches - m, None)
       return unflatten(order[:, :m], len(position))
     scores = None
     if attention is not None:
       scores = jax.lax.stop_gradient(jnp.mean(attention, axis=1))
     rng_order, rng_deal = jax.random.split(rng)
-    keys = masking.row_keys(rng_order, position)
+    keys = row_keys(rng_order, position)
     hidden = self.num_patches - t * m
     seen = self._order(self.mask, keys, hidden, scores)[:, : t * m]
     if self.mask != "random":
       # What may be seen comes by attention: deal it out at random.
-      keys = masking.row_keys(rng_deal, position)
+      keys = row_keys(rng_deal, position)
       noise = jax.vmap(lambda key: jax.random.uniform(key, (t * m,)))(keys)
       seen = jnp.take_along_axis(seen, jnp.argsort(noise, axis=1), axis=1)
     return seen.reshape(-1, t, m)

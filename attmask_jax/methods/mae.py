@@ -24,17 +24,29 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from attmask_jax import Batch, Params
-from attmask_jax.methods import checks, losses, masking
+from attmask_jax import Batch, Params, schema
+from attmask_jax.errors import InputError
+from attmask_jax.methods import losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
-from attmask_jax.models import layers, vit
-from attmask_jax.models.decoder import Decoder
-from attmask_jax.rows import gather
+from attmask_jax.models import decoder as decoders
+from attmask_jax.models import layers, positions, vit
+from attmask_jax.models.decoder import Decoder, DecoderKeys
+from attmask_jax.rows import gather, row_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderKeys:
+  """Encoder of MAE."""
+
+  class_token: bool = schema.key(False, "True: CLS mode, False: GAP mode")
+  position_order: str = schema.key(
+    "yx", "axis that comes first; xy = official MAE", choices=("yx", "xy")
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mae(Method):
-  """The method; configs/mae.py says what each field means and its range.
+  """Masks and targets of MAE.
 
   Attributes:
     backbone: the encoder.
@@ -43,15 +55,35 @@ class Mae(Method):
 
   backbone: vit.ViT
   decoder: Decoder
-  mask: str = "random"
-  mask_ratio: float = 0.75
-  shared_mask: bool = False
-  show_max: float = 0.1
-  norm_target: bool = True
-  target_layout: str = "chw"
-  target_variance: str = "biased"
-  seed: int = 0
+  mask: str = schema.key(
+    "random",
+    "which patches are hidden; grid: one fixed mask for all images, at 0.75 "
+    "every second patch of every second row stays",
+    choices=masking.VISIBLE_POLICIES,
+  )
+  mask_ratio: float = schema.key(
+    0.75, "share of patches hidden, the same for all images", low=0, high=1
+  )
+  shared_mask: bool = schema.key(
+    False, "one mask for all images of a batch (MAE-priv)"
+  )
+  show_max: float = schema.key(
+    0.1, "hints come from this share of most attended patches", low=0, high=1
+  )
+  norm_target: bool = schema.key(True, "pixels normalised per patch")
+  target_layout: str = schema.key(
+    "chw",
+    "order of the values of a patch; hwc = official MAE",
+    choices=("chw", "hwc"),
+  )
+  target_variance: str = schema.key(
+    "biased",
+    "that pixels are normalised by; unbiased = official MAE",
+    choices=("biased", "unbiased"),
+  )
+  seed: int = schema.key(0, "of weights and masks", low=0, high=2**32 - 1)
 
+  config_parts = (vit.BackboneKeys, EncoderKeys, DecoderKeys)
   undecayed = r"(^|/)(bias|scale|mask_token)$"  # the class token is decayed
   reconstructs = True
   refills_hints = True
@@ -67,7 +99,7 @@ class Mae(Method):
     """
     del steps_per_epoch  # nothing changes with time
     m = config.method
-    checks.mae(config)
+    schema.check("method", m, EncoderKeys)
     backbone = vit.from_config(config).clone(
       class_token="input" if m.class_token else "none",
       positions=m.position_order,
@@ -75,22 +107,25 @@ class Mae(Method):
       key_bias=False,
       initial="xavier",
     )
-    decoder = Decoder(
-      width=m.decoder_width,
-      depth=m.decoder_depth,
-      num_heads=m.decoder_num_heads or max(m.decoder_width // 64, 1),
-      pixels=3 * m.patch_size**2,
-      positions=m.position_order,
-      class_token=m.decoder_class_token,
-      dtype=backbone.dtype,
-      scan=backbone.scan,
-      remat=backbone.remat,
-      attention=backbone.attention,
+    positions.check_width(backbone.width)
+    return cls(
+      backbone, decoders.from_config(m, backbone), **schema.take(cls, m)
     )
-    method = cls(backbone, decoder, **checks.own_fields(cls, m))
-    checks.fixed_positions(method)
-    checks.visible(method)
-    return method
+
+  def __post_init__(self) -> None:
+    schema.check("method", vars(self), type(self))
+    if self.shared_mask and self.mask not in ("random", "grid"):
+      raise InputError(
+        "method.shared_mask shares the draw of random masks, and "
+        f'"{self.mask}" depends on the image: set '
+        "--config.method.shared_mask=False or --config.method.mask=random"
+      )
+    if not 0 < self.n_hidden < self.num_patches:
+      raise InputError(
+        f"method.mask_ratio {self.mask_ratio} hides {self.n_hidden} of "
+        f"{self.num_patches} patches: at least one must be hidden, and one "
+        "stay visible"
+      )
 
   @property
   def n_hidden(self) -> int:
@@ -201,7 +236,7 @@ class Mae(Method):
       rows = jnp.zeros_like(rows)
     return masking.visible_first(
       self.mask,
-      keys=masking.row_keys(rng, rows),
+      keys=row_keys(rng, rows),
       grid=self._grid,
       n_hidden=self.n_hidden,
       scores=scores,

@@ -154,11 +154,6 @@ def rank(scores: jax.Array) -> jax.Array:
   return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 
 
-def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
-  """One random key per row identity: [R] int32 -> [R] keys."""
-  return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-
-
 def priority(
   policy: str,
   *,

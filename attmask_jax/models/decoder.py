@@ -3,14 +3,32 @@
 Source: MAE-priv, and the official MAE where options say so.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import linen as nn
 
-from attmask_jax.models import blocks, layers, positions
+from attmask_jax import schema
+from attmask_jax.errors import InputError
+from attmask_jax.models import blocks, layers, positions, vit
 from attmask_jax.rows import gather
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderKeys:
+  """Decoder of MAE."""
+
+  decoder_width: int = schema.key(192, "token width", low=1)
+  decoder_depth: int = schema.key(4, "blocks", low=1)
+  decoder_num_heads: int = schema.key(
+    0, "heads of its attention, 0 = width / 64", low=0
+  )
+  decoder_class_token: bool = schema.key(
+    False, "the encoder's class token runs through it, too (official MAE)"
+  )
 
 
 class Decoder(nn.Module):
@@ -92,3 +110,42 @@ class Decoder(nn.Module):
       name="head",
     )
     return head(x[:, num_prefix_tokens:]).astype(jnp.float32)
+
+
+def from_config(
+  section: ml_collections.ConfigDict, encoder: vit.ViT
+) -> Decoder:
+  """The decoder that the section `method` describes.
+
+  Args:
+    section: `method`.
+    encoder: gives patch size, positions and what its blocks are computed by.
+
+  Raises:
+    InputError: a width that does not divide, or another class token.
+  """
+  schema.check("method", section, DecoderKeys)
+  width, class_token = section.decoder_width, section.decoder_class_token
+  if class_token and encoder.class_token != "input":
+    raise InputError(
+      "method.decoder_class_token is on and method.class_token is off: the "
+      "decoder's class token is the encoder's, set both alike"
+    )
+  num_heads = section.decoder_num_heads or max(width // 64, 1)
+  if width % 4 or width % num_heads:
+    raise InputError(
+      f"a decoder of width {width} and {num_heads} heads cannot be: "
+      "method.decoder_width must divide by 4 and by the heads"
+    )
+  return Decoder(
+    width=width,
+    depth=section.decoder_depth,
+    num_heads=num_heads,
+    pixels=3 * encoder.patch_size**2,
+    positions=encoder.positions,
+    class_token=class_token,
+    dtype=encoder.dtype,
+    scan=encoder.scan,
+    remat=encoder.remat,
+    attention=encoder.attention,
+  )

@@ -1,5 +1,6 @@
 """Projection heads on top of the backbone."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
+from attmask_jax import schema
+from attmask_jax.errors import InputError
 from attmask_jax.models import layers
 
 ACTIVATIONS = {
@@ -14,6 +17,38 @@ ACTIVATIONS = {
   "relu": nn.relu,
 }
 NORMS = ("none", "ln")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadKeys:
+  """Heads of AttMask, iBOT and DINO."""
+
+  shared_head: bool = schema.key(
+    True, "one prototype layer for class and patch tokens of the student"
+  )
+  shared_head_teacher: bool = schema.key(True, "the same for the teacher")
+  out_dim: int = schema.key(8192, "prototypes of the class token", low=1)
+  patch_out_dim: int = schema.key(
+    8192, "prototypes of patches, where the heads are separate", low=1
+  )
+  head_hidden: int = schema.key(2048, "width of the hidden layers", low=1)
+  head_bottleneck: int = schema.key(256, "width before the prototypes", low=1)
+  head_act: str = schema.key(
+    "gelu", "activation of the hidden layers", choices=tuple(ACTIVATIONS)
+  )
+  head_norm: str = schema.key(
+    "none", "before the activation; ln = LayerNorm", choices=NORMS
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorKeys:
+  """Projector and predictor of ExtreMA."""
+
+  head_hidden: int = schema.key(
+    4096, "width of the hidden layers of projector and predictor", low=1
+  )
+  out_dim: int = schema.key(256, "width of what they return", low=1)
 
 
 @jax.custom_vjp
@@ -117,11 +152,11 @@ class Head(nn.Module):
 
   out_dim: int
   patch_out_dim: int = 0
-  hidden: int = 2048
-  bottleneck: int = 256
+  hidden: int = HeadKeys.head_hidden
+  bottleneck: int = HeadKeys.head_bottleneck
   layers: int = 3
-  act: str = "gelu"
-  norm: str = "none"
+  act: str = HeadKeys.head_act
+  norm: str = HeadKeys.head_norm
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
@@ -156,17 +191,35 @@ class Head(nn.Module):
 
 
 def from_config(section: ml_collections.ConfigDict) -> tuple[Head, Head]:
-  """Heads of student and teacher from the section `method`."""
+  """Heads of student and teacher from the section `method`.
+
+  Raises:
+    InputError: heads of which the teacher's cannot follow the student's.
+  """
+  schema.check("method", section, HeadKeys)
+  shared, shared_teacher = section.shared_head, section.shared_head_teacher
+  if shared and not shared_teacher:
+    raise InputError(
+      "method.shared_head=True with method.shared_head_teacher=False leaves "
+      "the teacher's patch layer without a student to follow: set both alike"
+    )
+  if not shared and shared_teacher and section.patch_out_dim != section.out_dim:
+    raise InputError(
+      f"a separate student head with method.patch_out_dim "
+      f"{section.patch_out_dim} cannot follow a shared teacher head with "
+      f"method.out_dim {section.out_dim}: set both to one size, or "
+      "method.shared_head_teacher=False"
+    )
   head = Head(
     out_dim=section.out_dim,
-    patch_out_dim=0 if section.shared_head else section.patch_out_dim,
+    patch_out_dim=0 if shared else section.patch_out_dim,
     hidden=section.head_hidden,
     bottleneck=section.head_bottleneck,
     act=section.head_act,
     norm=section.head_norm,
     dtype=jnp.dtype(section.dtype),
   )
-  separate = 0 if section.shared_head_teacher else section.patch_out_dim
+  separate = 0 if shared_teacher else section.patch_out_dim
   return head, head.clone(patch_out_dim=separate)
 
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attmask_jax.errors import InputError
+
 if typing.TYPE_CHECKING:
   from attmask_jax.models.vit import ViT
 
@@ -45,6 +47,20 @@ def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
         w = a * (t**3 - 5 * t**2 + 8 * t - 4)
       weights[i, min(max(tap, 0), size - 1)] += w
   return weights
+
+
+def check_width(width: int) -> None:
+  """Refuses a width that the sines and cosines of two axes do not fill.
+
+  Raises:
+    InputError: `width` does not divide by 4.
+  """
+  if width % 4:
+    raise InputError(
+      f"fixed positions need a width that divides by 4, and that of "
+      f"method.variant is {width}: choose {max(width // 4, 1) * 4} or "
+      f"{(width // 4 + 1) * 4}"
+    )
 
 
 def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:

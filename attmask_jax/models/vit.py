@@ -6,6 +6,7 @@ leading axis of length depth), whether they are scanned or unrolled.
 Source: ViT (arXiv:2010.11929) as DINO, iBOT and AttMask use it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from attmask_jax import Params
+from attmask_jax import Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.models import blocks, layers, positions
 from attmask_jax.models.positions import DINO_OFFSET
@@ -35,6 +36,40 @@ VARIANTS = {
   "huge": dict(width=1280, depth=32, num_heads=16),
   "giant": dict(width=1664, depth=48, num_heads=16),
 }
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneKeys:
+  """The backbone of attmask, extrema and mae; classify has its own."""
+
+  variant: str = schema.key(
+    "small", f"{', '.join(VARIANTS)}, or WIDTHxDEPTHxHEADS such as 192x6x3"
+  )
+  patch_size: int = schema.key(16, "side of a patch, pixels", low=1)
+  dtype: str = schema.key("float32", "of matrix products", choices=DTYPES)
+  drop_path: float = schema.key(
+    0.1,
+    "stochastic depth of the last block in training",
+    low=0,
+    high=0.99,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeKeys:
+  """How the blocks of all networks are computed."""
+
+  scan: bool = schema.key(True, "one compiled block for all layers")
+  remat: str = schema.key(
+    "none", "what the backward pass recomputes", choices=tuple(blocks.REMAT)
+  )
+  attention: str = schema.key(
+    "auto",
+    "kernel of attention; auto is cuDNN for bfloat16 on a GPU, else XLA",
+    choices=layers.ATTENTION,
+  )
 
 
 class Output(NamedTuple):
@@ -126,14 +161,14 @@ class ViT(nn.Module):
   width: int
   depth: int
   num_heads: int
-  patch_size: int = 16
+  patch_size: int = BackboneKeys.patch_size
   image_size: int = 224
   mlp_ratio: float = 4.0
   drop_path: float = 0.0
   dtype: Any = jnp.float32
-  scan: bool = True
-  remat: str = "none"
-  attention: str = "auto"
+  scan: bool = ComputeKeys.scan
+  remat: str = ComputeKeys.remat
+  attention: str = ComputeKeys.attention
   class_token: str = "input"
   positions: str = "learned"
   grid_offset: float = DINO_OFFSET
@@ -287,23 +322,13 @@ def from_config(config: ml_collections.ConfigDict) -> ViT:
     InputError: unknown size or option, or sizes that do not divide.
   """
   m, run, image_size = config.method, config.run, config.data.image_size
-  size = variant_size(m.variant)
-  if image_size < m.patch_size or image_size % m.patch_size:
-    down = max(image_size // m.patch_size, 1) * m.patch_size
-    raise InputError(
-      f"data.image_size {image_size} is not a multiple of method.patch_size "
-      f"{m.patch_size}: choose {down} or {down + m.patch_size} pixels"
-    )
-  for key, known in (
-    ("remat", tuple(blocks.REMAT)),
-    ("attention", layers.ATTENTION),
-  ):
-    if run[key] not in known:
-      raise InputError(
-        f'run.{key} "{run[key]}" is unknown: use {", ".join(known)}'
-      )
+  schema.check("method", m, BackboneKeys)
+  schema.check("run", run, ComputeKeys)
+  schema.check_multiple(
+    "data.image_size", image_size, m.patch_size, "method.patch_size"
+  )
   return ViT(
-    **size,
+    **variant_size(m.variant),
     patch_size=m.patch_size,
     image_size=image_size,
     drop_path=m.drop_path,

@@ -1,32 +1,24 @@
-"""Checkpoints of a run: Orbax behind save, restore and the run's config.
+"""Checkpoints of a run: Orbax behind save and restore.
 
 A checkpoint holds the items params, teacher and train (step, aux, optimiser)
 as arrays on any mesh, epoch (what the epoch's scores are made of) and progress
 (running sums, as JSON). Evaluation restores one item and not the rest.
 """
 
-import json
 import pathlib
 import tempfile
 from typing import Any, Self
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from attmask_jax import Params, atomic, trees
+from attmask_jax import Params, trees
 from attmask_jax.errors import InputError
 
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
-# Sections and keys that may change when a run continues.
-FREE_KEYS = (
-  "run.", "evals.", "data.path", "data.eval_resample", "weights", "probe",
-  "init_", "num_heads", "allow_missing",
-)  # fmt: skip
-IMAGES = "data.images"  # beside the config's own keys: size of the training set
 
 
 def check_workdir(name: str) -> pathlib.Path:
@@ -53,85 +45,6 @@ def check_workdir(name: str) -> pathlib.Path:
       "write to"
     ) from error
   return workdir
-
-
-def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """{"data.batch_size": 256, ...} with tuples as lists, as JSON has them."""
-  plain = json.loads(config.to_json_best_effort())
-  flat: dict[str, Any] = {}
-
-  def walk(prefix: str, node: Any) -> None:
-    if isinstance(node, dict):
-      for key, value in node.items():
-        walk(f"{prefix}{key}.", value)
-    else:
-      flat[prefix[:-1]] = node
-
-  walk("", plain)
-  return flat
-
-
-def check_config(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, images: int
-) -> None:
-  """Refuses to continue a run whose results the new config would change.
-
-  Args:
-    config: the new config.
-    workdir: run directory, with or without a run.
-    images: size of the training set, which `data.path` may have changed.
-
-  Raises:
-    InputError: names each differing key with both values.
-  """
-  path = workdir / "config.json"
-  if not path.exists():
-    _check_foreign(workdir)
-    return
-  try:
-    old = json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(
-      f"{path} is damaged ({error}): restore it, or use another --workdir"
-    ) from error
-  new = flat_config(config) | {IMAGES: images}
-  differing = [
-    f"{key} ({old.get(key, 'absent')} there, {new.get(key, 'absent')} here)"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and not key.startswith((*FREE_KEYS, IMAGES))
-  ]
-  if differing:
-    raise InputError(
-      f"{workdir} holds a run with another config: {'; '.join(differing)}; "
-      "use the same values or another --workdir"
-    )
-  if old.get(IMAGES, images) != images:
-    raise InputError(
-      f"the training set has {images} images, and had {old[IMAGES]} when the "
-      f"run in {workdir} began: restore it, or use another --workdir"
-    )
-
-
-def _check_foreign(workdir: pathlib.Path) -> None:
-  """Refuses a directory of something else, or of a run that lost its config."""
-  if (workdir / "results.json").exists():
-    raise InputError(f"{workdir} holds an evaluation: use another --workdir")
-  if steps(workdir):
-    raise InputError(
-      f"{workdir} holds checkpoints and no config.json, so that nobody knows "
-      "what made them: restore it, or use another --workdir"
-    )
-
-
-def write_config(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, images: int
-) -> None:
-  """Writes config.json, flat, for people and for `check_config`."""
-  if jax.process_index() == 0:
-    path, flat = workdir / "config.json", flat_config(config)
-    flat[IMAGES] = images
-    with atomic.replaced(path) as temporary:
-      temporary.write_text(json.dumps(flat, indent=2) + "\n")
 
 
 def steps(workdir: pathlib.Path) -> list[int]:

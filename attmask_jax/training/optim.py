@@ -8,18 +8,18 @@ Source: clip_gradients, get_params_groups, LARS and
 cancel_gradients_last_layer of DINO, iBOT and AttMask.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
-from attmask_jax import Params, trees
-from attmask_jax.errors import InputError
+from attmask_jax import Params, schema, trees
 
 OPTIMIZERS = ("adamw", "sgd", "lars", "lars_mae")
 CLIPS = ("tensor", "global")
@@ -188,49 +188,54 @@ def freezable(
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-class Optimizer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class NameKeys:
+  """Rule of the update."""
+
+  optimizer: str = schema.key(
+    "adamw",
+    "rule of the update; lars_mae is MAE-priv's, see configs/supervised.py",
+    choices=OPTIMIZERS,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
   """Recipe of an update; `build` makes the optax transformation.
 
   Attributes:
     name: one of OPTIMIZERS.
-    clip: norm limit, 0 = none.
-    clip_by: "tensor" or "global".
-    betas: of Adam.
-    eps: of Adam, outside the root, after bias correction.
-    sgd_momentum: of SGD and LARS.
-    nesterov: Nesterov momentum for these two.
   """
 
-  name: str = "adamw"
-  clip: float = 3.0
-  clip_by: str = "tensor"
-  betas: tuple[float, float] = (0.9, 0.999)
-  eps: float = 1e-8
-  sgd_momentum: float = 0.9
-  nesterov: bool = False
+  name: str = NameKeys.optimizer
+  clip: float = schema.key(3.0, "gradient norm limit, 0 = none", low=0)
+  clip_by: str = schema.key(
+    "tensor", "norm of each tensor or of all together", choices=CLIPS
+  )
+  betas: tuple[float, float] = schema.key(
+    (0.9, 0.999), "of adamw", low=0, high=0.999999
+  )
+  eps: float = schema.key(
+    1e-8, "of adamw: outside the root, after bias correction", low=0
+  )
+  sgd_momentum: float = schema.key(0.9, "of sgd, lars and lars_mae")
+  nesterov: bool = schema.key(
+    False, "Nesterov momentum of sgd, lars and lars_mae"
+  )
+
+  def __post_init__(self) -> None:
+    schema.check("optim", vars(self), type(self))
+    schema.check("optim", {"optimizer": self.name}, NameKeys)
 
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict) -> Self:
     """Reads the section `optim`.
 
     Raises:
-      InputError: an unknown optimiser or kind of clip.
+      InputError: a value out of range.
     """
     o = config.optim
-    for key, known in (("optimizer", OPTIMIZERS), ("clip_by", CLIPS)):
-      if o[key] not in known:
-        raise InputError(
-          f'optim.{key} "{o[key]}" is unknown: use {", ".join(known)}'
-        )
-    return cls(
-      name=o.optimizer,
-      clip=o.clip,
-      clip_by=o.clip_by,
-      betas=tuple(o.betas),
-      eps=o.eps,
-      sgd_momentum=o.sgd_momentum,
-      nesterov=o.nesterov,
-    )
+    return cls(name=o.optimizer, **schema.take(cls, o))
 
   def build(
     self,

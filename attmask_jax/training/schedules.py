@@ -10,6 +10,7 @@ from typing import Self
 import ml_collections
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.errors import InputError
 
 SCHEDULES = ("cosine", "smooth_cosine", "epoch_cosine", "late_epoch_cosine")
@@ -82,32 +83,53 @@ def late_epoch_cosine(
 
 
 @dataclasses.dataclass(frozen=True)
+class RateKeys:
+  """Learning rate and moving average."""
+
+  lr_per_256: float = schema.key(
+    5e-4, "peak learning rate for a batch of 256; scaled linearly", low=0
+  )
+  teacher_momentum: float = schema.key(
+    0.996, "of the moving average: cosine from here", low=0, high=1
+  )
+  teacher_momentum_end: float = schema.key(1.0, "to here", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedules:
   """Learning rate, weight decay, teacher momentum and freezing per step.
 
   Attributes:
     lr: peak learning rate, already scaled by the batch.
-    min_lr: learning rate at the end, not scaled by the batch.
-    warmup_epochs: linear warm-up of the learning rate.
-    weight_decay: (start, end).
     momentum: (start, end) of the teacher momentum, a cosine per step.
-    freeze_epochs: epochs in which the method's `frozen_at_start` leaves hold.
-    epochs: length of the run.
     steps_per_epoch: S.
-    schedule: of the learning rate, one of SCHEDULES.
-    warmup_lr: learning rate at the start of "late_epoch_cosine".
   """
 
   lr: float
-  min_lr: float
-  warmup_epochs: int
-  weight_decay: tuple[float, float]
   momentum: tuple[float, float]
-  freeze_epochs: int
-  epochs: int
   steps_per_epoch: int
-  schedule: str = "cosine"
-  warmup_lr: float = 0.0
+  epochs: int = schema.key(100, "length of the run", low=1)
+  min_lr: float = schema.key(
+    1e-6, "learning rate at the end, not scaled by the batch", low=0
+  )
+  warmup_epochs: int = schema.key(
+    10, "linear warm-up of the learning rate", low=0
+  )
+  schedule: str = schema.key(
+    "cosine",
+    "of the learning rate: cosine and smooth_cosine per step, the others per "
+    "epoch; see training/schedules.py",
+    choices=SCHEDULES,
+  )
+  warmup_lr: float = schema.key(
+    0.0, "start of late_epoch_cosine, not scaled by the batch"
+  )
+  weight_decay: tuple[float, float] = schema.key(
+    (0.04, 0.4), "cosine from, to", low=0
+  )
+  freeze_epochs: int = schema.key(
+    1, "epochs in which the prototype layer holds", low=0
+  )
 
   @classmethod
   def from_config(
@@ -119,34 +141,26 @@ class Schedules:
       InputError: a warm-up longer than the run, or a non-positive length.
     """
     o = config.optim
-    if o.epochs < 1:
-      raise InputError(f"optim.epochs {o.epochs} must be at least 1")
-    if o.warmup_epochs > o.epochs:
-      raise InputError(
-        f"optim.warmup_epochs {o.warmup_epochs} is longer than optim.epochs "
-        f"{o.epochs}: shorten the warm-up or train longer"
-      )
-    if o.schedule not in SCHEDULES:
-      raise InputError(
-        f'optim.schedule "{o.schedule}" is unknown: use {", ".join(SCHEDULES)}'
-      )
-    if o.schedule == "epoch_cosine" and o.warmup_epochs:
-      raise InputError(
-        f"optim.warmup_epochs {o.warmup_epochs}: the schedule epoch_cosine has "
-        "no warm-up, set 0"
-      )
+    schema.check("optim", o, RateKeys)
     return cls(
       lr=o.lr_per_256 * config.data.batch_size / 256.0,
-      min_lr=o.min_lr,
-      warmup_epochs=o.warmup_epochs,
-      weight_decay=tuple(o.weight_decay),
       momentum=(o.teacher_momentum, o.teacher_momentum_end),
-      freeze_epochs=o.freeze_epochs,
-      epochs=o.epochs,
       steps_per_epoch=steps_per_epoch,
-      schedule=o.schedule,
-      warmup_lr=o.warmup_lr,
+      **schema.take(cls, o),
     )
+
+  def __post_init__(self) -> None:
+    schema.check("optim", vars(self), type(self))
+    if self.warmup_epochs > self.epochs:
+      raise InputError(
+        f"optim.warmup_epochs {self.warmup_epochs} is longer than optim.epochs "
+        f"{self.epochs}: shorten the warm-up or train longer"
+      )
+    if self.schedule == "epoch_cosine" and self.warmup_epochs:
+      raise InputError(
+        f"optim.warmup_epochs {self.warmup_epochs}: the schedule epoch_cosine "
+        "has no warm-up, set 0"
+      )
 
   @property
   def total_steps(self) -> int:

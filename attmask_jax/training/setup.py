@@ -1,85 +1,197 @@
 """A run as its config describes it: checked parts, nothing written yet."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import optax
 
-from attmask_jax import data
+from attmask_jax import data, methods, schema
 from attmask_jax import mesh as meshes
-from attmask_jax.augment import pair, supervised, transforms
+from attmask_jax.augment import TRANSFORMS, mixup, supervised
+from attmask_jax.data import keys
 from attmask_jax.errors import InputError
-from attmask_jax.evals import accuracy, online
-from attmask_jax.methods import METHODS
+from attmask_jax.evals import accuracy, features, inputs, online
+from attmask_jax.evals.knn import BankKeys, SearchKeys
+from attmask_jax.methods import attmask
 from attmask_jax.methods.base import Method
+from attmask_jax.models import vit
+from attmask_jax.runs import config as run_config
 from attmask_jax.training import optim, schedules
 
-# Config keys that hold several numbers; the command line takes any tuple.
-PAIRS = (
-  "method.teacher_temp",
-  "method.teacher_patch_temp",
-  "data.global_scale",
-  "data.local_scale",
-  "data.scale",
-  "optim.weight_decay",
-  "optim.betas",
-)
-INFINITE = float("inf")
-RANGES = {
-  "method.patch_size": (1, INFINITE),
-  "method.drop_path": (0, 0.99),
-  "method.out_dim": (1, INFINITE),
-  "method.head_hidden": (1, INFINITE),
-  "method.head_bottleneck": (1, INFINITE),
-  "method.student_temp": (1e-6, INFINITE),
-  "method.teacher_temp": (1e-6, INFINITE),
-  "method.teacher_patch_temp": (1e-6, INFINITE),
-  "method.temp_warmup_epochs": (0, INFINITE),
-  "method.mask_start_epoch": (0, INFINITE),
-  "method.center_momentum": (0, 1),
-  "method.seed": (0, 2**32 - 1),
-  "data.seed": (0, INFINITE),
-  "data.batch_size": (1, INFINITE),
-  "data.image_size": (1, INFINITE),
-  "data.local_size": (1, INFINITE),
-  "data.max_broken": (0, 1),
-  "data.jitter": (0, 1),
-  "data.grey": (0, 1),
-  "data.blur_radius": (0.1, INFINITE),
-  "optim.lr_per_256": (0, INFINITE),
-  "optim.teacher_momentum": (0, 1),
-  "optim.clip": (0, INFINITE),
-  "optim.epochs": (1, INFINITE),
-  "optim.warmup_epochs": (0, INFINITE),
-  "optim.freeze_epochs": (0, INFINITE),
-  "optim.min_lr": (0, INFINITE),
-  "optim.weight_decay": (0, INFINITE),
-  "optim.betas": (0, 0.999999),
-  "optim.eps": (0, INFINITE),
-  "optim.teacher_momentum_end": (0, 1),
-  "evals.batch_size": (1, INFINITE),
-  "evals.knn_bank": (0, INFINITE),
-  "evals.knn_queries": (0, INFINITE),
-  "evals.mask_images": (0, INFINITE),
-  "evals.overlap_images": (0, INFINITE),
-  "evals.knn_temp": (0, INFINITE),
-  "run.log_steps": (1, INFINITE),
-  "run.save_steps": (0, INFINITE),
-  "run.keep_steps": (0, INFINITE),
-  "run.patch_loss_chunks": (1, INFINITE),
-  "run.prefetch": (1, INFINITE),
-  "run.threads": (0, INFINITE),
-}
-TRANSFORMS = {
-  "multi_crop": transforms.MultiCrop,
-  "crop_flip": supervised.CropFlip,
-  "supervised": supervised.Supervised,
-  "two_colours": pair.TwoColours,
-  "centre_crop": pair.CentreCrop,
-}
-LISTS = ("method.mask_ratio", "method.mask_ratio_var", "evals.knn_ks")
+Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineKeys(BankKeys, features.Keys):
+  """What is measured on the teacher during pretraining."""
+
+  knn: bool = schema.key(True, "k-NN; needs labels")
+  eval_epochs: int = schema.key(
+    20, "period; also before the first step and at the end", low=1
+  )
+  knn_ks: tuple[int, ...] = schema.key(
+    (10, 20, 100, 200),
+    "neighbours that vote; knn/top1 is that of the first",
+    low=1,
+  )
+  knn_temp: float = schema.inherit(SearchKeys, "knn_temp", 0.0)
+  mask_images: int = schema.key(
+    8, "rows of figures/masks.png, 0 = no picture", low=0
+  )
+  overlap_images: int = schema.key(
+    200, "images for overlap/*, where objects are known", low=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyKeys:
+  """What is measured while a classifier trains."""
+
+  eval_epochs: int = schema.key(1, "period; also at the end", low=1)
+  mask_images: int = schema.inherit(OnlineKeys, "mask_images", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationKeys(inputs.Keys):
+  """What all evaluations have."""
+
+  name: str = schema.key("", "of the evaluation, see configs/evals.py")
+
+
+RUN_KEYS = (
+  run_config.RunKeys, keys.LoadKeys, vit.ComputeKeys, attmask.ComputeKeys
+)  # fmt: skip
+OPTIM_KEYS = (
+  optim.NameKeys, optim.Optimizer, schedules.RateKeys, schedules.Schedules
+)  # fmt: skip
+# The recipes of supervised training, the one of the defaults last.
+SUPERVISED = (supervised.Supervised, supervised.CropFlip)
+
+
+def classes(method: str, transform: str) -> Classes:
+  """Dataclasses that declare the keys of a training run, by section.
+
+  Raises:
+    InputError: there is no such method or transform.
+  """
+  schema.check("method", {"name": method}, methods.Keys)
+  schema.check("data", {"transform": transform}, keys.BatchKeys)
+  cls, recipe = methods.METHODS[method], TRANSFORMS[transform]
+  common = (keys.SourceKeys, keys.ReadKeys, keys.BatchKeys)
+  sections: Classes = {
+    "": (run_config.InitKeys, run_config.FileKeys),
+    "method": (methods.Keys, cls, *cls.config_parts),
+    "data": (*common, recipe),
+    "optim": OPTIM_KEYS,
+    "evals": (OnlineKeys, inputs.Keys),
+    "run": RUN_KEYS,
+  }
+  if cls.classifies:
+    more = (keys.RepeatKeys, mixup.Keys)
+    sections |= {
+      "": (run_config.WeightsKeys, run_config.FileKeys),
+      "data": (*common, *more, *SUPERVISED, recipe),
+      "evals": (AccuracyKeys, EvaluationKeys),
+    }
+  return sections
+
+
+def evaluation_classes(*own: type, trains: bool = False) -> Classes:
+  """Dataclasses that declare the keys of an evaluation, by section.
+
+  Args:
+    *own: those of its own settings, in the section `evals`.
+    trains: it trains a classifier, so its config has all that this needs.
+  """
+  sections: Classes = {
+    "": (run_config.WeightsKeys, run_config.FileKeys),
+    "evals": (EvaluationKeys, *own),
+    "data": (keys.OpenKeys, keys.ReadKeys),
+    "run": RUN_KEYS,
+  }
+  if trains:
+    training = classes("classify", "crop_flip")
+    sections |= {
+      "evals": (AccuracyKeys, *sections["evals"]),
+      "method": training["method"],
+      # The network is that of the weights, and so are the images.
+      "data": (*training["data"], *sections["data"]),
+      "optim": training["optim"],
+    }
+  return sections
+
+
+def default_config(
+  method: str = "attmask", transform: str = "multi_crop"
+) -> ml_collections.ConfigDict:
+  """A pretraining config with all keys at their defaults.
+
+  Args:
+    method: one of METHODS.
+    transform: augmentation, one of TRANSFORMS.
+  """
+  config = _sections(classes(method, transform))
+  config.method.name = method
+  config.data.transform = transform
+  return config
+
+
+def evaluation_config(
+  name: str, *own: type, **settings: Any
+) -> ml_collections.ConfigDict:
+  """The config of an evaluation without training.
+
+  Args:
+    name: of the evaluation.
+    *own: dataclasses of its own settings.
+    **settings: other values than their defaults.
+  """
+  config = _sections(evaluation_classes(*own))
+  config.evals.update(name=name, **settings)
+  return config
+
+
+def supervised_config(
+  name: str, *own: type, **settings: Any
+) -> ml_collections.ConfigDict:
+  """The config of an evaluation that trains a classifier, see there."""
+  config = _sections(evaluation_classes(*own, trains=True))
+  config.method.name = "classify"
+  config.data.transform = "crop_flip"
+  config.evals.update(name=name, **settings)
+  return config
+
+
+def _sections(sections: Classes) -> ml_collections.ConfigDict:
+  """Every key at its default."""
+  config = schema.section(*sections[""])
+  for name, declared in sections.items():
+    if name:
+      config[name] = schema.section(*declared)
+  return config
+
+
+def defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The defaults of the keys of a training config."""
+  return _sections(_classes_of(config))
+
+
+def check(config: ml_collections.ConfigDict, sections: Classes) -> None:
+  """Compares a config with what its keys declare.
+
+  Raises:
+    InputError: the first value that is not as declared.
+  """
+  for name, declared in sections.items():
+    schema.check(name, config[name] if name else config, *declared)
+
+
+def _classes_of(config: ml_collections.ConfigDict) -> Classes:
+  # Older runs of AttMask do not name their transform.
+  transform = config.data.get("transform", keys.BatchKeys.transform)
+  return classes(config.method.name, transform)
 
 
 class Run(NamedTuple):
@@ -114,12 +226,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   Raises:
     InputError: the first value that cannot work, and what to do.
   """
-  if config.method.name not in METHODS:
-    raise InputError(
-      f'method.name "{config.method.name}" is unknown: use one of '
-      f"{', '.join(METHODS)}"
-    )
-  _check_numbers(config)
+  check(config, _classes_of(config))
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   batch_size, accumulate = config.data.batch_size, config.run.accumulate
   meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
@@ -135,7 +242,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   rates = schedules.Schedules.from_config(
     config, steps_per_epoch=steps_per_epoch
   )
-  method = METHODS[config.method.name].from_config(
+  method = methods.METHODS[config.method.name].from_config(
     config, steps_per_epoch=steps_per_epoch
   )
   if method.batch_coupled and accumulate > 1:
@@ -174,20 +281,15 @@ def _pipeline(
 ) -> data.TrainPipeline:
   """Training batches with the augmentation that the section `data` names."""
   section, batch_size = config.data, config.data.batch_size
-  name = section.get("transform", "multi_crop")
-  if name not in TRANSFORMS:
-    raise InputError(
-      f'data.transform "{name}" is unknown: use {", ".join(TRANSFORMS)}'
-    )
+  name = section.get("transform", keys.BatchKeys.transform)
   recipe = TRANSFORMS[name]
-  names = {f.name for f in dataclasses.fields(recipe)}
-  lacking = sorted(name for name in names if name not in section)
-  if lacking:
+  absent = sorted(key for key in schema.keys(recipe) if key not in section)
+  if absent:
     raise InputError(
-      f'data.transform "{name}" needs data.{lacking[0]}, which this config '
+      f'data.transform "{name}" needs data.{absent[0]}, which this config '
       "does not have: choose the transform of its method"
     )
-  transform = recipe(**{k: section[k] for k in names})
+  transform = recipe(**schema.take(recipe, section))
   return data.TrainPipeline(
     source,
     transform,
@@ -198,34 +300,5 @@ def _pipeline(
     threads=config.run.threads,
     prefetch=config.run.prefetch,
     max_broken=section.max_broken,
-    repeats=section.get("repeats", 1),
+    repeats=section.get("repeats", keys.RepeatKeys.repeats),
   )
-
-
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-  """Refuses words among numbers, and one number in the place of two."""
-  for key in PAIRS + LISTS:
-    section, name = key.split(".")
-    if name not in config[section]:
-      continue  # another method's
-    if isinstance(config[section][name], int | float):
-      continue  # one number by design, in this method
-    values = tuple(config[section][name])
-    kinds = int if key == "evals.knn_ks" else (int, float)
-    fits = len(values) == 2 if key in PAIRS else len(values) > 0
-    if not fits or not all(isinstance(x, kinds) for x in values):
-      what = "two numbers" if key in PAIRS else "one number or several"
-      if kinds is int:
-        what = "one whole number or several"
-      raise InputError(
-        f"{key} {values} must be {what}, written as --config.{key}=A,B"
-      )
-  for key, (low, high) in RANGES.items():
-    section, name = key.split(".")
-    if name not in config[section]:
-      continue
-    value = config[section][name]
-    values = value if isinstance(value, list | tuple) else (value,)
-    if not all(low <= x <= high for x in values):
-      limit = f"at least {low:g}" + f" and at most {high:g}" * (high < INFINITE)
-      raise InputError(f"{key} {value} must be {limit}")

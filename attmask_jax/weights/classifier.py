@@ -21,6 +21,7 @@ from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
 from attmask_jax.methods.classify import Classify
 from attmask_jax.models import positions
+from attmask_jax.runs import config as run_config
 from attmask_jax.weights import loading
 from attmask_jax.weights.torch_io import files, networks
 
@@ -72,7 +73,7 @@ def load(
       f"the probe {where} does not exist: give the directory of a linear probe "
       "or fine-tuning, or a file of one"
     )
-  config = loading.read_config(folder)
+  config = run_config.read_config(folder)
   if config.method.name == networks.NAME:
     return _imported(loading.load(where, network="student", mesh=mesh))
   path = folder / FILE

@@ -6,7 +6,6 @@ The door to trained weights for evaluations, exports and users: `load` returns
 
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, base
 from attmask_jax.methods.base import Method
 from attmask_jax.runs import checkpoint
+from attmask_jax.runs import config as run_config
 from attmask_jax.weights import restore
 from attmask_jax.weights.images import as_batch
 from attmask_jax.weights.torch_io import files, networks
@@ -182,7 +182,7 @@ def load(
     options = dict(num_heads=num_heads, allow_missing=allow_missing)
     return _of_file(file, network, mesh, options)
   run_dir, step = _locate(pathlib.Path(where).expanduser())
-  config = read_config(run_dir)
+  config = run_config.read_config(run_dir)
   method = method_of(config)
   # The moving average of a short fine-tuning is nearly what it started from.
   network = network or ("student" if method.classifies else "teacher")
@@ -269,31 +269,6 @@ def digest(tree: Params) -> str:
     )
     total.update(array.reshape(-1).view(np.uint8))  # no copy of the bytes
   return total.hexdigest()[:16]
-
-
-def read_config(run_dir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config of a run from its config.json, nested again.
-
-  Raises:
-    InputError: the file is missing or damaged.
-  """
-  path = run_dir / "config.json"
-  try:
-    flat = json.loads(path.read_text())
-  except OSError as error:
-    raise InputError(
-      f"{path} is missing: give a run directory, or a checkpoint inside one"
-    ) from error
-  except ValueError as error:
-    raise InputError(f"{path} is damaged ({error}): restore it") from error
-  nested: dict[str, Any] = {}
-  for name, value in flat.items():
-    *sections, key = name.split(".")
-    node = nested
-    for section in sections:
-      node = node.setdefault(section, {})
-    node[key] = tuple(value) if isinstance(value, list) else value
-  return ml_collections.ConfigDict(nested)
 
 
 def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:

@@ -259,7 +259,7 @@ def test_a_string_that_is_not_understood(text: str, message: str) -> None:
 
 def test_erased_boxes_have_the_asked_share_and_aspect() -> None:
   rng = _rng()
-  boxes = [supervised.erase_box(200, 300, rng) for _ in range(8000)]
+  boxes = [supervised.erase_box(200, 300, rng, prob=0.25) for _ in range(8000)]
   boxes = np.array(boxes)
   assert boxes.shape == (8000, 4) and boxes.dtype == np.int32
   some = boxes.any(axis=1)
@@ -392,8 +392,8 @@ def test_rand_augment_and_erasing_follow_the_crop() -> None:
   [
     (dict(resample="cubic"), "data.resample .cubic. is unknown: use bilinear"),
     (dict(rand_augment="v0"), "data.rand_augment .v0. is not RandAugment"),
-    (dict(erase_prob=1.5), "data.erase_prob 1.5 must lie between 0 and 1"),
-    (dict(jitter_strength=-1), "data.jitter_strength -1 must not be negative"),
+    (dict(erase_prob=1.5), "data.erase_prob 1.5 must be between 0 and 1"),
+    (dict(jitter_strength=-1), "data.jitter_strength -1 must be at least 0"),
   ],
 )
 def test_wrong_settings_stop_at_once(changes: dict, message: str) -> None:

@@ -65,7 +65,15 @@ def test_golden_losses_of_mixed_smoothed_and_plain_targets(golden) -> None:
 def test_both_kinds_come_as_often_as_asked() -> None:
   rng, size = _rng(), (40, 60)
   draws = [
-    mixup.draw(rng, size=size, prob=0.9, switch_prob=0.3) for _ in range(4000)
+    mixup.draw(
+      rng,
+      mixup_alpha=0.8,
+      cutmix_alpha=1.0,
+      prob=0.9,
+      switch_prob=0.3,
+      size=size,
+    )  # fmt: skip
+    for _ in range(4000)
   ]
   lam = np.array([d["mix_lam"] for d in draws])
   top, left, bottom, right = np.array([d["mix_box"] for d in draws]).T
@@ -88,7 +96,10 @@ def test_both_kinds_come_as_often_as_asked() -> None:
 def test_the_box_is_a_clipped_rectangle_around_the_drawn_centre() -> None:
   size, clipped = (21, 30), 0
   for seed in range(200):
-    got = mixup.draw(_rng(seed), mixup_alpha=0, cutmix_alpha=0.6, size=size)
+    got = mixup.draw(
+      _rng(seed), mixup_alpha=0, cutmix_alpha=0.6, prob=1.0, switch_prob=0.5,
+      size=size,
+    )  # fmt: skip
     rng = _rng(seed)
     rng.random(2)
     share = math.sqrt(1 - rng.beta(0.6, 0.6))
@@ -123,8 +134,9 @@ def test_a_kind_is_off_at_zero(
   seen = set()
   for seed in range(40):
     got = mixup.draw(
-      _rng(seed), mixup_alpha=alphas[0], cutmix_alpha=alphas[1], prob=prob
-    )
+      _rng(seed), mixup_alpha=alphas[0], cutmix_alpha=alphas[1], prob=prob,
+      switch_prob=0.5, size=(224, 224),
+    )  # fmt: skip
     blended = "none" if got["mix_lam"] == 1 else "mixup"
     seen.add("cutmix" if got["mix_box"].any() else blended)
   assert seen == kinds

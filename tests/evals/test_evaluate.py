@@ -415,7 +415,7 @@ def test_weights_that_do_not_know_their_images():
 
 @pytest.mark.parametrize("name", evals.NAMES)
 def test_defaults_are_no_mistakes(name):
-  evaluate._check_numbers(evals.get_config(name))
+  evaluate.check_values(evals.get_config(name))
 
 
 @pytest.mark.parametrize(

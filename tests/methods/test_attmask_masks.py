@@ -203,6 +203,7 @@ def test_local_crops_drop_other_branches_than_global_ones():
     changes = {
       "method.mask": "none", "method.patch_weight": 0.0,
       "method.drop_path": rate, "data.local_size": 16,
+      "method.variant": "16x2x2",
     }  # fmt: skip
     method, trees, batch = small.example(changes)
     one = np.repeat(batch["images"][:1, :1], 2, axis=1).repeat(4, axis=0)

@@ -46,7 +46,8 @@ def classifier(cls=Classify, **changes):
 
 def sgd(method, **changes):
   recipe = optim.Optimizer(name="sgd", clip=0.0, sgd_momentum=0.9)
-  return recipe._replace(**changes).build(lr_scale=method.lr_scale)
+  recipe = dataclasses.replace(recipe, **changes)
+  return recipe.build(lr_scale=method.lr_scale)
 
 
 def one_device():
@@ -231,6 +232,43 @@ def test_fine_tuning_drops_branches_and_a_probe_none(frozen):
       ends.append(float(loss))
   assert ends[0] == ends[1]
   assert len(set(ends)) == (1 if frozen else 3)
+
+
+def test_targets_are_mixed_as_the_images_are():
+  """A box of the whole image makes its partner of it; the share blends."""
+  method = classifier(frozen=False, mixup=0.8)
+  params, teacher, aux = jax.jit(method.init)(jax.random.key(3))
+  params["head"]["kernel"] += np.random.default_rng(5).normal(size=(1, 10, 7))
+  batch = image_batch(np.random.default_rng(4))
+  whole = np.array([0, 0, 8, 8], np.int32)
+  mix = {"mix_lam": np.float32(0.25), "mix_box": whole}
+  loss, *_ = loss_of(
+    method, params, teacher, aux, batch, jax.random.key(0), mix
+  )
+  weights = method.assemble(params, aux)
+  logits = np.asarray(jax.jit(method.logits)(weights, batch["images"][::-1, 0]))
+  log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+  hot = np.eye(7)[np.asarray(batch["label"])]
+  want = -np.sum((0.25 * hot + 0.75 * hot[::-1]) * log_probs, axis=1).mean()
+  assert float(loss) == pytest.approx(want, rel=1e-5)
+
+
+def test_erased_boxes_are_filled_by_the_key_of_the_step():
+  method = classifier(frozen=False)
+  params, teacher, aux = jax.jit(method.init)(jax.random.key(3))
+  params["head"]["kernel"] += np.random.default_rng(5).normal(size=(1, 10, 7))
+  batch = image_batch(np.random.default_rng(4))
+  boxes = {
+    side: batch | {"erase": jnp.tile(jnp.array([[0, 0, side, side]]), (8, 1))}
+    for side in (0, 6)
+  }
+  loss = lambda side, key: float(
+    loss_of(method, params, teacher, aux, boxes[side], jax.random.key(key), {})[
+      0
+    ]
+  )
+  assert loss(0, 0) == loss(0, 1)
+  assert len({loss(0, 0), loss(6, 0), loss(6, 1)}) == 3
 
 
 def test_every_step_mixes_otherwise():

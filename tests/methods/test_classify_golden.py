@@ -175,7 +175,7 @@ def test_golden_extrema_linear_probe(golden):
   """The trunk's features, and the probe that is trained on recorded ones.
 
   Not on ours: some of them vary by 1e-3 over the few images of a batch norm,
-  which makes of rounding in the trunk (2e-6) some 4e-4 in the end, in float64,
+  which makes of rounding in the trunk (2e-6) some 3e-4 in the end, in float64,
   too.
   """
   file = golden("extrema/lincls.npz")

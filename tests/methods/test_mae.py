@@ -16,7 +16,7 @@ from attmask_jax.evals import knn
 from attmask_jax.methods import losses, mae, masking
 from attmask_jax.models import vit
 from attmask_jax.rows import gather
-from attmask_jax.training import optim, schedules, train_step
+from attmask_jax.training import optim, schedules, setup, train_step
 from configs import tiny
 
 FORWARD, TRAINED = 2e-5, 1e-4  # tests/golden/mae/README.md
@@ -315,28 +315,33 @@ def test_decoder_of_the_official_release_reads_the_class_token():
     (dict(mask="attended"), '"attended" is unknown'),
     (dict(mask="block", shared_mask=True), '"block" depends on the image'),
     (dict(mask="attmask_low", shared_mask=True), "shared_mask=False"),
-    (dict(show_max=2.0), "show_max 2.0 must lie between 0 and 1"),
+    (dict(show_max=2.0), "show_max 2.0 must be between 0 and 1"),
     (dict(variant="30x2x2"), "variant is 30: choose 28 or 32"),
-    (dict(decoder_width=0), "a decoder of width 0.*must be positive"),
+    (dict(decoder_width=0), "decoder_width 0 must be at least 1"),
     (dict(decoder_width=30), "a decoder of width 30"),
     (dict(decoder_num_heads=5), "5 heads cannot be"),
-    (dict(decoder_depth=0), "0 blocks"),
+    (dict(decoder_depth=0), "decoder_depth 0 must be at least 1"),
     (dict(decoder_class_token=True), "class_token is off"),
     (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),
     (dict(image_size=30), "image_size 30 is not a multiple.*choose 28 or 32"),
-    (dict(pool="cls"), "evals.pool cls reads the class token.*pool=mean"),
   ],
 )
 def test_what_is_refused(changes, match):
   config = tiny.get_config("mae")
   mae.Mae.from_config(config, steps_per_epoch=1)
   changes = dict(changes)
-  for section, name in (("data", "image_size"), ("evals", "pool")):
-    if name in changes:
-      config[section][name] = changes.pop(name)
+  if "image_size" in changes:
+    config.data.image_size = changes.pop("image_size")
   config.method.update(changes)
   with pytest.raises(InputError, match=match):
     mae.Mae.from_config(config, steps_per_epoch=1)
+
+
+def test_online_evaluation_of_an_absent_class_token_is_refused():
+  config = tiny.get_config("mae")
+  config.evals.pool = "cls"
+  with pytest.raises(InputError, match="evals.pool cls reads the class.*=mean"):
+    setup.build(config)
 
 
 def test_golden_schedules(golden):

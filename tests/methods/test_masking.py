@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attmask_jax.methods import masking
+from attmask_jax.rows import row_keys
 
 
 def cases(file):
@@ -57,7 +58,7 @@ def test_golden_hints(golden):
         scores,
         policy="attmask_hint",
         n_mask=n_mask,
-        keys=masking.row_keys(jax.random.key(0), jnp.arange(rows)),
+        keys=row_keys(jax.random.key(0), jnp.arange(rows)),
         n_show=n_show,
         n_eligible=n_eligible,
       )
@@ -122,7 +123,7 @@ def test_low_is_high_of_the_negative():
 def test_rows_are_cleared_with_the_given_probability():
   rows = 4000
   scores = jax.random.normal(jax.random.key(0), (rows, 10))
-  keys = masking.row_keys(jax.random.key(1), jnp.arange(rows))
+  keys = row_keys(jax.random.key(1), jnp.arange(rows))
   draw = lambda p: masking.attention_mask(
     scores, policy="attmask_high", n_mask=3, keys=keys, probability=p
   )
@@ -154,7 +155,7 @@ def test_hints_do_not_share_the_draw_that_keeps_a_row():
     scores,
     policy="attmask_hint",
     n_mask=5,
-    keys=masking.row_keys(jax.random.key(2), jnp.arange(rows)),
+    keys=row_keys(jax.random.key(2), jnp.arange(rows)),
     probability=0.5,
     n_show=1,
     n_eligible=4,
@@ -170,7 +171,7 @@ def test_hints_do_not_share_the_draw_that_keeps_a_row():
 
 def test_revealing_nothing_is_allowed():
   scores = jax.random.normal(jax.random.key(0), (2, 10))
-  keys = masking.row_keys(jax.random.key(1), jnp.arange(2))
+  keys = row_keys(jax.random.key(1), jnp.arange(2))
   mask = masking.attention_mask(
     scores, policy="attmask_hint", n_mask=4, keys=keys
   )
@@ -208,7 +209,7 @@ def test_hints_fill_no_more_places_than_are_visible(n_hidden, visible):
   scores = jnp.tile(jnp.arange(16.0)[None], (rows, 1))
   order = masking.visible_first(
     "attmask_hint",
-    keys=masking.row_keys(jax.random.key(0), jnp.arange(rows)),
+    keys=row_keys(jax.random.key(0), jnp.arange(rows)),
     grid=(4, 4),
     n_hidden=n_hidden,
     scores=scores,
@@ -227,7 +228,7 @@ def test_the_grid_draws_nothing():
   orders = [
     masking.visible_first(
       "grid",
-      keys=masking.row_keys(jax.random.key(seed), jnp.arange(3)),
+      keys=row_keys(jax.random.key(seed), jnp.arange(3)),
       grid=(5, 5),
       n_hidden=18,
     )

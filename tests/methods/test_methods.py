@@ -105,7 +105,8 @@ def test_drop_path_is_drawn_for_each_row_of_the_student(family):
   """Of the same image in all rows, each row drops other branches."""
 
   def run(rate, key):
-    changes = SAME_MASKS[family] | {"method.drop_path": rate}
+    changes = {"method.drop_path": rate, "method.variant": "16x2x2"}
+    changes |= SAME_MASKS[family]
     method, trees, batch = small.example(changes, arg=family, rows=8)
     same = {k: np.repeat(x[:1], 8, axis=0) for k, x in batch.items()}
     batch = small.floats(same | {"position": batch["position"]})

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import small
 
 from attmask_jax.models import heads
 
@@ -50,6 +51,35 @@ def test_mean_logit_is_logit_of_the_mean():
   logits = head.apply(variables, z, method="patch_logits")
   mean = head.apply(variables, z.mean((0, 1)), method="patch_logits")
   np.testing.assert_allclose(mean, logits.mean((0, 1)), atol=1e-6)
+
+
+def test_gradients_of_the_prototypes_product_by_hand():
+  rng = np.random.default_rng(0)
+  x, w, slope = (
+    rng.normal(size=shape).astype(np.float32)
+    for shape in ((2, 3, 4), (4, 5), (2, 3, 5))
+  )
+  f = lambda x, w: jnp.sum(heads.matmul(x, w) * slope)
+  dx, dw = jax.grad(f, (0, 1))(x, w)
+  np.testing.assert_allclose(dx, slope @ w.T, rtol=1e-5, atol=1e-6)
+  want = x.reshape(-1, 4).T @ slope.reshape(-1, 5)
+  np.testing.assert_allclose(dw, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared, teacher", [(1, 1), (0, 1), (0, 0)])
+def test_patch_prototypes_of_student_and_teacher(shared, teacher):
+  config = small.config(
+    {
+      "method.shared_head": bool(shared),
+      "method.shared_head_teacher": bool(teacher),
+    }
+  )
+  made = heads.from_config(config.method)
+  for head, alone in zip(made, (not shared, not teacher), strict=True):
+    shapes = jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, 2, 8)))[
+      "params"
+    ]
+    assert ("last_layer2" in shapes) == alone
 
 
 def test_one_norm_serves_all_hidden_layers():

@@ -22,6 +22,7 @@ from attmask_jax.evals import rollout as evaluation
 from attmask_jax.methods import masking
 from attmask_jax.methods.mae import Mae
 from attmask_jax.models import rollout
+from attmask_jax.rows import row_keys
 from configs import evals
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # golden/mae/README.md
@@ -243,7 +244,7 @@ def test_errors_are_those_of_hidden_patches():
       if found.hidden[i, y // 4, x // 4]
     ]  # fmt: skip
     assert found.error[i] == pytest.approx(np.mean(errors), rel=1e-5)
-  keys = masking.row_keys(jax.random.key(3), jnp.arange(11))
+  keys = row_keys(jax.random.key(3), jnp.arange(11))
   order = masking.visible_first(
     "random", keys=keys, grid=(4, 4), n_hidden=12, show_max=0.1
   )

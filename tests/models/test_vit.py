@@ -8,7 +8,7 @@ import reference
 
 from attmask_jax.errors import InputError
 from attmask_jax.models import blocks, layers, positions, vit
-from configs import common
+from attmask_jax.training import setup
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,29 @@ def test_golden_drop_path(golden):
     close(got, file["out/droppath"], 1e-6)
 
 
-def test_sample_drop_path_noise_follow_the_row_and_not_its_place():
+@pytest.mark.parametrize("dropped", ["attention", "mlp"])
+def test_the_branches_of_a_block_are_dropped_apart(dropped):
+  """One branch of the last block gone and the other doubled, by its weights."""
+  model = vit.ViT(8, 2, 2, patch_size=4, image_size=8, drop_path=0.5)
+  images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+  params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+  noise = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: x + 0.3 * noise.normal(size=x.shape), params)
+  draws = np.full((2, 2, 1), 0.9, np.float32)
+  draws[1, int(dropped == "mlp")] = 0.1
+  got = model.apply({"params": params}, images, drop_path_noise=draws).tokens
+  factors = (0.0, 2.0) if dropped == "attention" else (2.0, 0.0)
+  blocks = params["blocks"]
+  for layer, factor in zip(
+    (blocks["attn"]["proj"], blocks["mlp"]["fc2"]), factors, strict=True
+  ):
+    for name, x in layer.items():
+      layer[name] = x.at[1].multiply(factor)
+  want = model.apply({"params": params}, images).tokens
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_drop_path_noise_follows_the_row_and_not_its_place():
   key = jax.random.key(0)
   draws = vit.sample_drop_path_noise(key, jnp.array([5, 7, 5]), depth=2)
   np.testing.assert_array_equal(draws[..., 0], draws[..., 2])
@@ -238,7 +260,7 @@ def test_normalize_images_by_hand():
   ],
 )
 def test_bad_sizes(change, words):
-  config = common.attmask()
+  config = setup.default_config()
   config.update_from_flattened_dict(change)
   with pytest.raises(InputError) as error:
     vit.from_config(config)
@@ -246,7 +268,7 @@ def test_bad_sizes(change, words):
 
 
 def test_published_sizes():
-  model = vit.from_config(common.attmask())
+  model = vit.from_config(setup.default_config())
   assert (model.width, model.depth, model.num_heads) == (384, 12, 6)
   assert model.grid == 14
 

@@ -20,6 +20,7 @@ from PIL import Image
 from attmask_jax import data, train
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 from attmask_jax.runs import checkpoint, metrics
+from attmask_jax.runs import config as run_config
 from attmask_jax.training import train_step
 
 MAIN = pathlib.Path(__file__).parents[2] / "main.py"
@@ -322,7 +323,7 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path, whole):
   (folder / "config.json").unlink()
   with pytest.raises(InputError, match="checkpoints and no config.json"):
     train.train(other, str(folder))
-  checkpoint.write_config(other, folder, images=64)
+  run_config.write_config(other, folder, images=64)
   before = contents(folder)
   with pytest.raises(InputError) as error:
     train.train(other, str(folder))
@@ -499,4 +500,6 @@ def test_restored_broken_files_count_towards_the_limit():
 def test_another_number_of_images_is_another_config(whole):
   """As `data.path`, which may change, may bring about."""
   with pytest.raises(InputError, match="72 images, and had 64"):
-    checkpoint.check_config(small.config(), whole, images=72)
+    run_config.check_config(
+      small.config(), whole, images=72, defaults=small.config()
+    )

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import evaluate, interchange, supervised, train, trees
+from attmask_jax import evaluate, interchange, train, trees
 from attmask_jax import mesh as meshes
+from attmask_jax.training import setup
+from attmask_jax.weights import classifier as classifiers
 from attmask_jax.weights import loading
-from configs import common, evals
+from configs import evals
 from configs import extrema as extrema_recipes
 from configs import mae as mae_recipes
 
@@ -76,14 +78,14 @@ def attmask_config():
     "data.local_scale": (0.15, 0.4),
     "run.keep_steps": 8,
   }
-  return changed(common.attmask(), BATCHES, NETWORK, own)
+  return changed(setup.default_config(), BATCHES, NETWORK, own)
 
 
 def mae_config():
   own = {
     "method.decoder_width": 16,
     "method.decoder_depth": 1,
-    "method.decoder_heads": 2,
+    "method.decoder_num_heads": 2,
     "data.scale": (0.4, 1.0),
   }
   return changed(mae_recipes.mae(), BATCHES, NETWORK, own)
@@ -106,7 +108,7 @@ def probe_config(where):
   own = {
     "weights": str(where),
     "method.last_blocks": 2,
-    "method.avgpool": 2,
+    "method.pool": "cls+mean",
     "method.lrs": (0.01, 1.0),
     "optim.epochs": 2,
     "optim.lr_per_256": 1.0,
@@ -133,7 +135,7 @@ def finetune_config(where):
 
 
 def knn_config(where):
-  own = {"weights": str(where), "evals.ks": (3, 5), "evals.batch_size": 16}
+  own = {"weights": str(where), "evals.knn_ks": (3, 5), "evals.batch_size": 16}
   return changed(evals.get_config("knn"), own)
 
 
@@ -248,7 +250,7 @@ def test_knn(old, expected, tmp_path):
 
 def test_logits_of_the_probe(old, expected):
   source = load(old("attmask"))
-  classifier = supervised.load(
+  classifier = classifiers.load(
     str(old("probe")), source, mesh=meshes.make_mesh()
   )
   assert classifier.digest == expected["probe/digest"]
@@ -258,7 +260,7 @@ def test_logits_of_the_probe(old, expected):
 
 
 def test_logits_of_the_fine_tuned_network(old, expected):
-  classifier = supervised.own(load(old("finetune"), "student"))
+  classifier = classifiers.own(load(old("finetune"), "student"))
   assert classifier.digest == expected["finetune/digest"]
   found = logits(classifier, expected["images"])
   np.testing.assert_allclose(found, expected["finetune/logits"], **CLOSE)

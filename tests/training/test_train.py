@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import small
 
+from attmask_jax import mesh as meshes
 from attmask_jax import train, trees
 from attmask_jax.errors import InputError
-from attmask_jax.methods import METHODS, attmask, masking
+from attmask_jax.methods import METHODS, attmask, base, masking
 from attmask_jax.runs import metrics, progress
+from attmask_jax.training import optim, train_step
 from attmask_jax.training import setup as runs
-from attmask_jax.training import train_step
 
 # Sums are taken in another order: a few units in the last place of float32,
 # grown over 4 steps. See test_mesh.py.
@@ -197,6 +198,43 @@ def test_prototypes_hold_for_the_first_epoch_and_then_move(norm_last_layer):
   assert {k for k in first if first[k] == middle[k]} == held
   still = gains if norm_last_layer else set()
   assert {k for k in first if first[k] == last[k]} == still
+
+
+class Plane:
+  """Loss 3 x + 4 y, where x may be fixed."""
+
+  teacher_first = False
+
+  def __init__(self, untrained):
+    self.untrained = untrained
+
+  def init(self, rng):
+    return base.InitialState({"x": jnp.ones(()), "y": jnp.ones(())}, {}, {})
+
+  def loss(self, params, teacher, aux, batch, rng, scalars):
+    return base.LossOutput(3 * params["x"] + 4 * params["y"], {})
+
+  def update_aux(self, aux, stats):
+    return aux
+
+
+@pytest.mark.parametrize("untrained, norm", [(None, 5), ("x", 4)])
+def test_the_gradient_norm_leaves_out_what_never_moves(untrained, norm):
+  method, mesh = Plane(untrained), meshes.make_mesh()
+  tx = optim.Optimizer(name="sgd", clip=1.0, clip_by="global").build(
+    untrained=untrained
+  )
+  state, shardings = train_step.init_state(method, tx, mesh, seed=0)
+  step = train_step.make_step(method, tx, mesh, shardings, seed=0)
+  rates = dict(lr=1.0, wd=0.0, momentum=1.0)
+  scalars = {k: np.float32(v) for k, v in rates.items()}
+  scalars["frozen"] = np.bool_(False)
+  state, values, _ = step(state, {}, scalars)
+  assert float(values["grad_norm"]) == norm
+  # Clipped to a norm of 1 before the step.
+  assert float(state.params["y"]) == pytest.approx(1 - 4 / norm)
+  x = 1.0 if untrained else 1 - 3 / 5
+  assert float(state.params["x"]) == pytest.approx(x)
 
 
 def test_frozen_prototypes_count_no_optimiser_steps():

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from attmask_jax import Params, trees, words
+from attmask_jax import Params, schema, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods.base import Method
 from attmask_jax.weights.torch_io import (
@@ -195,7 +195,7 @@ def load(
     )
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from error
-  _check(file.path, converted, layout, words.split(allow_missing))
+  _check(file.path, converted, layout, schema.words(allow_missing))
   params = _filled(method, wanted, converted.tree)
   if layout.kind != "attmask":  # nothing else masks the input
     params["backbone"].pop("mask_token", None)

@@ -1,0 +1,100 @@
+"""Keys of images and batches, but for those of the augmentation."""
+
+import dataclasses
+
+from attmask_jax import schema
+from attmask_jax.augment import TRANSFORMS
+from attmask_jax.augment.transforms import RESAMPLE
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceKeys:
+  """Images of a training run, see docs/data.md."""
+
+  source: str = schema.key(
+    "folder",
+    "shapes, folder, flat, segmented, flowers, cifar10, cifar100, or one of "
+    "tensorflow-datasets as tfds:NAME",
+  )
+  path: str = schema.key("", "folder of the data set")
+  subset: int = schema.key(0, "training images per class, 0 = all", low=0)
+  eval_resample: str = schema.key(
+    "bicubic", "filter of evaluation crops", choices=tuple(RESAMPLE)
+  )
+  shapes_train: int = schema.key(
+    4000, 'training images of source "shapes"', low=1
+  )
+  shapes_val: int = schema.key(
+    800, 'validation images of source "shapes"', low=1
+  )
+  seed: int = schema.key(0, 'of order, augmentation and "shapes"', low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenKeys:
+  """Images of an evaluation; each default stands for "as in the run".
+
+  That is the run that trained the weights; where it is not known, as of weight
+  files, the defaults of `SourceKeys` hold.
+  """
+
+  source: str = schema.key("", 'see above; "" = as in the run')
+  path: str = schema.key("", 'folder of the data set; "" = as in the run')
+  subset: int = schema.key(
+    -1, "training images per class; -1 = as in the run, 0 = all", low=-1
+  )
+  image_size: int = schema.key(
+    0, "side of the images, pixels; 0 = as in the run", low=0
+  )
+  eval_resample: str = schema.key(
+    "",
+    'filter of evaluation crops; "" = as in the run',
+    choices=("", *RESAMPLE),
+  )
+  seed: int = schema.key(
+    -1, 'of order, augmentation and "shapes"; -1 = as in the run', low=-1
+  )
+  shapes_train: int = schema.key(
+    0, 'training images of source "shapes"; 0 = as in the run', low=0
+  )
+  shapes_val: int = schema.key(
+    0, 'validation images of source "shapes"; 0 = as in the run', low=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadKeys:
+  """How images are read."""
+
+  max_broken: float = schema.key(
+    0.01, "a larger share of unreadable files stops the run", low=0, high=1
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadKeys:
+  """How images are loaded."""
+
+  threads: int = schema.key(
+    0, "that decode and augment, 0 = one per core", low=0
+  )
+  prefetch: int = schema.key(4, "batches prepared ahead", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchKeys:
+  """Training batches."""
+
+  batch_size: int = schema.key(240, "images over all devices", low=1)
+  transform: str = schema.key(
+    "multi_crop",
+    "augmentation, one that the method can train on",
+    choices=tuple(TRANSFORMS),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatKeys:
+  """Supervised training."""
+
+  repeats: int = schema.key(1, "copies of an image per epoch, in a row", low=1)
