@@ -62,8 +62,6 @@ class Keys(BankKeys, SearchKeys, cache.Keys, features.Keys):
   knn_ks: tuple[int, ...] = schema.key(
     (10, 20, 100, 200), "neighbours that vote", low=1
   )
-  knn_bank: int = schema.key(0, "training images in the bank, 0 = all", low=0)
-  knn_queries: int = schema.key(0, "validation images, 0 = all", low=0)
 
 
 def run(job: Job) -> Result:
