@@ -546,7 +546,7 @@ def test_odd_notes_of_a_file(trained, tmp_path):
 def test_files_without_a_network(tmp_path):
   for tree, match in (
     ([1, 2], "holds a list and no state dict"),
-    ({"epoch": 3}, "no state dict found"),
+    ({"epoch": 3}, "no state dict here"),
     ({"a.b": np.zeros(3, "f4")}, "of no known code base"),
   ):
     pth.write(tmp_path / "a.pth", tree)

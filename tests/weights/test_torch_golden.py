@@ -47,7 +47,8 @@ def cfg_of(file):
   """Sizes by our names, whatever a code base calls them."""
   for ours, theirs in (
     ("width", ("dim", "embed_dim")), ("depth", ("depth",)),
-    ("heads", ("heads", "num_heads")), ("patch_size", ("patch", "patch_size")),
+    ("num_heads", ("heads", "num_heads")),
+    ("patch_size", ("patch", "patch_size")),
     ("image_size", ("img", "img_size")), ("mlp_ratio", ("mlp_ratio",)),
     ("decoder_width", ("ddim",)), ("decoder_depth", ("ddepth",)),
     ("readout_layers", ("class_attention_layers",)),
@@ -119,7 +120,7 @@ def test_golden_names_and_sizes(golden, case):
   name, prefix = case.split()
   file = golden(name)
   cfg, tensors = dict(cfg_of(file)), under(file, prefix)
-  layout = layouts.recognise(tensors, num_heads=cfg["heads"])
+  layout = layouts.recognise(tensors, num_heads=cfg["num_heads"])
   assert layout.kind == RECORDED[case]
   for key, value in cfg.items():
     # The common cfg names parts that only some of these files hold.
@@ -290,7 +291,7 @@ def test_golden_attmask_checkpoint(golden, which):
   keys = [k.removeprefix("module.") for k in file[f"out/{which}_keys"].tolist()]
   tensors = networks[which]
   assert sorted(tensors) == sorted(keys)
-  layout = layouts.recognise(tensors, num_heads=cfg["heads"])
+  layout = layouts.recognise(tensors, num_heads=cfg["num_heads"])
   for key, value in cfg.items():
     assert getattr(layout, key) == value, key
   shapes = shapes_from(layout)
@@ -361,7 +362,7 @@ def test_golden_extrema_checkpoint(golden, which):
   obj, networks = checkpoint("extrema/checkpoint.pth")
   file = golden("extrema/checkpoint_forward.npz")
   cfg = dict(cfg_of(file))
-  layout = layouts.recognise(networks[which], num_heads=cfg["heads"])
+  layout = layouts.recognise(networks[which], num_heads=cfg["num_heads"])
   for key, value in cfg.items():
     assert getattr(layout, key) == value, key
   assert layout.predictor == (which == "student")
