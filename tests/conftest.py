@@ -48,8 +48,10 @@ def images_root():
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
-  """Folder of compiled programs, which runs of one session share."""
-  return tmp_path_factory.getbasetemp() / "programs"
+  """Folder of compiled programs, which the workers of a session share."""
+  folder = tmp_path_factory.getbasetemp()
+  shared = "PYTEST_XDIST_WORKER" in os.environ
+  return (folder.parent if shared else folder) / "programs"
 
 
 @pytest.fixture(scope="module")
