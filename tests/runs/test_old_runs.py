@@ -29,7 +29,8 @@ WITH_FEATURES = ("attmask", "mae", "extrema", "finetune", "imported")
 CONTINUED = ("attmask", "mae")
 # Measured in seconds: another each time.
 TIMES = ("img_per_s", "data_wait")
-CLOSE = dict(rtol=1e-5, atol=1e-6)  # of features, logits and weights near 1
+CLOSE = dict(rtol=1e-5, atol=1e-6)  # of features, metrics and weights
+CLOSE_LOGITS = dict(rtol=1e-5, atol=1e-8)  # these are at most 0.01 to 0.06
 
 BATCHES = {
   "data.source": "shapes",
@@ -248,22 +249,33 @@ def test_knn(old, expected, tmp_path):
   assert after.startswith(before) and len(after) > len(before) > 0
 
 
-def test_logits_of_the_probe(old, expected):
-  source = load(old("attmask"))
-  classifier = classifiers.load(
-    str(old("probe")), source, mesh=meshes.make_mesh()
-  )
-  assert classifier.digest == expected["probe/digest"]
-  assert len(classifier.class_names) == 8
-  found = logits(classifier, expected["images"])
-  np.testing.assert_allclose(found, expected["probe/logits"], **CLOSE)
+def set_raw(folder, raw):
+  """Edits config.json as if the run had been made with this `method.raw`."""
+  path = folder / "config.json"
+  path.write_text(json.dumps(read(path) | {"method.raw": raw}))
 
 
-def test_logits_of_the_fine_tuned_network(old, expected):
-  classifier = classifiers.own(load(old("finetune"), "student"))
-  assert classifier.digest == expected["finetune/digest"]
-  found = logits(classifier, expected["images"])
-  np.testing.assert_allclose(found, expected["finetune/logits"], **CLOSE)
+@pytest.mark.parametrize("raw", [False, True])
+def test_logits_of_the_probe(old, expected, raw):
+  """avgpool=2: class tokens and mean patch, both with the final norm or not."""
+  source, folder = load(old("attmask")), old("probe")
+  set_raw(folder, raw)
+  loaded = classifiers.load(str(folder), source, mesh=meshes.make_mesh())
+  assert loaded.digest == expected["probe/digest"]
+  assert len(loaded.class_names) == 8
+  got, want = logits(loaded, expected["images"]), f"probe/raw={raw}"
+  np.testing.assert_allclose(got, expected[want], **CLOSE_LOGITS)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_logits_of_the_fine_tuned_network(old, expected, raw):
+  """avgpool=1: patches without the final norm, whatever `raw` said."""
+  folder = old("finetune")
+  set_raw(folder, raw)
+  loaded = classifiers.own(load(folder, "student"))
+  assert loaded.digest == expected["finetune/digest"]
+  got = logits(loaded, expected["images"])
+  np.testing.assert_allclose(got, expected["finetune/logits"], **CLOSE_LOGITS)
 
 
 @pytest.mark.parametrize(
