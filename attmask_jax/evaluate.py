@@ -44,7 +44,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
       "NAME with --mode=eval"
     )
   evaluation = evals.by_name(config.evals.name)
-  check_values(config, evaluation)
+  check_values(config)
   runtime.setup(config.run)
   needs = evaluation.needed(config.evals)
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
@@ -88,14 +88,15 @@ def _load(
   return source
 
 
-def check_values(config: ml_collections.ConfigDict, evaluation: Eval) -> None:
+def check_values(config: ml_collections.ConfigDict) -> None:
   """Compares the config of an evaluation with what its keys declare.
 
   Raises:
     InputError: the first value that is not as declared.
   """
+  own = evals.by_name(config.evals.name).keys
   trains = "method" in config
-  classes = setup.evaluation_classes(*evaluation.keys, trains=trains)
+  classes = setup.evaluation_classes(*own, trains=trains)
   setup.check(config, classes)
 
 

@@ -37,9 +37,11 @@ def trees(name, **method):
 
 def classifier(head_norm="none", unused_norm=False, **backbone):
   """Weights of a classifier."""
+  network = vit.ViT(**SMALL | backbone)
   method = classify.Classify(
-    vit.ViT(**SMALL | backbone), num_classes=5, epochs=1, steps_per_epoch=1,
+    network, num_classes=5, epochs=1, steps_per_epoch=1,
     image_size=16, batch_size=4, head_norm=head_norm,
+    pool="mean" if network.class_token == "none" else "cls",
   )  # fmt: skip
   params, _, aux = jax.eval_shape(method.init, jax.random.key(0))
   weights = filled({**aux, **params})

@@ -192,7 +192,7 @@ def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
     ("reconstruct", {"network": "teacher"}, "has no decoder.*network=student"),
     ("reconstruct", {"evals.ratio": 1.0}, "mask_ratio 1.0"),
     ("reconstruct", {"evals.mask": "x"}, '"x" is unknown'),
-    ("reconstruct", {"evals.target": "x"}, "use normalised or raw"),
+    ("reconstruct", {"evals.target": "x"}, "normalised, raw"),
     ("reconstruct", {"evals.images": "nowhere.png"}, "does not exist"),
     ("rollout", {"evals.discard": 1.0}, "discard 1.0"),
     ("rollout", {"evals.layer": 2}, "layer 2 is no block: use 0 to 1"),

@@ -4,10 +4,10 @@ import contextlib
 
 import numpy as np
 
-from attmask_jax import augment
+from attmask_jax.augment import transforms
 from attmask_jax.data import pipeline, shapes
 
-RECIPE = augment.MultiCrop(image_size=16, local_size=8, local_crops=1)
+RECIPE = transforms.MultiCrop(image_size=16, local_size=8, local_crops=1)
 
 
 def by_index(seed: int) -> dict[int, np.ndarray]:
