@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 if TYPE_CHECKING:
+  import ml_collections
+
   from attmask_jax.weights.loading import Weights
 
 __version__ = "0.2.0"
@@ -67,3 +69,21 @@ def load(
     num_heads=num_heads,
     allow_missing=allow_missing,
   )
+
+
+def get_config(name: str) -> "ml_collections.ConfigDict":
+  """A config of configs/ by name, for `train.train` and `evaluate.evaluate`.
+
+    config = attmask_jax.get_config("tiny:mae")
+    config.data.batch_size = 32
+    train.train(config, "runs/tiny")
+
+  Args:
+    name: NAME or path of a config file, an argument for it after a colon.
+
+  Raises:
+    InputError: there is no such config.
+  """
+  from attmask_jax import recipes
+
+  return recipes.get(name)

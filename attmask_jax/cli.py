@@ -19,22 +19,15 @@ after saving.
 """
 
 import logging as python_logging
-import pathlib
 import re
 import sys
-import types
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from attmask_jax import recipes
 from attmask_jax.errors import InputError, NotFiniteError, StoppedError
 
-PACKAGE = pathlib.Path(__file__).parent
-# Installed beside the modules, or in the source checkout.
-CONFIGS = next(
-  (p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir()),
-  PACKAGE / "configs",
-)
 EXAMPLE = "--config=tiny --workdir=runs/tiny"
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -125,7 +118,7 @@ def parse(argv: list[str]) -> list[str]:
     print(f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}")
     sys.exit(0)
   try:
-    _share_configs()
+    recipes.share()
     rest = flags.FLAGS(_with_config(argv))
     moves = _MODE.value in ("import", "export")  # weights, and nothing else
     for flag in (_CONFIG, _OUTPUT if moves else _WORKDIR):
@@ -140,7 +133,7 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit(
       _fail(
         f"{_config_flag(argv)}: no such config file, neither here nor in "
-        f"{CONFIGS}: it holds {', '.join(_names())}",
+        f"{recipes.CONFIGS}: it holds {', '.join(recipes.names())}",
         2,
       )
     )
@@ -162,23 +155,6 @@ def _example() -> str:
   return examples[_MODE.value]
 
 
-def _names() -> list[str]:
-  """Names of the experiments in configs/."""
-  shared = ("__init__", "common", "supervised")
-  return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in shared)
-
-
-def _share_configs() -> None:
-  """Makes `from configs import ...` work in config files of any folder.
-
-  The installed folder is no top-level package: it would take a name that
-  everybody uses.
-  """
-  package = types.ModuleType("configs")
-  package.__path__ = [str(CONFIGS), str(pathlib.Path.cwd() / "configs")]
-  sys.modules.setdefault("configs", package)
-
-
 def _with_config(argv: list[str]) -> list[str]:
   """The words with the path of a config that is given by name.
 
@@ -188,25 +164,13 @@ def _with_config(argv: list[str]) -> list[str]:
   for i, word in enumerate(words):
     flag = re.fullmatch(r"(--?config)(?:=(.*))?", word)
     if flag and flag[2] is not None:
-      words[i] = f"{flag[1]}={_path(flag[2])}"
+      words[i] = f"{flag[1]}={recipes.find(flag[2])}"
     elif flag and i + 1 < len(words):
-      words[i + 1] = _path(words[i + 1])
+      words[i + 1] = recipes.find(words[i + 1])
   moves = any(re.fullmatch(r"--?mode=(im|ex)port", word) for word in words)
   if not moves or any(re.match(r"--?config(=|$)", word) for word in words):
     return words
-  return [words[0], f"--config={CONFIGS / 'evals.py'}:knn", *words[1:]]
-
-
-def _path(config: str) -> str:
-  """Path of a config file: as given, else the one of this name in configs/."""
-  path, colon, argument = config.partition(":")
-  given = pathlib.Path(path)
-  own = CONFIGS / f"{given.name.removesuffix('.py')}.py"
-  # Of another folder it is another file, even where this name exists here.
-  named = path and str(given.parent) in (".", "configs")
-  if not named or given.is_file() or not own.is_file():
-    return config
-  return f"{own}{colon}{argument}"
+  return [words[0], f"--config={recipes.CONFIGS / 'evals.py'}:knn", *words[1:]]
 
 
 def _config_flag(argv: list[str]) -> str:
@@ -247,7 +211,7 @@ def _quiet_libraries() -> None:
   logging.set_verbosity(logging.INFO)
 
   def is_ours(record: python_logging.LogRecord) -> bool:
-    ours = record.pathname.startswith(str(PACKAGE))
+    ours = record.pathname.startswith(str(recipes.PACKAGE))
     return ours or record.levelno >= python_logging.WARNING
 
   logging.get_absl_handler().addFilter(is_ours)

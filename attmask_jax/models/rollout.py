@@ -14,13 +14,16 @@ fused, weak links discarded, gradients). Differs:
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from attmask_jax import Params
 from attmask_jax.models import embedding, vit
+
+if TYPE_CHECKING:
+  from attmask_jax.methods.classify import Classify
 
 FUSIONS = ("mean", "max", "min")
 ROW_SUMS = ("reference", "rows")
@@ -177,7 +180,7 @@ def attention_rollout(
 
 
 def logit_gradients(
-  method: Any, weights: Params, images: jax.Array, *, category: int = -1
+  method: "Classify", weights: Params, images: jax.Array, *, category: int = -1
 ) -> tuple[jax.Array, jax.Array]:
   """Attention and the gradient of a class with respect to its logits.
 
@@ -213,7 +216,7 @@ def logit_gradients(
 
 
 def gradient_rollout(
-  method: Any,
+  method: "Classify",
   weights: Params,
   images: jax.Array,
   *,

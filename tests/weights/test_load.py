@@ -13,7 +13,7 @@ import attmask_jax
 from attmask_jax import interchange, train
 from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
-from configs import evals
+from configs import evals, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -185,3 +185,14 @@ def test_the_import_is_light():
   )
   assert out.stdout.strip() == "[]"
   assert jax  # the one that it does bring
+
+
+def test_configs_are_found_by_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = attmask_jax.get_config("tiny:mae")
+  assert config.to_dict() == tiny.get_config("mae").to_dict()
+  assert attmask_jax.get_config("evals").evals.name == "knn"
+  with pytest.raises(AttributeError, match="batch_size"):
+    config.data.batch_sise = 32
+  with pytest.raises(InputError, match="no config nowhere.*extrema.*tiny"):
+    attmask_jax.get_config("nowhere")

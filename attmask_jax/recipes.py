@@ -1,0 +1,69 @@
+"""Finds the experiments of configs/ by name, installed or in a checkout."""
+
+import importlib.util
+import pathlib
+import sys
+import types
+
+import ml_collections
+
+from attmask_jax.errors import InputError
+
+PACKAGE = pathlib.Path(__file__).parent
+# Installed beside the modules, or in the source checkout.
+CONFIGS = next(
+  (p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir()),
+  PACKAGE / "configs",
+)
+
+
+def get(config: str) -> ml_collections.ConfigDict:
+  """A config by name, locked: an unknown key is an error.
+
+  Args:
+    config: NAME of configs/ or path of a config file, and an argument for it
+      after a colon, such as "tiny:mae".
+
+  Raises:
+    InputError: there is no such file.
+  """
+  share()
+  path, _, argument = find(config).partition(":")
+  if not pathlib.Path(path).is_file():
+    raise InputError(
+      f"there is no config {path}, neither here nor in {CONFIGS}: it holds "
+      f"{', '.join(names())}"
+    )
+  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*([argument] if argument else [])).lock()
+
+
+def names() -> list[str]:
+  """Names of the experiments."""
+  shared = ("__init__", "common", "supervised")
+  return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in shared)
+
+
+def share() -> None:
+  """Makes `from configs import ...` work in config files of any folder.
+
+  The installed folder is no top-level package: it would take a name that
+  everybody uses.
+  """
+  package = types.ModuleType("configs")
+  package.__path__ = [str(CONFIGS), str(pathlib.Path.cwd() / "configs")]
+  sys.modules.setdefault("configs", package)
+
+
+def find(config: str) -> str:
+  """Path of a config file: as given, else the one of this name in configs/."""
+  path, colon, argument = config.partition(":")
+  given = pathlib.Path(path)
+  own = CONFIGS / f"{given.name.removesuffix('.py')}.py"
+  # Of another folder it is another file, even where this name exists here.
+  named = path and str(given.parent) in (".", "configs")
+  if not named or given.is_file() or not own.is_file():
+    return config
+  return f"{own}{colon}{argument}"
