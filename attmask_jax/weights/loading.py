@@ -82,7 +82,8 @@ class Weights(NamedTuple):
       [B, N, D], float32.
 
     Raises:
-      InputError: see `images.as_batch`; or more blocks than there are.
+      InputError: see `images.as_batch`; or more blocks than there are, or a
+        linear probe alone.
     """
     depth = self.method.backbone.depth
     if not 1 <= last <= depth:
@@ -110,6 +111,11 @@ class Weights(NamedTuple):
   ) -> Any:
     """Outputs on the host, of padded batches: one shape compiles once."""
     backbone, data = self.method.backbone, self.config.get("data", {})
+    if "backbone" not in self.params:
+      raise InputError(
+        f"{self.where} is a linear probe without a network: load the weights "
+        "that it was trained on"
+      )
     if batch_size < 1:
       raise InputError(f"batch_size {batch_size} must be at least 1")
     batch = as_batch(

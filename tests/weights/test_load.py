@@ -171,6 +171,14 @@ def test_settings_out_of_range(run, images):
     attmask_jax.load(str(run)).features(images, last=3)
 
 
+def test_a_linear_probe_has_no_features(run, images):
+  w = attmask_jax.load(str(run))
+  probe = w._replace(params={"head": w.params["head"]})
+  for ask in (probe.features, probe.attention):
+    with pytest.raises(InputError, match="probe without a network: load the"):
+      ask(images)
+
+
 def test_the_import_is_light():
   """`import attmask_jax` brings jax and the notation, and no network."""
   import subprocess
