@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from attmask_jax.errors import InputError
-from attmask_jax.evals import features, knn, nearest, visualize
+from attmask_jax.evals import features, nearest, visualize
 from attmask_jax.methods import clustering
 
 MESHES = [None, (1, 1), (8, 1), (4, 2)]
@@ -171,7 +171,7 @@ def test_knn_many_neighbours_in_pieces(monkeypatch):
   problem = knn_problem(
     np.random.default_rng(3), bank=90, queries=30, classes=5
   )
-  monkeypatch.setattr(knn, "VOTE_PAIRS", 7 * 90**2)
+  monkeypatch.setattr(nearest, "VOTE_PAIRS", 7 * 90**2)
   nearest._count_hits.clear_cache()
   got = nearest.knn(*problem, ks=(90,), temp=0.1, num_classes=5)
   nearest._count_hits.clear_cache()

@@ -314,7 +314,7 @@ def test_settings_are_checked_before_the_work(trained, tmp_path, monkeypatch):
     ({"evals.knn_ks": (65,)}, "65 neighbours, and the bank has 64"),
     ({"evals.knn_ks": ()}, "one whole number or several"),
     ({"evals.knn_temp": -1.0}, "knn_temp -1.0 must be at least 0"),
-    ({"evals.bank_chunk": 0}, "bank_chunk 0 must be positive"),
+    ({"evals.bank_chunk": 0}, "bank_chunk 0 must be at least 1"),
     ({"evals.last_blocks": 3}, "last_blocks 3.*the 2 blocks"),
     ({"evals.last_blocks": 0}, "last_blocks 0"),
     ({"evals.pool": "both"}, "evals.pool .both. is unknown"),
