@@ -4,7 +4,7 @@
 class InputError(ValueError):
   """Bad input. The message is one sentence: the value, and what to do.
 
-  `main.py` prints it without a traceback and exits with a non-zero code.
+  `cli.main` prints it without a traceback and exits with a non-zero code.
   """
 
 

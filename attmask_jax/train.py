@@ -39,11 +39,11 @@ def train(
     start: values in the place of initial ones, see `train_step.overlay`.
 
   Returns:
-    What was built for it, for use after the training.
+    The parts of the run, for later use.
 
   Raises:
     InputError: bad config, data or directory; nothing was written.
-    NotFiniteError: the loss left the numbers; the last checkpoint is kept.
+    NotFiniteError: the loss is NaN or infinite; the last checkpoint is kept.
     StoppedError: SIGTERM or Ctrl-C; the state was saved first.
   """
   runtime.setup(config.run)

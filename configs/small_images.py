@@ -22,7 +22,7 @@ Data:      any folder with train/CLASS/ and val/CLASS/ (docs/data.md). Images
 Hardware:  one GPU, or a CPU with patience. Hours: not measured yet.
 Expected:  not measured yet at this size. knn/top1 (k = 20) should leave its
            value before the first step, which is that of random weights; a
-           smaller run that does is in README.md ("What a run looks like").
+           smaller run that does is in docs/results.md.
 
 A ViT-Ti of 5.4 million parameters with patches of 8 px sees 8 x 8 patches,
 and 4 x 4 of a local crop. Heads and prototypes are smaller than published, as

@@ -1,11 +1,10 @@
 """Each method on generated shapes, in minutes: the first run on any machine.
 
 Command:   python main.py --config=configs/tiny.py --workdir=runs/tiny
-Hardware:  2 CPU cores, less than 5 minutes.
+Hardware:  2 CPU cores, 2.5 minutes.
 Paper:     arXiv:2203.12719; images and sizes are ours.
-Expected:  k-NN at chance (12.5 %) before and after, see README.md ("The first
-           run"), which has the figures of 3 seeds: it is a run to see what
-           happens, and too short to learn shapes.
+Expected:  k-NN at chance (12.5 %) before and after, see docs/results.md: it is
+           a run to see what happens, and too short to learn shapes.
 
 A ViT of width 64 and depth 4 learns from 32 px images of eight shape classes
 whose textures and colours say nothing about the class. The arguments `hint`,

@@ -9,7 +9,7 @@ no mask and no patch loss DINO (arXiv:2104.14294).
 Source: the AttMask release (train_one_epoch, iBOTLoss, AttMask). Differs:
 - crops are flattened image-major, which keeps a sharded batch in place;
 - random draws are per image and view, and do not depend on the device count;
-- prototype logits are computed of patches that can be hidden.
+- prototype logits are computed for patches that can be hidden.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Reads parts of a checkpoint onto the devices."""
+"""Reads parts of a checkpoint onto the devices, for evaluation and loading."""
 
 import pathlib
 from collections.abc import Sequence
