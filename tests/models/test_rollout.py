@@ -197,7 +197,7 @@ def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
     ("rollout", {"evals.discard": 1.0}, "discard 1.0"),
     ("rollout", {"evals.layer": 2}, "layer 2 is no block: use 0 to 1"),
     ("rollout", {"evals.fusions": ("sum",)}, "mean, max, min"),
-    ("rollout", {"evals.explain": "x"}, "use token, class"),
+    ("rollout", {"evals.explain": "x"}, "use token or class"),
   ],
 )
 def test_what_is_refused(trained, tmp_path, name, changes, match):
