@@ -18,9 +18,9 @@ Notation, used in every docstring and variable name of the package:
 
 `mask` is True where a patch is hidden from the student; `rank` 0 is the
 largest score. `params` is what is trained, `teacher` its moving average, `aux`
-what is neither (centres). Scalars that change per step (temperatures, counts,
-rates) are computed on the host in float64 and enter compiled code as traced
-arguments, so no new value ever compiles a new program.
+other state, such as running centres. Scalars that change per step
+(temperatures, counts, rates) are computed on the host in float64 and enter
+compiled code as traced arguments, so no new value ever compiles a new program.
 """
 
 from typing import TYPE_CHECKING, Any

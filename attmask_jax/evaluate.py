@@ -37,6 +37,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
 
   Raises:
     InputError: bad config, weights, data or directory.
+    NotFiniteError, StoppedError: of an evaluation that trains, see `train`.
   """
   if "name" not in config.get("evals", {}):
     raise InputError(

@@ -36,7 +36,8 @@ class InitialState(NamedTuple):
     params: what the optimiser trains.
     teacher: what follows `params` as a moving average, {} for none; the path of
       each of its leaves exists in `params`.
-    aux: what is neither trained nor averaged, such as centres; {} for nothing.
+    aux: other state that `update_aux` changes, such as running centres; {} for
+      none.
   """
 
   params: Params

@@ -70,7 +70,7 @@ class Classify(Method):
     epochs, steps_per_epoch: length of the run; S.
     image_size, batch_size: of training images, pixels; B over all devices.
     rates: [J] learning rate of each linear layer over that of the run.
-    mixup_group: images that exchange partners, 0 = the whole batch.
+    mixup_group: images that exchange partners, 0 = all.
   """
 
   num_classes: int
@@ -146,6 +146,7 @@ class Classify(Method):
         mlp_ratio=m.get("mlp_ratio", 4.0),  # older runs do not say it
         class_token=m.class_token,
         positions=m.positions,
+        # Runs from before this key were trained with DINO's.
         grid_offset=m.get("grid_offset", DINO_OFFSET),
         key_bias=m.key_bias,
         readout_layers=m.readout_layers,

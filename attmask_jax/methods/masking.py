@@ -195,7 +195,8 @@ def attention_mask(
     policy: "attmask_high" hides the most attended patches, "attmask_hint" the
       same but for a few revealed ones, "attmask_low" the least attended.
     n_mask: patches to hide per row.
-    keys: [R] random keys; may be None when nothing is random.
+    keys: [R] random keys. None: every row keeps its mask and no hint is
+      revealed, whatever `probability` and `n_show` say.
     probability: a row keeps its mask with this probability.
     n_show: hints revealed per row.
     n_eligible: hints are chosen among that many most attended patches.

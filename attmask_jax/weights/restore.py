@@ -42,12 +42,12 @@ def network(
     # Of the handler: the checkpointer's own warns of a file we do not have.
     metadata = ocp.StandardCheckpointHandler().metadata(folder)
     saved, wanted = trees.shapes(metadata.tree), trees.shapes(shapes)
-    for name in sorted(saved.keys() | wanted.keys()):
-      if saved.get(name) != wanted.get(name):
+    for path in sorted(saved.keys() | wanted.keys()):
+      if saved.get(path) != wanted.get(path):
         raise InputError(
-          f"{folder} does not fit its config: {name} has shape "
-          f"{saved.get(name, 'absent')} there, and {run_dir}/config.json "
-          f"makes it {wanted.get(name, 'absent')}"
+          f"{folder} does not fit its config: {path} has shape "
+          f"{saved.get(path, 'absent')} there, and {run_dir}/config.json "
+          f"makes it {wanted.get(path, 'absent')}"
         )
     place = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=meshes.replicated(mesh)
