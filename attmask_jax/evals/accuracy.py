@@ -141,10 +141,6 @@ def check(
     InputError: no labels, other classes in the validation set, or a period
       that is not positive.
   """
-  if config.evals.eval_epochs < 1:
-    raise InputError(
-      f"evals.eval_epochs {config.evals.eval_epochs} must be at least 1"
-    )
   if val_source is None or not len(val_source.class_names):
     raise InputError(
       f"data.source={config.data.source} has no labels to train a classifier "

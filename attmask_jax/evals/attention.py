@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from attmask_jax import atomic, schema
-from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
@@ -57,7 +56,6 @@ def run(job: Job) -> Result:
       mean over pictures.
   """
   keep = job.config.evals.keep
-  check_keep(keep)
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING
@@ -79,14 +77,6 @@ def run(job: Job) -> Result:
     folder = job.figure("attention")
     figures += _animate(folder, selected, means, backbone.patch_size)
   return _result(selected, means, kept, keep, tuple(figures))
-
-
-def check_keep(keep: float) -> None:
-  """Refuses shares outside (0, 1]."""
-  if not 0 < keep <= 1:
-    raise InputError(
-      f"evals.keep {keep} must be above 0 and at most 1, such as 0.6"
-    )
 
 
 def keep_mask(attention: np.ndarray, keep: float) -> np.ndarray:

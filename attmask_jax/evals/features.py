@@ -60,10 +60,6 @@ def check(
     InputError: either is out of range.
   """
   pool, blocks = settings.pool, settings.last_blocks
-  if pool not in embedding.POOLS:
-    raise InputError(
-      f'evals.pool "{pool}" is unknown: use {", ".join(embedding.POOLS)}'
-    )
   if not 1 <= blocks <= depth:
     raise InputError(
       f"evals.last_blocks {blocks} must lie between 1 and the {depth} blocks "

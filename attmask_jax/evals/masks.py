@@ -38,8 +38,6 @@ def run(job: Job) -> Result:
     `visualize.overlap_scores`; then also "object_share" of the pictures.
   """
   evals, method = job.config.evals, job.weights.method
-  pictures.check_policies(evals.policies)
-  pictures.check_ratios(evals.ratios, evals.show_max)
   params = pictures.one_copy(job)
   if jax.process_index():
     return pictures.NOTHING

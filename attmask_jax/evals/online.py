@@ -45,14 +45,9 @@ def check(
   """Refuses evaluations that would fail after the first epoch.
 
   Raises:
-    InputError: k beyond the bank, other classes in the validation set, or a
-      period that is not positive.
+    InputError: k beyond the bank, or other classes in the validation set.
   """
   evals = config.evals
-  if evals.eval_epochs < 1:
-    raise InputError(
-      f"evals.eval_epochs {evals.eval_epochs} must be at least 1"
-    )
   network = method.backbone
   features.check(evals, depth=network.depth, class_token=network.class_token)
   if not enabled(config, val_source):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attmask_jax import data, schema
-from attmask_jax.errors import InputError
 from attmask_jax.evals import (
   attention,
   drawing,
@@ -63,10 +62,6 @@ def run(job: Job) -> Result:
     InputError: images without object masks, or a setting out of range.
   """
   evals = job.config.evals
-  attention.check_keep(evals.keep)
-  pictures.check_ratios(evals.ratios, evals.show_max)
-  if evals.count < 0:
-    raise InputError(f"evals.count {evals.count} must be at least 0 (0 = all)")
   side = _side(job)
   source = pictures.objects(job)
   extracted = _attention(job, source)
@@ -106,17 +101,8 @@ def run(job: Job) -> Result:
 
 def _side(job: Job) -> int:
   """Patches along one side of an image."""
-  size, patch = (
-    job.config.data.image_size,
-    job.weights.method.backbone.patch_size,
-  )
-  if size < patch or size % patch:
-    down = max(size // patch, 1) * patch
-    raise InputError(
-      f"data.image_size {size} is not a multiple of the patch size {patch}: "
-      f"set --config.data.image_size={down}"
-    )
-  return size // patch
+  patch_size = job.weights.method.backbone.patch_size
+  return job.config.data.image_size // patch_size
 
 
 def _attention(job: Job, source: data.Source) -> features.Features:

@@ -79,20 +79,10 @@ def given(job: Job) -> tuple[list[Picture], bool]:
     The pictures, and whether they are frames of one moving picture.
 
   Raises:
-    InputError: nothing there, nothing readable, or a setting out of range.
+    InputError: nothing there, or nothing readable.
   """
   evals, size = job.config.evals, job.config.data.image_size
   patch = job.weights.method.backbone.patch_size
-  if evals.count < 0 or evals.every < 1:
-    raise InputError(
-      f"evals.count {evals.count} must be at least 0 (0 = all) and evals.every "
-      f"{evals.every} at least 1"
-    )
-  if size < patch:
-    raise InputError(
-      f"data.image_size {size} is smaller than a patch of {patch} pixels: set "
-      f"--config.data.image_size={patch} or more"
-    )
   if evals.images:
     path = os.path.expanduser(evals.images)
     loaded = picture_files.load(path, every=evals.every, limit=evals.count)
@@ -245,27 +235,6 @@ def attention(
 ) -> list[np.ndarray]:
   """Last attention to each patch: n times [A, N] float32."""
   return forward(job.weights.method.attention, params, images)
-
-
-def check_policies(policies: Sequence[str]) -> None:
-  """Refuses policies that hide nothing or do not exist."""
-  for policy in policies:
-    if policy not in POLICIES:
-      raise InputError(
-        f'evals.policies "{policy}" is unknown: use {", ".join(POLICIES)}'
-      )
-
-
-def check_ratios(ratios: Sequence[float], show_max: float) -> None:
-  """Refuses mask ratios outside (0, 1] and a share of hints outside [0, 1]."""
-  wrong = [r for r in ratios if not 0 < r <= 1]
-  if wrong or not len(ratios):
-    raise InputError(
-      f"evals.ratios {tuple(ratios)} must hold numbers above 0 and at most 1, "
-      "such as (0.3,)"
-    )
-  if not 0 <= show_max <= 1:
-    raise InputError(f"evals.show_max {show_max} must lie between 0 and 1")
 
 
 def percent(ratio: float) -> str:

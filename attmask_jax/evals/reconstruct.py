@@ -90,11 +90,6 @@ def run(job: Job) -> Result:
       f"the {source.network} of {source.where} has no decoder: set "
       "--config.network=student"
     )
-  if evals.target not in ("", *TARGETS):
-    raise InputError(
-      f'evals.target "{evals.target}" is unknown: use normalised or raw, or '
-      "leave it out"
-    )
   params, guide = pictures.one_copy(job), None
   if job.guide:
     # Other weights do not hold the encoder's average: they guide themselves.

@@ -154,21 +154,6 @@ def _by_class(job: Job, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def _check(evals: object, depth: int) -> None:
   """Refuses settings that mean nothing."""
-  for key, known in (
-    ("explain", EXPLAINED),
-    ("row_sums", rollout.ROW_SUMS),
-    ("pairing", rollout.PAIRINGS),
-  ):
-    if evals[key] not in known:
-      raise InputError(
-        f'evals.{key} "{evals[key]}" is unknown: use {", ".join(known)}'
-      )
-  wrong = [f for f in evals.fusions if f not in rollout.FUSIONS]
-  if wrong or not evals.fusions:
-    raise InputError(
-      f"evals.fusions {tuple(evals.fusions)} must name some of "
-      f"{', '.join(rollout.FUSIONS)}"
-    )
   if not 0 <= evals.discard < 1:
     raise InputError(
       f"evals.discard {evals.discard} must be at least 0 and below 1: it is "

@@ -10,7 +10,7 @@ import pytest
 import small
 from PIL import Image
 
-from attmask_jax import data
+from attmask_jax import data, evaluate
 from attmask_jax import mesh as meshes
 from attmask_jax.data import shapes
 from attmask_jax.errors import InputError
@@ -425,17 +425,22 @@ def test_clear_messages(monkeypatch, tmp_path):
   missing = str(tmp_path / "nothing_here")
   where = {"evals.images": missing}
   refuses(attention.run, job("attention", where), "nothing_here")
-  refuses(attention.run, job("attention", {"evals.keep": 0.0}), "keep 0")
-  refuses(masks.run, job("masks", {"evals.ratios": (0.3, 30.0)}), "30.0")
-  refuses(masks.run, job("masks", {"evals.show_max": 2.0}), "show_max 2.0")
-  refuses(masks.run, job("masks", {"evals.count": -1}), "count -1")
-  refuses(masks.run, job("masks", {"data.image_size": 3}), "patch of 4 pixels")
+  # Before an evaluation runs its keys are checked, and its images' size.
+  keys = lambda job: evaluate.check_values(job.config)
+  sizes = lambda job: evaluate.complete(job.config, job.weights)
+  refuses(keys, job("attention", {"evals.keep": 0.0}), "keep 0")
+  refuses(keys, job("masks", {"evals.ratios": (0.3, 30.0)}), "30.0")
+  refuses(keys, job("masks", {"evals.ratios": ()}), "ratios")
+  refuses(keys, job("overlap", {"evals.ratios": (0.0,)}), "ratios .0.0,.")
+  refuses(keys, job("masks", {"evals.show_max": 2.0}), "show_max 2.0")
+  refuses(keys, job("masks", {"evals.count": -1}), "count -1")
+  refuses(keys, job("overlap", {"evals.count": -1}), "count -1")
+  refuses(keys, job("pca", {"evals.every": 0}), "every 0")
+  refuses(keys, job("masks", {"evals.policies": ("none",)}), "none")
+  refuses(sizes, job("masks", {"data.image_size": 3}), "3 .* size 4: .* 4 or 8")
   refuses(
-    overlap.run,
-    job("overlap", {"data.image_size": 18}),
-    "18 is not a multiple of the patch size 4: .*=16",
+    sizes, job("overlap", {"data.image_size": 18}), "18 is not .* 16 or 20"
   )
-  refuses(masks.run, job("masks", {"evals.policies": ("none",)}), "none")
   plain = types.SimpleNamespace(name="plain pictures")
   monkeypatch.setattr(data, "build", lambda config, split: plain)
   refuses(overlap.run, job("overlap", {}), "plain pictures has none: set")
