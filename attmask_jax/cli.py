@@ -13,15 +13,15 @@ Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
 --config.data.batch_size=64; docs/config.md lists all keys with their meaning,
 configs/ the experiments.
 
-Exit codes: 0 the work asked for is done, 1 a failure of the program or the
-machine, 2 bad input, 3 the loss is not finite, 128 + n stopped by signal n
-after saving.
+Exit codes: 0 done, 1 a failure of the program or the machine, 2 bad input,
+3 the loss is not finite, 128 + n stopped by signal n after saving.
 """
 
 import logging as python_logging
 import re
 import sys
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -58,47 +58,32 @@ _BACKBONE_ONLY = flags.DEFINE_bool(
 )
 
 
-def run(argv: list[str]) -> None:
-  """Runs one mode of the program.
+def main(argv: list[str]) -> int:
+  """Runs one mode; returns the exit code.
 
-  Raises:
-    InputError: bad flags, config or files; see `train`, `evaluate` and
-      `interchange`.
+  An error that the user can act on becomes one sentence, not a traceback.
   """
   # Here, so that a wrong flag is answered at once.
   from attmask_jax import evaluate, interchange, train
 
-  if len(argv) > 1:
-    raise InputError(
-      f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
-    )
   _quiet_libraries()
-  config = _CONFIG.value
-  if _MODE.value == "train":
-    if "name" in config.get("evals", {}):
-      raise InputError(
-        "this config describes an evaluation: add --mode=eval and "
-        "--config.weights=RUN"
-      )
-    train.train(config, _WORKDIR.value)
-  elif _MODE.value == "eval":
-    evaluate.evaluate(config, _WORKDIR.value)
-  elif _MODE.value == "import":
-    interchange.import_weights(config, _OUTPUT.value)
-  else:
-    interchange.export_weights(
-      config,
-      _OUTPUT.value,
-      format=_FORMAT.value,
-      dtype=_DTYPE.value,
-      backbone_only=_BACKBONE_ONLY.value,
-    )
-
-
-def main(argv: list[str]) -> int:
-  """`run`, with one sentence instead of a traceback where the user can act."""
+  config, workdir = _CONFIG.value, _WORKDIR.value
   try:
-    run(argv)
+    _check(argv, config)
+    if _MODE.value == "train":
+      train.train(config, workdir)
+    elif _MODE.value == "eval":
+      evaluate.evaluate(config, workdir)
+    elif _MODE.value == "import":
+      interchange.import_weights(config, _OUTPUT.value)
+    else:
+      interchange.export_weights(
+        config,
+        _OUTPUT.value,
+        format=_FORMAT.value,
+        dtype=_DTYPE.value,
+        backbone_only=_BACKBONE_ONLY.value,
+      )
   except InputError as error:
     return _fail(error, 2)
   except NotFiniteError as error:
@@ -110,6 +95,18 @@ def main(argv: list[str]) -> int:
       "interrupted; the same command continues from the last save", 130
     )
   return 0
+
+
+def _check(argv: list[str], config: ml_collections.ConfigDict) -> None:
+  if len(argv) > 1:
+    raise InputError(
+      f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
+    )
+  if _MODE.value == "train" and "name" in config.get("evals", {}):
+    raise InputError(
+      "this config describes an evaluation: add --mode=eval and "
+      "--config.weights=RUN"
+    )
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -156,9 +153,9 @@ def _example() -> str:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-  """The words with the path of a config that is given by name.
+  """The arguments with a config given by name replaced by its path.
 
-  Import and export need no config of the user's: any evaluation's does.
+  Import and export need none from the user; that of an evaluation is used.
   """
   words = list(argv)
   for i, word in enumerate(words):

@@ -1,11 +1,12 @@
 """The training loop: data, steps, metrics, evaluations, checkpoints.
 
-The loop knows no method: methods/base.py says what it asks of one.
+The loop knows no particular method, only the interface of methods/base.py.
 """
 
 import contextlib
 import pathlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from attmask_jax import Params, runtime
+from attmask_jax import Batch, Params, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import NotFiniteError, StoppedError
 from attmask_jax.runs import checkpoint, metrics, progress, report
@@ -34,9 +35,9 @@ def train(
   """Trains to the end of the config, continuing what the directory holds.
 
   Args:
-    config: a whole config, see configs/.
+    config: a complete config, see configs/.
     workdir: run directory; made if missing.
-    start: values in the place of initial ones, see `train_step.overlay`.
+    start: values that replace initial ones, see `train_step.overlay`.
 
   Returns:
     The parts of the run, for later use.
@@ -56,7 +57,7 @@ def train(
     defaults=setup.defaults(config),
   )
   begun = 0
-  # A run that continues needs nothing of the file that it started from.
+  # A run that continues does not read the file that it started from.
   fresh = not checkpoint.steps(folder)
   if config.get("init_from") and not start and fresh:
     start, epoch = init_from.start(config, run.method, run.mesh)
@@ -66,7 +67,7 @@ def train(
   ) as saved:
     loop = Loop(run, folder, saved, start or {}, begun)
     run_config.write_config(config, folder, images=len(run.train_source))
-    loop.run_all()
+    loop.run()
   return run
 
 
@@ -90,7 +91,7 @@ class Loop:
       batch_size=config.data.batch_size,
     )
     parts = (run.method, run.tx, run.mesh)
-    # Steps done in this directory, or by the run whose weights are taken up.
+    # Steps done in this directory, or by the run that `init_from` continues.
     self._start = begun if saved.latest is None else saved.latest
     if saved.latest is None:
       self._state, shardings = train_step.init_state(
@@ -107,7 +108,7 @@ class Loop:
       f"{parameter_overview.count_parameters(self._state.params):,}",
       run.mesh.size,
     )
-    self._step_fn = train_step.make_step(
+    self._train_step = train_step.make_step(
       *parts,
       shardings,
       seed=config.method.seed,
@@ -121,58 +122,57 @@ class Loop:
     )
     self._signal: int | None = None
 
-  def run_all(self) -> None:
-    """Trains from the restored step to the last."""
-    total = self._run.schedules.total_steps
-    handlers = self._catch_signals()
-    try:
-      if self._start == 0:
-        logging.info("evaluating before the first step")
-        scores = self._run.evaluator.before(self._state)
-        self._write(0, scores | self._figures(0))
-        self._report()
-      if self._start < total:
-        self._train(total)
-        logging.info("finished %d steps in %s", total, self._folder)
-      else:
+  def run(self) -> None:
+    """Trains from the restored step to the last one."""
+    start, total = self._start, self._run.schedules.total_steps
+    with contextlib.closing(self._writer), self._signals_noted():
+      if start == 0:
+        self._evaluate_untrained()
+      if start >= total:
         logging.info("%s already holds all %d steps", self._folder, total)
-    finally:
-      for number, handler in handlers.items():
-        signal.signal(number, handler)
-      self._writer.close()
+        return
+      with self._progress(total) as bar, self._batches(total) as batches:
+        pending: tuple | None = None
+        for i in range(start, total):
+          with self._clock.waiting():
+            batch = next(batches)
+          scalars = self._run.schedules.at(i) | self._run.method.at(i)
+          self._state, values, per_image = self._train_step(
+            self._state, batch, meshes.put(self._run.mesh, scalars)
+          )
+          # Metrics are read one step late, while the device is busy.
+          if pending:
+            self._record(*pending, bar)
+          pending = (i, values, scalars, batch["label"], per_image)
+          if self._save_due(i + 1, total):
+            # Before a save or an evaluation, this very step must be finite.
+            self._record(*pending, bar)
+            pending = None
+            self._evaluate_and_save(i + 1, total)
+    logging.info("finished %d steps in %s", total, self._folder)
 
-  def _train(self, total: int) -> None:
-    """Steps from start to total. Reads metrics one step behind the device."""
-    run = self._run
-    host = run.pipeline.batches(self._start, total)
-    batches = meshes.ahead(run.mesh, host)
-    pending: tuple | None = None
-    self._clock = progress.Clock(run.config.data.batch_size)
-    bar = progress.Progress(
-      total,
-      self._start,
-      "train",
-      images_per_step=run.config.data.batch_size,
+  def _evaluate_untrained(self) -> None:
+    logging.info("evaluating before the first step")
+    scores = self._run.evaluator.before(self._state)
+    self._write(0, scores | self._draw(0))
+    self._report()
+
+  def _progress(self, total: int) -> progress.Progress:
+    images = self._run.config.data.batch_size
+    self._clock = progress.Clock(images)
+    return progress.Progress(
+      total, self._start, "train", images_per_step=images
     )
-    with bar, contextlib.closing(host):
-      for i in range(self._start, total):
-        with self._clock.waiting():
-          batch = next(batches)
-        scalars = run.schedules.at(i) | run.method.at(i)
-        self._state, values, per_image = self._step_fn(
-          self._state, batch, meshes.put(run.mesh, scalars)
-        )
-        if pending:
-          self._take(*pending, bar)
-        pending = (i, values, scalars, batch["label"], per_image)
-        if self._due(i + 1, total):
-          # Before a save or an evaluation, this very step must be finite.
-          self._take(*pending, bar)
-          pending = None
-          self._after(i + 1, total)
 
-  def _due(self, done: int, total: int) -> bool:
-    """Whether the run saves after this step, or does even more."""
+  @contextlib.contextmanager
+  def _batches(self, total: int) -> Iterator[Iterator[Batch]]:
+    """The batches from the first step to the last, on the devices."""
+    host = self._run.pipeline.batches(self._start, total)
+    with contextlib.closing(host):
+      yield meshes.ahead(self._run.mesh, host)
+
+  def _save_due(self, done: int, total: int) -> bool:
+    """Whether a save, perhaps with an evaluation, follows `done` steps."""
     config = self._run.config.run
     periods = (
       self._run.schedules.steps_per_epoch,
@@ -182,7 +182,7 @@ class Loop:
     due = any(period and done % period == 0 for period in periods)
     return due or done == total or self._stopping(done)
 
-  def _take(
+  def _record(
     self,
     i: int,
     values: dict[str, jax.Array],
@@ -191,18 +191,18 @@ class Loop:
     per_image: dict[str, jax.Array],
     bar: progress.Progress,
   ) -> None:
-    """Reads the results of step i: checks, sums, logs."""
+    """Checks, sums and logs the results of step i."""
     numbers = {k: float(v) for k, v in jax.device_get(values).items()}
     wrong = [k for k, v in numbers.items() if not np.isfinite(v)]
     if wrong:
       self._saved.wait()
-      shown = ", ".join(f"{k} = {numbers[k]}" for k in wrong)
+      values = ", ".join(f"{k} = {numbers[k]}" for k in wrong)
       latest = self._saved.latest
       kept = "there is no checkpoint yet"
       if latest is not None:
         kept = f"the last good checkpoint is step {latest} of {self._folder}"
       raise NotFiniteError(
-        f"step {i + 1} is not finite: {shown}; {kept}: lower "
+        f"step {i + 1} is not finite: {values}; {kept}: lower "
         "optim.lr_per_256 or optim.clip, or warm up longer, in a new workdir"
       )
     numbers |= {k: float(v) for k, v in scalars.items() if np.ndim(v) == 0}
@@ -214,8 +214,12 @@ class Loop:
       self._epoch.window.reset()
       self._write(i + 1, window | self._clock.lap(), "train/")
 
-  def _after(self, done: int, total: int) -> None:
-    """End of an epoch, or a save between: scores, k-NN, checkpoint."""
+  def _evaluate_and_save(self, done: int, total: int) -> None:
+    """At the end of an epoch scores and evaluates; always saves.
+
+    Raises:
+      StoppedError: a signal came; the state is saved.
+    """
     evals = self._run.config.evals
     s = self._run.schedules.steps_per_epoch
     scores: dict[str, float] = {}
@@ -226,7 +230,7 @@ class Loop:
         with self._clock.paused():
           scores = self._run.evaluator.scores(self._state)
           # Before the save: a finished run is left as it is.
-          figures = self._figures(done)
+          figures = self._draw(done)
         self._write(done, scores | figures)
         self._report()
     self._save(done, scores)
@@ -250,7 +254,7 @@ class Loop:
       self._saved.save(done, items, sums, metrics=scores)
 
   def _restore(self, like: train_step.TrainState) -> train_step.TrainState:
-    """The newest checkpoint's state; takes up its epoch and broken files."""
+    """Restores the newest checkpoint: state, epoch sums and broken files."""
     wanted = like.items() | {"epoch": self._epoch.items(self._run.mesh)}
     items, sums = self._saved.restore(self._start, wanted)
     self._epoch.restore(items["epoch"], sums)
@@ -258,8 +262,8 @@ class Loop:
     self._run.pipeline.restore_broken(broken)
     return like.from_items(items)
 
-  def _figures(self, done: int) -> dict[str, float]:
-    """Draws what the run shows of its state; the numbers beside it."""
+  def _draw(self, done: int) -> dict[str, float]:
+    """Draws the figures; returns the numbers measured for them."""
     folder = self._folder / "figures"
     scores = self._run.evaluator.figures(self._state, folder)
     for path in sorted(folder.glob("*.png")):
@@ -268,7 +272,7 @@ class Loop:
     return scores
 
   def _report(self) -> None:
-    """Rewrites the run's page."""
+    """Rewrites report.html."""
     self._writer.flush()
     if jax.process_index() == 0:
       report.write(self._folder)
@@ -284,13 +288,12 @@ class Loop:
     if values:
       self._writer.write(done, {prefix + k: v for k, v in values.items()})
 
-  def _catch_signals(self) -> dict[int, Any]:
-    """Single process: note the signal, finish the step, save, stop.
+  @contextlib.contextmanager
+  def _signals_noted(self) -> Iterator[None]:
+    """In a single process a signal finishes the step, saves and stops.
 
     Several processes must stop at the same step; there Orbax agrees on it.
     """
-    if jax.process_count() > 1:
-      return {}
 
     def note(number: int, _: Any) -> None:
       if self._signal is not None:
@@ -302,8 +305,14 @@ class Loop:
         number,
       )
 
-    caught = (signal.SIGTERM, signal.SIGINT)
-    return {number: signal.signal(number, note) for number in caught}
+    single = jax.process_count() == 1
+    caught = (signal.SIGTERM, signal.SIGINT) if single else ()
+    before = {number: signal.signal(number, note) for number in caught}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
 
   def _stopping(self, done: int) -> bool:
     return self._signal is not None or self._saved.preempted(done)
