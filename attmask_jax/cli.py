@@ -17,17 +17,28 @@ Exit codes: 0 done, 1 a failure of the program or the machine, 2 bad input,
 3 the loss is not finite, 128 + n stopped by signal n after saving.
 """
 
+import errno
+import inspect
 import logging as python_logging
+import os
 import re
+import signal
 import sys
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from attmask_jax import recipes
-from attmask_jax.errors import InputError, NotFiniteError, StoppedError
+from attmask_jax.errors import (
+  InputError,
+  NotFiniteError,
+  SaveError,
+  StoppedError,
+)
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 EXAMPLE = "--config=tiny --workdir=runs/tiny"
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -88,12 +99,20 @@ def main(argv: list[str]) -> int:
     return _fail(error, 2)
   except NotFiniteError as error:
     return _fail(error, 3)
+  except SaveError as error:
+    return _fail(error, 1)
+  except OSError as error:
+    if error.errno not in DISK_ERRORS:
+      raise
+    return _fail(
+      f"{error.filename or workdir}: {error.strerror}: make room or repair the "
+      "disk; the same command continues from the last whole checkpoint, if any",
+      1,
+    )
   except StoppedError as error:
     return _fail(error, 128 + error.signal)
   except KeyboardInterrupt:
-    return _fail(
-      "interrupted; the same command continues from the last save", 130
-    )
+    return _fail("interrupted", 128 + signal.SIGINT)
   return 0
 
 
@@ -204,14 +223,27 @@ def _fail(error: object, code: int) -> int:
 
 
 def _quiet_libraries() -> None:
-  """Our own progress to the terminal; libraries from warnings up."""
+  """Our own progress to the terminal; libraries from warnings up.
+
+  Where a save fails, Orbax and TensorStore also print a traceback for each
+  thread and array. The first error is raised to us, and one is enough.
+  """
   logging.set_verbosity(logging.INFO)
 
-  def is_ours(record: python_logging.LogRecord) -> bool:
-    ours = record.pathname.startswith(str(recipes.PACKAGE))
-    return ours or record.levelno >= python_logging.WARNING
+  def worth_printing(record: python_logging.LogRecord) -> bool:
+    if record.pathname.startswith(str(recipes.PACKAGE)):
+      return True
+    of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    raised = of_orbax and record.levelno == python_logging.ERROR
+    return record.levelno >= python_logging.WARNING and not raised
 
-  logging.get_absl_handler().addFilter(is_ours)
+  def hook(unraisable: Any) -> None:
+    closed = str(unraisable.exc_value) == "Event loop is closed"
+    if not closed and not inspect.iscoroutine(unraisable.object):
+      sys.__unraisablehook__(unraisable)
+
+  logging.get_absl_handler().addFilter(worth_printing)
+  sys.unraisablehook = hook
 
 
 def entry() -> None:

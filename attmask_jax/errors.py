@@ -8,8 +8,16 @@ class InputError(ValueError):
   """
 
 
+class DamagedError(InputError):
+  """A checkpoint cannot be read, or parts of it are missing."""
+
+
 class NotFiniteError(RuntimeError):
-  """A loss or gradient became NaN or infinite; nothing bad was saved."""
+  """A loss, gradient or weight became NaN or infinite; it was not saved."""
+
+
+class SaveError(RuntimeError):
+  """The state of a run could not be saved; earlier saves are untouched."""
 
 
 class StoppedError(RuntimeError):

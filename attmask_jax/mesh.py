@@ -182,6 +182,23 @@ def local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
 
 
+def barrier(name: str) -> None:
+  """Waits until every process has reached the barrier of that name."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
+
+
+def from_first(code: int) -> int:
+  """The number that process 0 has, on every process."""
+  if jax.process_count() == 1:
+    return code
+  from jax.experimental import multihost_utils
+
+  return int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+
+
 def union(mine: dict[int, str]) -> dict[int, str]:
   """The dictionaries of all processes in one, on every process."""
   if jax.process_count() == 1:

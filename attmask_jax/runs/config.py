@@ -108,6 +108,9 @@ class RunKeys:
   keep_steps: int = schema.key(
     0, "keep checkpoints at multiples of this for good, 0 = none", low=0
   )
+  break_lock: bool = schema.key(
+    False, "train in a directory that another process seems to train in"
+  )
   tensorboard: bool = schema.key(True, "write TensorBoard's event files")
   wandb: WandbKeys = schema.key(WandbKeys(), "Weights & Biases")
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-from jax.experimental import multihost_utils
 from PIL import Image
 
 from attmask_jax import Params, atomic
@@ -270,5 +269,4 @@ def finish(
     record = {"step": step, "layer": layer, "class_names": list(class_names)}
     with atomic.replaced(folder / FILE) as temporary:
       temporary.write_text(json.dumps(record) + "\n")
-  if jax.process_count() > 1:  # the others read it next
-    multihost_utils.sync_global_devices(FILE)
+  meshes.barrier(FILE)  # the others read it next
