@@ -7,7 +7,7 @@ import contextlib
 import pathlib
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -18,7 +18,7 @@ from clu import parameter_overview
 from attmask_jax import Batch, Params, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import NotFiniteError, StoppedError
-from attmask_jax.runs import checkpoint, metrics, progress, report
+from attmask_jax.runs import checkpoint, lock, metrics, progress, report
 from attmask_jax.runs import config as run_config
 from attmask_jax.training import setup, train_step
 from attmask_jax.training.epoch import Epoch
@@ -56,19 +56,33 @@ def train(
     images=len(run.train_source),
     defaults=setup.defaults(config),
   )
-  begun = 0
+  with lock.RunLock(folder, break_lock=config.run.break_lock) as held:
+    _train(run, folder, held, start or {})
+  return run
+
+
+def _train(
+  run: Run,
+  folder: pathlib.Path,
+  held: lock.RunLock,
+  start: dict[str, Params],
+) -> None:
+  """`train` in a directory that no other process writes to."""
+  config, begun = run.config, 0
   # A run that continues does not read the file that it started from.
   fresh = not checkpoint.steps(folder)
   if config.get("init_from") and not start and fresh:
     start, epoch = init_from.start(config, run.method, run.mesh)
     begun = epoch * run.schedules.steps_per_epoch
   with checkpoint.Checkpoints(
-    folder, keep_steps=config.run.keep_steps, best=run.evaluator.best
+    folder,
+    keep_steps=config.run.keep_steps,
+    best=run.evaluator.best,
+    alone=held.alone,
   ) as saved:
-    loop = Loop(run, folder, saved, start or {}, begun)
+    loop = Loop(run, folder, held, saved, start, begun)
     run_config.write_config(config, folder, images=len(run.train_source))
     loop.run()
-  return run
 
 
 class Loop:
@@ -78,12 +92,14 @@ class Loop:
     self,
     run: Run,
     folder: pathlib.Path,
+    held: lock.RunLock,
     saved: checkpoint.Checkpoints,
     start: dict[str, Params],
     begun: int,
   ) -> None:
     config = run.config
-    self._run, self._folder, self._saved = run, folder, saved
+    self._run, self._folder = run, folder
+    self._lock, self._saved = held, saved
     self._epoch = Epoch(
       run.method,
       steps=run.schedules.steps_per_epoch,
@@ -92,7 +108,7 @@ class Loop:
     )
     parts = (run.method, run.tx, run.mesh)
     # Steps done in this directory, or by the run that `init_from` continues.
-    self._start = begun if saved.latest is None else saved.latest
+    self._start = begun
     if saved.latest is None:
       self._state, shardings = train_step.init_state(
         *parts, seed=config.method.seed
@@ -195,16 +211,7 @@ class Loop:
     numbers = {k: float(v) for k, v in jax.device_get(values).items()}
     wrong = [k for k, v in numbers.items() if not np.isfinite(v)]
     if wrong:
-      self._saved.wait()
-      values = ", ".join(f"{k} = {numbers[k]}" for k in wrong)
-      latest = self._saved.latest
-      kept = "there is no checkpoint yet"
-      if latest is not None:
-        kept = f"the last good checkpoint is step {latest} of {self._folder}"
-      raise NotFiniteError(
-        f"step {i + 1} is not finite: {values}; {kept}: lower "
-        "optim.lr_per_256 or optim.clip, or warm up longer, in a new workdir"
-      )
+      self._stop_not_finite(i + 1, [f"{k} = {numbers[k]}" for k in wrong])
     numbers |= {k: float(v) for k, v in scalars.items() if np.ndim(v) == 0}
     self._epoch.add(i, numbers, label, per_image)
     self._clock.step()
@@ -214,12 +221,32 @@ class Loop:
       self._epoch.window.reset()
       self._write(i + 1, window | self._clock.lap(), "train/")
 
+  def _stop_not_finite(self, step: int, names: list[str]) -> NoReturn:
+    self._saved.wait()
+    raise NotFiniteError(
+      f"step {step} is not finite: {', '.join(names)}; {self._kept()}: lower "
+      "optim.lr_per_256 or optim.clip, or warm up longer, in a new workdir"
+    )
+
+  def _kept(self) -> str:
+    """What a later start continues from."""
+    latest = self._saved.latest
+    if latest is None:
+      return "there is no checkpoint yet"
+    return f"the last good checkpoint is step {latest} of {self._folder}"
+
   def _evaluate_and_save(self, done: int, total: int) -> None:
     """At the end of an epoch scores and evaluates; always saves.
 
     Raises:
+      NotFiniteError: the step made a weight infinite; it is not saved.
+      SaveError: another process has taken the directory over.
       StoppedError: a signal came; the state is saved.
     """
+    self._lock.check()
+    flags = jax.device_get(train_step.not_finite(self._state))
+    if any(flags.values()):
+      self._stop_not_finite(done, [name for name, bad in flags.items() if bad])
     evals = self._run.config.evals
     s = self._run.schedules.steps_per_epoch
     scores: dict[str, float] = {}
@@ -254,9 +281,9 @@ class Loop:
       self._saved.save(done, items, sums, metrics=scores)
 
   def _restore(self, like: train_step.TrainState) -> train_step.TrainState:
-    """Restores the newest checkpoint: state, epoch sums and broken files."""
+    """Restores state, epoch sums and broken files of the newest checkpoint."""
     wanted = like.items() | {"epoch": self._epoch.items(self._run.mesh)}
-    items, sums = self._saved.restore(self._start, wanted)
+    self._start, items, sums = self._saved.restore_latest(wanted)
     self._epoch.restore(items["epoch"], sums)
     broken = {int(k): v for k, v in sums["broken"].items()}
     self._run.pipeline.restore_broken(broken)
@@ -310,6 +337,12 @@ class Loop:
     before = {number: signal.signal(number, note) for number in caught}
     try:
       yield
+    except KeyboardInterrupt as error:
+      raise StoppedError(
+        f"interrupted without saving; {self._kept()}: the same command "
+        "continues from there",
+        signal=signal.SIGINT,
+      ) from error
     finally:
       for number, handler in before.items():
         signal.signal(number, handler)

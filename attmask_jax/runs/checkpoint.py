@@ -5,8 +5,14 @@ as arrays on any mesh, epoch (what the epoch's scores are made of) and progress
 (running sums, as JSON). Evaluation restores one item and not the rest.
 """
 
+import contextlib
+import dataclasses
+import itertools
+import json
 import pathlib
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -16,7 +22,8 @@ from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from attmask_jax import Params, trees
-from attmask_jax.errors import InputError
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import DamagedError, InputError, SaveError
 
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
 
@@ -54,8 +61,58 @@ def steps(workdir: pathlib.Path) -> list[int]:
   return sorted(int(e.name) for e in entries if e.name.isdigit())
 
 
+def check_whole(folder: pathlib.Path) -> None:
+  """Makes sure that every item of a checkpoint is there; reads no arrays.
+
+  Args:
+    folder: RUN/checkpoints/STEP.
+
+  Raises:
+    DamagedError: with the first item that is missing.
+  """
+  path = folder / "_CHECKPOINT_METADATA"
+  try:
+    items = sorted(json.loads(path.read_text())["item_handlers"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise DamagedError(f"{path} cannot be read ({error})") from error
+  for item in items:
+    # Orbax writes this file of an item last.
+    last = "_METADATA" if item in ARRAY_ITEMS else "*"
+    if not any((folder / item).glob(last)):
+      raise DamagedError(f"{folder / item} is missing or not complete")
+
+
+@dataclasses.dataclass(frozen=True)
+class _LatestWhole(keep.PreservationPolicy):
+  """Keeps the newest checkpoint and the newest whole one before it.
+
+  Orbax asks while the newest is still being written.
+  """
+
+  folder: pathlib.Path
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[Any],
+    *,
+    context: keep.PreservationContext,
+  ) -> Sequence[bool]:
+    """One bool per checkpoint, which are sorted by step."""
+    preserved = [False] * len(checkpoints)
+    preserved[-1:] = [True]
+    for i in reversed(range(len(checkpoints) - 1)):
+      try:
+        check_whole(self.folder / str(checkpoints[i].step))
+      except DamagedError as error:
+        logging.warning("%s", error)
+        continue
+      preserved[i] = True
+      break
+    return preserved
+
+
 class Checkpoints:
-  """The checkpoints of one run directory: latest, best and every N steps.
+  """The checkpoints of one run directory: last two, best and every N steps.
 
   Attributes:
     latest: step of the newest complete checkpoint, or None.
@@ -67,6 +124,7 @@ class Checkpoints:
     *,
     keep_steps: int = 0,
     best: str = "",
+    alone: bool = False,
   ) -> None:
     """Opens or creates `workdir/checkpoints`.
 
@@ -74,8 +132,11 @@ class Checkpoints:
       workdir: run directory.
       keep_steps: keep every checkpoint at a multiple of this, 0 = none.
       best: name of the metric whose maximum is kept, "" = none.
+      alone: whether no other process writes here, see `RunLock.alone`: deletes
+        what half-written saves have left.
     """
-    policies: list[keep.PreservationPolicy] = [keep.LatestN(1)]
+    self.folder = workdir / "checkpoints"
+    policies: list[keep.PreservationPolicy] = [_LatestWhole(self.folder)]
     value = lambda metrics: metrics.get(best, -np.inf)
     if best:
       # An earlier part of the run may have had k-NN off, hence no metrics.
@@ -86,7 +147,6 @@ class Checkpoints:
       )
     if keep_steps:
       policies.append(keep.EveryNSteps(keep_steps))
-    self.folder = workdir / "checkpoints"
     self._manager = ocp.CheckpointManager(
       self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(
@@ -94,7 +154,7 @@ class Checkpoints:
         # Makes Orbax write the metrics down, so that a continued run knows its
         # best; what is kept is up to the policies.
         best_fn=value if best else None,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=alone,
         enable_async_checkpointing=True,
       ),
       item_handlers={
@@ -106,8 +166,14 @@ class Checkpoints:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self._manager.close()
+  def __exit__(self, kind: type | None, *_: object) -> None:
+    with self._failing():
+      try:
+        self._manager.close()
+      except (ValueError, OSError, RuntimeError) as error:
+        if kind is None:
+          raise
+        logging.error("the last save failed: %s", _reason(error))
 
   @property
   def latest(self) -> int | None:
@@ -129,42 +195,113 @@ class Checkpoints:
       items: one tree of global arrays per name of ARRAY_ITEMS.
       progress: JSON-able.
       metrics: what `best` is chosen by; None never is the best.
+
+    Raises:
+      SaveError: no room for it; or the save before failed.
     """
     if step in self._manager.all_steps():
       return
+    self._check_room(step, items)
     args = {
       name: ocp.args.StandardSave(tree)
       for name, tree in items.items()
       if jax.tree.leaves(tree)  # Orbax refuses an empty item
     }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(**args, progress=ocp.args.JsonSave(progress)),
-      metrics=metrics or {},
-      force=True,
-    )
+    with self._failing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**args, progress=ocp.args.JsonSave(progress)),
+        metrics=metrics or {},
+        force=True,
+      )
 
   def preempted(self, step: int) -> bool:
     """Whether the cluster told any process to stop; the same on all."""
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    """Blocks until what was saved is complete on disk."""
-    self._manager.wait_until_finished()
-
-  def restore(
-    self, step: int, like: dict[str, Params]
-  ) -> tuple[dict[str, Params], dict[str, Any]]:
-    """Reads a checkpoint onto the shardings of `like`.
-
-    Args:
-      step: a step of this directory.
-      like: trees of arrays or ShapeDtypeStructs with shardings.
+    """Blocks until what was saved is complete on disk.
 
     Raises:
-      InputError: another architecture, with the first tensor that differs, or
-        damaged files.
+      SaveError: it could not be written.
     """
+    with self._failing():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _failing(self) -> Iterator[None]:
+    """Turns what Orbax raises where it cannot write into one sentence."""
+    try:
+      yield
+    except (ValueError, OSError, RuntimeError) as error:
+      raise SaveError(
+        f"no checkpoint could be written to {self.folder} ({_reason(error)}): "
+        "make room or repair the disk; the same command continues from the "
+        "last whole checkpoint"
+      ) from error
+
+  def _check_room(self, step: int, items: dict[str, Params]) -> None:
+    """Refuses a save that the disk has no room for, before it begins."""
+    needed = sum(x.nbytes for x in jax.tree.leaves(items))
+    free = shutil.disk_usage(self.folder).free
+    if not meshes.from_first(int(free >= needed)):
+      raise SaveError(
+        f"the checkpoint of step {step} needs {needed / 2**20:.0f} MiB, and "
+        f"{free / 2**20:.0f} MiB are free in {self.folder}: make room; the "
+        "same command continues from the last whole checkpoint"
+      )
+
+  def restore_latest(
+    self, like: dict[str, Params]
+  ) -> tuple[int, dict[str, Params], dict[str, Any]]:
+    """Reads the newest checkpoint that can be read.
+
+    Damaged ones that are newer are renamed to STEP.damaged.
+
+    Args:
+      like: trees of arrays or ShapeDtypeStructs with shardings.
+
+    Returns:
+      Its step, trees on the shardings of `like`, and the progress.
+
+    Raises:
+      InputError: a checkpoint of another architecture, with the first tensor
+        that differs.
+      DamagedError: none can be read.
+    """
+    while True:
+      step = self.latest
+      try:
+        return step, *self._restore(step, like)
+      except DamagedError as error:
+        if len(self._manager.all_steps()) == 1:
+          raise DamagedError(
+            f"{error}, and there is no older checkpoint: restore it from a "
+            "copy, or use another --workdir"
+          ) from error
+        aside = self._set_aside(step)
+        logging.warning(
+          "%s: kept as %s, the run continues from step %d",
+          error,
+          aside,
+          self.latest,
+        )
+
+  def _set_aside(self, step: int) -> pathlib.Path:
+    """Renames a damaged checkpoint; its new path."""
+    path = self.folder / str(step)
+    names = (f"{step}.damaged{n or ''}" for n in itertools.count())
+    aside = next(p for name in names if not (p := self.folder / name).exists())
+    meshes.barrier("damaged checkpoint: named")
+    if jax.process_index() == 0:
+      path.rename(aside)
+    meshes.barrier("damaged checkpoint: renamed")
+    self._manager.reload()
+    return aside
+
+  def _restore(
+    self, step: int, like: dict[str, Params]
+  ) -> tuple[dict[str, Params], dict[str, Any]]:
     wanted = {
       name: tree for name, tree in like.items() if jax.tree.leaves(tree)
     }
@@ -173,9 +310,10 @@ class Checkpoints:
       for name, tree in wanted.items()
     }
     try:
+      check_whole(self.folder / str(step))
       for name, tree in wanted.items():
         self._check_shapes(step, name, tree)
-      restored = self._manager.restore(
+      items = self._manager.restore(
         step,
         args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()),
       )
@@ -183,25 +321,30 @@ class Checkpoints:
       raise
     except (ValueError, OSError, KeyError) as error:
       reason = str(error).strip().splitlines()[0][:200]
-      raise InputError(
-        f"checkpoint {self.folder}/{step} is damaged ({reason}): move it away "
-        "to continue from an older one, or use another --workdir"
+      raise DamagedError(
+        f"checkpoint {self.folder}/{step} is damaged ({reason})"
       ) from error
     logging.info("restored step %d of %s", step, self.folder)
-    found = {name: restored[name] for name in wanted}
-    return like | found, restored["progress"]
+    restored = {name: items[name] for name in wanted}
+    return like | restored, items["progress"]
 
   def _check_shapes(self, step: int, name: str, tree: Params) -> None:
     saved = self._manager.item_metadata(step)[name]
-    found = {} if saved is None else trees.shapes(saved)
-    wanted = trees.shapes(tree)
-    for key in sorted(found.keys() | wanted.keys()):
-      if found.get(key) != wanted.get(key):
+    there = {} if saved is None else trees.shapes(saved)
+    here = trees.shapes(tree)
+    for key in sorted(there.keys() | here.keys()):
+      if there.get(key) != here.get(key):
         raise InputError(
           f"checkpoint {self.folder}/{step} is of another architecture: "
-          f"{name}/{key} has shape {found.get(key, 'absent')} there and "
-          f"{wanted.get(key, 'absent')} here; use the config it was made with"
+          f"{name}/{key} has shape {there.get(key, 'absent')} there and "
+          f"{here.get(key, 'absent')} here; use the config it was made with"
         )
+
+
+def _reason(error: Exception) -> str:
+  """The end of the first line, where TensorStore names the cause."""
+  line = str(error).strip().splitlines()[0].split(" [os_error_code")[0]
+  return line[-120:].rsplit(": ", 1)[-1]
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -159,6 +159,24 @@ def at_step(state: TrainState, step: int) -> TrainState:
   return state.replace(step=jax.device_put(count, state.step.sharding))
 
 
+@jax.jit
+def not_finite(state: TrainState) -> dict[str, jax.Array]:
+  """Which parts of a state hold NaN or infinite values: name -> [] bool."""
+
+  def bad(tree: Params) -> jax.Array:
+    floats = [
+      x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return jnp.any(jnp.array([~jnp.isfinite(x).all() for x in floats], bool))
+
+  return {
+    "parameters": bad(state.params),
+    "teacher": bad(state.teacher),
+    "centres": bad(state.aux),
+    "optimiser": bad(state.opt),
+  }
+
+
 def _leaves(tree: Params) -> list[tuple[Any, Any]]:
   return jax.tree_util.tree_leaves_with_path(tree)
 

@@ -18,7 +18,7 @@ from absl import logging
 
 from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
-from attmask_jax.errors import InputError
+from attmask_jax.errors import DamagedError, InputError
 from attmask_jax.methods import METHODS, base
 from attmask_jax.methods.base import Method
 from attmask_jax.runs import checkpoint
@@ -187,7 +187,7 @@ def load(
     file = files.read(where)
     options = dict(num_heads=num_heads, allow_missing=allow_missing)
     return _of_file(file, network, mesh, options)
-  run_dir, step = _locate(pathlib.Path(where).expanduser())
+  run_dir, steps = _locate(pathlib.Path(where).expanduser())
   config = run_config.read_config(run_dir)
   method = method_of(config)
   # The moving average of a short fine-tuning is nearly what it started from.
@@ -196,8 +196,13 @@ def load(
   if network == "untrained":
     step, params, aux = 0, _untrained(method, config, mesh), {}
   else:
-    params = restore.network(run_dir, step, network, shapes, mesh)
-    aux = restore.aux(run_dir, step, method, mesh, method.served_aux)
+    step, params, aux = _newest(
+      steps,
+      lambda step: (
+        restore.network(run_dir, step, network, shapes, mesh),
+        restore.aux(run_dir, step, method, mesh, method.served_aux),
+      ),
+    )
   where = f"{run_dir}/checkpoints/{step}"
   if network == "untrained":
     where = f"{run_dir}, untrained"
@@ -277,8 +282,22 @@ def digest(tree: Params) -> str:
   return total.hexdigest()[:16]
 
 
-def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-  """Run directory and step of a run, a checkpoint or one of its items."""
+def _newest(
+  steps: Sequence[int], read: Callable[[int], tuple[Params, Params]]
+) -> tuple[int, Params, Params]:
+  """The last of the steps that can be read, and what `read` returns of it."""
+  *older, step = steps
+  try:
+    return step, *read(step)
+  except DamagedError as error:
+    if not older:
+      raise
+    logging.warning("%s: reading step %d instead", error, older[-1])
+  return _newest(older, read)
+
+
+def _locate(path: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+  """Run directory and steps of a run, a checkpoint or one of its items."""
   if not path.exists():
     raise InputError(
       f"weights {path} do not exist: give a run directory, a checkpoint of "
@@ -287,7 +306,7 @@ def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   path = path.resolve()
   for folder in (path, path.parent):
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
-      return folder.parent.parent, int(folder.name)
+      return folder.parent.parent, [int(folder.name)]
   folder = path if path.name == "checkpoints" else path / "checkpoints"
   steps = checkpoint.steps(folder.parent)
   if not steps:
@@ -295,7 +314,7 @@ def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int]:
       f"{path} holds no checkpoint: give a run directory that has trained for "
       "at least one epoch, or a folder such as RUN/checkpoints/936"
     )
-  return folder.parent, steps[-1]
+  return folder.parent, steps
 
 
 def _shapes(method: Method, network: str) -> Params:

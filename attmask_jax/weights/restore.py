@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
-from attmask_jax.errors import InputError
+from attmask_jax.errors import DamagedError, InputError
 from attmask_jax.methods.base import Method
 
 
@@ -29,14 +29,17 @@ def network(
     mesh: devices that get a copy.
 
   Raises:
-    InputError: no such checkpoint, a damaged one, or other shapes.
+    DamagedError: the checkpoint is not there or cannot be read.
+    InputError: other shapes.
   """
   item = "params" if name == "student" else "teacher"
   folder = run_dir / "checkpoints" / str(step) / item
   if item == "teacher" and not folder.is_dir():
     folder = folder.with_name("params")  # a method without a teacher
   if not folder.is_dir():
-    raise InputError(f"{folder} is missing: {folder.parent} is no checkpoint")
+    raise DamagedError(
+      f"{folder} is missing: {folder.parent} is not a complete checkpoint"
+    )
   reader = ocp.StandardCheckpointer()
   try:
     # Of the handler: the checkpointer's own warns of a file we do not have.
@@ -57,7 +60,7 @@ def network(
     raise
   except (ValueError, OSError, KeyError) as error:
     reason = str(error).strip().splitlines()[0][:200]
-    raise InputError(f"{folder} is damaged ({reason})") from error
+    raise DamagedError(f"{folder} is damaged ({reason})") from error
   finally:
     reader.close()
 
