@@ -1,304 +1,36 @@
-"""Stopping and continuing, what is kept on disk, and what is refused."""
+"""What is kept on disk, what is damaged there, and what is refused."""
 
-import contextlib
-import json
-import os
-import pathlib
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import small
 from PIL import Image
+from stopping import (
+  MAIN,
+  assert_same_end,
+  at_step,
+  checkpoint_of,
+  command,
+  contents,
+  records_of,
+  steps_of,
+  stop,
+)
 
 from attmask_jax import data, train
-from attmask_jax.errors import InputError, NotFiniteError, StoppedError
-from attmask_jax.runs import checkpoint, metrics
-from attmask_jax.runs import config as run_config
-from attmask_jax.training import train_step
-
-MAIN = pathlib.Path(__file__).parents[2] / "main.py"
-WALL_CLOCK = {"train/img_per_s", "train/data_wait"}
-# One device or eight: sums in another order, see test_mesh.py; the numbers
-# that are logged are sums of such sums.
-PARAMETERS, LOGGED = 1e-5, 1e-4
-
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  small.use_devices(monkeypatch, 1)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-  """Folder of a run that was never stopped."""
-  folder = tmp_path_factory.mktemp("whole")
-  with pytest.MonkeyPatch.context() as monkeypatch:
-    small.use_devices(monkeypatch, 1)
-    train.train(small.config(), str(folder))
-  return folder
-
-
-@contextlib.contextmanager
-def at_step(number, act):
-  """Calls `act(results)` in place of the results of step `number`."""
-  make_step = train_step.make_step
-
-  def make(*args, **kwargs):
-    step = make_step(*args, **kwargs)
-
-    def call(state, *rest):
-      done = int(state.step) + 1
-      results = step(state, *rest)
-      return act(results) if done == number else results
-
-    return call
-
-  with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(train_step, "make_step", make)
-    yield
-
-
-def send(number):
-  """An action: a signal to this process."""
-
-  def act(results):
-    os.kill(os.getpid(), number)
-    return results
-
-  return act
-
-
-def power_cut(_):
-  raise RuntimeError("power cut")
-
-
-def stop(config, folder, step, act=None):
-  """Runs until a signal after `step` steps."""
-  with at_step(step, act or send(signal.SIGTERM)):
-    with pytest.raises(StoppedError) as error:
-      train.train(config, str(folder))
-  assert steps_of(folder)[-1] == step
-  return error.value
-
-
-def steps_of(folder):
-  """Complete checkpoints on disk."""
-  names = [p.name for p in (folder / "checkpoints").glob("*")]
-  return sorted(int(name) for name in names if name.isdigit())
-
-
-def checkpoint_of(folder, step):
-  """{item/leaf: array} of a checkpoint, read without our code, and progress."""
-  root = folder / "checkpoints" / str(step)
-  arrays = {}
-  with ocp.StandardCheckpointer() as reader:
-    # A method that keeps no rows of an epoch saves no item of it.
-    for item in (i for i in checkpoint.ARRAY_ITEMS if (root / i).exists()):
-      tree = reader.restore((root / item).absolute())
-      for path, leaf in jax.tree.leaves_with_path(tree):
-        arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-  progress = next((root / "progress").glob("*"))
-  return arrays, json.loads(progress.read_text())
-
-
-def records_of(folder):
-  """metrics.jsonl without wall-clock figures."""
-  return [
-    {k: v for k, v in record.items() if k not in WALL_CLOCK}
-    for record in metrics.read_metrics(folder / "metrics.jsonl")
-  ]
-
-
-def assert_same_end(folder, want_folder, step=small.TOTAL_STEPS):
-  """Bit for bit: state, epoch sums, and every number that was logged."""
-  got, progress = checkpoint_of(folder, step)
-  want, want_progress = checkpoint_of(want_folder, step)
-  assert sorted(got) == sorted(want)
-  for name in want:
-    assert got[name].dtype == want[name].dtype, name
-    assert got[name].tobytes() == want[name].tobytes(), name
-  ours, theirs = records_of(folder), records_of(want_folder)
-  assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-  assert ours == theirs
-  # The window's wall-clock-free sums; rates are no part of them.
-  assert progress == want_progress
-
-
-def contents(folder):
-  """{path: bytes} of all files below a folder."""
-  return {
-    str(p.relative_to(folder)): p.read_bytes()
-    for p in sorted(folder.rglob("*"))
-    if p.is_file()
-  }
-
-
-def test_the_run_measures_something(whole):
-  """Else equal scores would say nothing."""
-  for prefix in ("knn/", "epoch/nmi", "epoch/ari", "epoch/fscore"):
-    scores = [
-      tuple(v for k, v in record.items() if k.startswith(prefix))
-      for record in records_of(whole)
-    ]
-    assert len(set(scores) - {()}) > 1, prefix
-
-
-@pytest.mark.parametrize("step", [1, 5, 8])
-def test_stopped_by_a_signal_and_continued_is_the_same_run(
-  tmp_path, whole, step
-):
-  error = stop(small.config(), tmp_path, step)
-  assert error.signal == signal.SIGTERM
-  assert f"after step {step};" in str(error) and str(tmp_path) in str(error)
-  train.train(small.config(), str(tmp_path))
-  assert_same_end(tmp_path, whole)
-
-
-@pytest.mark.parametrize(
-  "family, changes",
-  [
-    ("mae", {"method.mask": "attmask_hint", "method.show_max": 0.3}),
-    ("extrema", {"method.drop_path": 0.1}),
-  ],
+from attmask_jax.errors import (
+  DamagedError,
+  InputError,
+  NotFiniteError,
+  SaveError,
 )
-def test_the_other_families_continue_as_if_never_stopped(
-  tmp_path, family, changes
-):
-  quick = {"optim.epochs": 1, "evals.mask_images": 0, "evals.overlap_images": 0}
-  config = lambda: small.config(changes | quick, arg=family)
-  train.train(config(), str(tmp_path / "whole"))
-  stop(config(), tmp_path / "stopped", 5)
-  train.train(config(), str(tmp_path / "stopped"))
-  end = small.STEPS_PER_EPOCH
-  assert_same_end(tmp_path / "stopped", tmp_path / "whole", end)
+from attmask_jax.runs import checkpoint, lock
+from attmask_jax.runs import config as run_config
 
-
-def test_stopped_again_and_again_is_the_same_run(tmp_path, whole):
-  for step in (2, 11, 16):
-    stop(small.config(), tmp_path, step)
-  train.train(small.config(), str(tmp_path))
-  assert_same_end(tmp_path, whole)
-
-
-def test_control_c_stops_like_a_signal(tmp_path):
-  before = signal.getsignal(signal.SIGINT)
-  error = stop(small.config(), tmp_path, 2, send(signal.SIGINT))
-  assert error.signal == signal.SIGINT
-  assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_crashed_between_checkpoints_is_the_same_run(tmp_path, whole):
-  config = small.config({"run.save_steps": 5})
-  with at_step(13, power_cut), pytest.raises(RuntimeError, match="power cut"):
-    train.train(config, str(tmp_path))
-  assert steps_of(tmp_path)[-1] == 10
-  train.train(small.config(), str(tmp_path))
-  assert_same_end(tmp_path, whole)
-
-
-def test_crashed_before_the_first_checkpoint_starts_again(tmp_path, whole):
-  with at_step(5, power_cut), pytest.raises(RuntimeError):
-    train.train(small.config(), str(tmp_path))
-  assert steps_of(tmp_path) == []
-  assert records_of(tmp_path)[-1]["step"] == 3
-  train.train(small.config(), str(tmp_path))
-  assert_same_end(tmp_path, whole)
-
-
-def command(workdir, changes):
-  """The command line of a small run."""
-  flags = [f"--config.{k}={v}" for k, v in (small.SIZES | changes).items()]
-  config = "--config=configs/tiny.py"
-  return [sys.executable, "main.py", config, f"--workdir={workdir}", *flags]
-
-
-def newest_step(folder):
-  """Step of the last line of metrics.jsonl, 0 before there is one."""
-  try:
-    return metrics.read_metrics(folder / "metrics.jsonl")[-1]["step"]
-  except (InputError, IndexError):
-    return 0
-
-
-def test_killed_and_continued_is_the_same_run(monkeypatch, tmp_path, programs):
-  small.use_devices(monkeypatch, 8)  # like the processes
-  epochs, folder = 4, tmp_path / "killed"
-  total = epochs * small.STEPS_PER_EPOCH
-  changes = {"optim.epochs": epochs, "run.log_steps": 1, "run.save_steps": 3}
-  options = dict(
-    cwd=MAIN.parent,
-    env=small.environment(programs),
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-  )
-  run = subprocess.Popen(command(folder, changes), **options)
-  try:
-    while newest_step(folder) < 10 and run.poll() is None:
-      time.sleep(0.005)
-  finally:
-    run.kill()
-    _, words = run.communicate()
-  assert run.returncode == -signal.SIGKILL, words.decode()
-  assert 8 <= steps_of(folder)[-1] < total
-  subprocess.run(command(folder, changes), check=True, **options)
-  changes["run.save_steps"] = 0
-  train.train(small.config(changes), str(tmp_path / "whole"))
-  assert_same_end(folder, tmp_path / "whole", total)
-
-
-@pytest.mark.parametrize("counts", [(1, 8), (8, 1)])
-def test_continued_on_another_number_of_devices(
-  monkeypatch, tmp_path, whole, counts
-):
-  small.use_devices(monkeypatch, counts[0])
-  stop(small.config(), tmp_path, 5)
-  small.use_devices(monkeypatch, counts[1])
-  train.train(small.config(), str(tmp_path))
-  states = []
-  for folder in (tmp_path, whole):
-    arrays, _ = checkpoint_of(folder, small.TOTAL_STEPS)
-    states.append(arrays)
-  got, want = states
-  for name in want:
-    if name.endswith("['qkv']['bias']") or "qkv.bias" in name:
-      continue  # of keys: see small.assert_close
-    np.testing.assert_allclose(
-      got[name], want[name], rtol=1e-4, atol=PARAMETERS, err_msg=name
-    )
-  for ours, theirs in zip(records_of(tmp_path), records_of(whole), strict=True):
-    assert ours == pytest.approx(theirs, rel=LOGGED, abs=LOGGED)
-
-
-def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
-  folder = tmp_path / "run"
-  shutil.copytree(whole, folder)
-  before = contents(folder)
-  with at_step(small.TOTAL_STEPS + 1, power_cut):
-    train.train(small.config(), str(folder))
-  assert contents(folder) == before
-
-
-def test_what_may_differ_when_a_run_continues(tmp_path, whole):
-  folder = tmp_path / "run"
-  shutil.copytree(whole, folder)
-  free = {
-    "run.log_steps": 7,
-    "run.save_steps": 3,
-    "evals.knn_ks": (3,),
-    "data.path": "/elsewhere",
-  }
-  train.train(small.config(free), str(folder))
-  assert records_of(folder) == records_of(whole)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(whole):
@@ -334,26 +66,139 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path, whole):
   assert contents(folder) == before
 
 
-def test_a_damaged_checkpoint_is_one_sentence(tmp_path, whole):
+def cut(folder):
+  """Leaves 10 bytes of each file of arrays below a folder."""
+  chunks = [path for path in folder.glob("**/d/*") if path.is_file()]
+  assert chunks
+  for chunk in chunks:
+    chunk.write_bytes(chunk.read_bytes()[:10])
+
+
+@pytest.mark.parametrize(
+  "damage, reason",
+  [
+    (lambda newest: cut(newest / "params"), "checkpoints/16 is damaged"),
+    (lambda newest: shutil.rmtree(newest / "train"), "16/train is missing"),
+    (lambda newest: cut(newest / "train"), "checkpoints/16 is damaged"),
+  ],
+)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+  tmp_path, whole, caplog, damage, reason
+):
   folder = tmp_path / "run"
   shutil.copytree(whole, folder)
-  chunks = folder.glob("checkpoints/16/params/**/d/*")
-  for chunk in [path for path in chunks if path.is_file()]:
-    chunk.write_bytes(chunk.read_bytes()[:10])
+  newest = folder / "checkpoints" / "16"
+  damage(newest)
+  before = contents(newest)
+  train.train(small.config(), str(folder))
+  assert_same_end(folder, whole)
+  assert contents(folder / "checkpoints" / "16.damaged") == before
+  (message,) = (m for m in caplog.messages if "damaged" in m)
+  assert reason in message and "continues from step 8" in message
+  assert "\n" not in message
+
+
+def test_the_only_checkpoint_is_damaged(tmp_path, whole):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / "checkpoints" / "8")
+  cut(folder / "checkpoints" / "16" / "params")
   before = contents(folder)
-  with pytest.raises(InputError, match="checkpoints/16 is damaged") as error:
+  with pytest.raises(DamagedError, match="there is no older checkpoint") as e:
     train.train(small.config(), str(folder))
-  assert "\n" not in str(error.value)
+  assert "checkpoints/16 is damaged" in str(e.value)
+  assert "\n" not in str(e.value)
   assert contents(folder) == before
 
 
-def test_a_checkpoint_without_an_item_is_one_sentence(tmp_path, whole):
+def test_an_older_checkpoint_stays_until_a_newer_one_is_whole(tmp_path):
+  items = {name: {"x": np.ones(3)} for name in checkpoint.ARRAY_ITEMS}
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    for step in (1, 2, 3):
+      saved.save(step, items, {})
+      saved.wait()
+    assert steps_of(tmp_path) == [2, 3]
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "params")
+    saved.save(4, items, {})
+    saved.wait()
+  assert steps_of(tmp_path) == [2, 4]
+
+
+def test_half_written_saves_are_deleted_by_who_is_alone(tmp_path):
+  left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp" / "params"
+  left.mkdir(parents=True)
+  items = {name: {"x": np.ones(3)} for name in checkpoint.ARRAY_ITEMS}
+  for alone in (False, True):
+    with checkpoint.Checkpoints(tmp_path, alone=alone) as saved:
+      assert saved.latest == (None if not alone else 1)
+      saved.save(1 + alone, items, {})
+    assert left.exists() != alone
+
+
+def test_a_run_in_another_process_is_left_alone(tmp_path, whole):
   folder = tmp_path / "run"
   shutil.copytree(whole, folder)
-  shutil.rmtree(folder / "checkpoints" / "16" / "params")
-  with pytest.raises(InputError, match="checkpoints/16 is damaged") as error:
-    train.train(small.config(), str(folder))
-  assert "\n" not in str(error.value)
+  shutil.rmtree(folder / "checkpoints" / "16")
+  with lock.RunLock(folder):
+    before = contents(folder)
+    with pytest.raises(InputError, match="is being trained by process"):
+      train.train(small.config(), str(folder))
+    assert contents(folder) == before
+  train.train(small.config({"run.break_lock": True}), str(folder))
+  assert_same_end(folder, whole)
+
+
+def test_a_run_that_lost_its_directory_saves_nothing_more(tmp_path):
+  def take_over(results):
+    lock.RunLock(tmp_path, break_lock=True).__enter__()
+    return results
+
+  config = small.config({"run.save_steps": 3})
+  with at_step(5, take_over), pytest.raises(SaveError, match="taken over"):
+    train.train(config, str(tmp_path))
+  assert steps_of(tmp_path) == [3]
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
+  tmp_path, whole, monkeypatch
+):
+  config = small.config({"run.save_steps": 5})
+  usage = shutil.disk_usage(tmp_path)
+
+  def fill(results):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9))
+    return results
+
+  with at_step(7, fill), pytest.raises(SaveError) as error:
+    train.train(config, str(tmp_path))
+  message = str(error.value)
+  assert "step 8 needs" in message and "0 MiB are free" in message
+  assert "\n" not in message
+  assert steps_of(tmp_path) == [5]
+  monkeypatch.undo()
+  small.use_devices(monkeypatch, 1)
+  train.train(small.config(), str(tmp_path))
+  assert_same_end(tmp_path, whole)
+
+
+def test_a_save_that_the_system_refuses_is_one_sentence(tmp_path, programs):
+  """A limit of 64 KiB on files, which no look at the free room announces."""
+  limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash"]
+  changes = {"evals.mask_images": 0, "evals.overlap_images": 0}
+  run = subprocess.run(
+    [*limited, *command(tmp_path, changes | {"run.save_steps": 2})],
+    cwd=MAIN.parent,
+    env=small.environment(programs),
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 1
+  lines = run.stderr.splitlines()
+  assert "Traceback" not in run.stderr
+  (problem,) = (line for line in lines if line.startswith("error:"))
+  assert problem.startswith("error: no checkpoint could be written")
+  assert "File too large" in problem and str(tmp_path) in problem
+  assert steps_of(tmp_path) == []
 
 
 def poison(results):
@@ -381,6 +226,28 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
   assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.parametrize("part", ["params", "teacher", "aux", "opt"])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, part):
+  """Though its loss, of the weights before, is."""
+
+  def overflow(results):
+    leaves, treedef = jax.tree.flatten(getattr(results.state, part))
+    last = max(i for i, x in enumerate(leaves) if x.dtype == np.float32)
+    leaves[last] = leaves[last].at[..., -1].set(np.inf)
+    tree = jax.tree.unflatten(treedef, leaves)
+    return results._replace(state=results.state.replace(**{part: tree}))
+
+  config = small.config({"run.save_steps": 2, "evals.mask_images": 0})
+  with at_step(4, overflow), pytest.raises(NotFiniteError) as error:
+    train.train(config, str(tmp_path))
+  names = dict(
+    params="parameters", teacher="teacher", aux="centres", opt="optimiser"
+  )
+  assert f"step 4 is not finite: {names[part]};" in str(error.value)
+  assert "last good checkpoint is step 2" in str(error.value)
+  assert steps_of(tmp_path) == [2]
+
+
 def test_a_huge_learning_rate_is_found_and_named(tmp_path):
   config = small.config({"optim.lr_per_256": 1e30})
   with pytest.raises(NotFiniteError) as error:
@@ -392,7 +259,7 @@ def test_a_huge_learning_rate_is_found_and_named(tmp_path):
     assert all(np.isfinite(v) for v in record.values())
 
 
-def test_latest_best_and_every_n_are_kept(tmp_path):
+def test_the_last_two_the_best_and_every_n_are_kept(tmp_path):
   config = small.config({"run.keep_steps": 5})
   train.train(config, str(tmp_path))
   knn = {
@@ -417,11 +284,11 @@ def save(folder, scores, **options):
 
 def test_the_best_is_known_after_a_stop(tmp_path):
   assert save(tmp_path, {1: None, 2: 50.0, 3: None, 4: 40.0}) == [
-    [1], [2], [2, 3], [2, 4]
+    [1], [1, 2], [2, 3], [2, 3, 4]
   ]  # fmt: skip
-  # A sitting later: 2 is still the best, 4 goes; a better one takes its place.
+  # A sitting later: 2 is still the best, until there is a better one.
   assert save(tmp_path, {5: None, 6: 45.0, 7: 60.0, 8: None}) == [
-    [2, 5], [2, 6], [7], [7, 8]
+    [2, 4, 5], [2, 5, 6], [6, 7], [7, 8]
   ]  # fmt: skip
 
 
