@@ -4,8 +4,16 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile many programs and run each a few times. Without the optimisers
+# of XLA's CPU backend that takes a quarter of the time.
+QUICK = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+  "--xla_cpu_use_fusion_emitters=false "
+)
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  ("" if os.environ.get("ATTMASK_OPTIMISED") else QUICK)
+  + os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
 )
 
 import jax
@@ -54,10 +62,10 @@ def programs(tmp_path_factory):
   return (folder.parent if shared else folder) / "programs"
 
 
-@pytest.fixture(scope="module")
-def quick_compiler(programs):
-  """See `small.quick_compiler`."""
+@pytest.fixture(scope="session", autouse=True)
+def keep_programs(programs):
+  """See `small.keep_programs`."""
   import small  # after jax is set up, above
 
-  with small.quick_compiler(programs):
+  with small.keep_programs(programs):
     yield

@@ -1,4 +1,4 @@
-"""A run small enough for dozens of them, and how to compile it quickly."""
+"""A run small enough for dozens of them."""
 
 import contextlib
 import functools
@@ -52,6 +52,7 @@ SIZES = {
   "run.tensorboard": False,
 }
 STEPS_PER_EPOCH, TOTAL_STEPS = 8, 16
+MIN_COMPILE_SECONDS = 0.1  # of a program that is worth a file
 # What the other families have beside those of SIZES that they know.
 FAMILIES = {
   "mae": {
@@ -228,19 +229,13 @@ def visible(method, trees, batch, rng, scalars):
   return np.abs(in_patches(np.asarray(grads["images"]))).max(-1) > 0
 
 
-PROGRAMS = {
-  "jax_disable_most_optimizations": True,
-  "jax_persistent_cache_min_compile_time_secs": 0,
-}
-
-
 @contextlib.contextmanager
-def quick_compiler(folder):
-  """Optimises little, a quarter of the time, and keeps programs in `folder`.
-
-  Runs that are compared go through it both: programs are the same in both.
-  """
-  settings = PROGRAMS | {"jax_compilation_cache_dir": os.fspath(folder)}
+def keep_programs(folder, *, seconds=MIN_COMPILE_SECONDS):
+  """Keeps programs that take `seconds` to compile in `folder`."""
+  settings = {
+    "jax_persistent_cache_min_compile_time_secs": seconds,
+    "jax_compilation_cache_dir": os.fspath(folder),
+  }
   before = {name: jax.config.values[name] for name in settings}
   for name, value in settings.items():
     jax.config.update(name, value)
@@ -253,8 +248,10 @@ def quick_compiler(folder):
 
 def environment(folder):
   """The same for another process, with the devices of this one."""
-  quick = {name.upper(): str(int(value)) for name, value in PROGRAMS.items()}
-  return os.environ | quick | {"JAX_COMPILATION_CACHE_DIR": os.fspath(folder)}
+  return os.environ | {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(MIN_COMPILE_SECONDS),
+    "JAX_COMPILATION_CACHE_DIR": os.fspath(folder),
+  }
 
 
 def assert_close(got, want, atol):

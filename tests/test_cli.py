@@ -21,9 +21,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
-
 @pytest.fixture
 def call(monkeypatch, capsys):
   """call(*flags) -> exit code and stderr, without a new process."""

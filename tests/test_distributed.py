@@ -24,13 +24,13 @@ def command(workdir, changes):
   return [*main, f"--workdir={workdir}", *flags]
 
 
-def processes(workdir, folder, changes):
+def processes(workdir, programs, changes):
   """Starts two processes of two CPU devices each."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
-  environment = dict(small.environment(folder)) | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+  environment = dict(small.environment(programs)) | {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
     "JAX_PLATFORMS": "cpu",
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     "JAX_NUM_PROCESSES": "2",
@@ -47,9 +47,9 @@ def processes(workdir, folder, changes):
   ]
 
 
-def test_two_processes_are_one_run(tmp_path, monkeypatch):
+def test_two_processes_are_one_run(tmp_path, monkeypatch, programs):
   changes = {"run.fsdp": 2}
-  running = processes(tmp_path / "two", tmp_path / "cache", changes)
+  running = processes(tmp_path / "two", programs, changes)
   try:
     for process in running:
       _, errors = process.communicate(timeout=600)
@@ -58,8 +58,7 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch):
     for process in running:  # one that died leaves the other waiting
       process.kill()
   small.use_devices(monkeypatch, 1)
-  with small.quick_compiler(tmp_path / "cache"):
-    train.train(small.config(), os.fspath(tmp_path / "one"))
+  train.train(small.config(), os.fspath(tmp_path / "one"))
   one, two = (
     metrics.read_metrics(tmp_path / name / "metrics.jsonl")
     for name in ("one", "two")

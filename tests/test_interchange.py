@@ -33,7 +33,7 @@ from configs import evals, tiny
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compiler):
+def trained(tmp_path_factory):
   """Run directory of a small AttMask run."""
   folder = tmp_path_factory.mktemp("trained")
   train.train(small.config(), str(folder / "run"))

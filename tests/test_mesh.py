@@ -25,12 +25,6 @@ DRAWS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(tmp_path_factory):
-  with small.quick_compiler(tmp_path_factory.getbasetemp() / "programs"):
-    yield
-
-
 @pytest.fixture(scope="module")
 def one_device():
   """State and history of 8 steps on one device."""

@@ -93,7 +93,7 @@ def test_calls_from_python_give_the_numbers_of_the_commands(start, tmp_path):
 
 def test_settings_of_the_last_call_count(tmp_path):
   run = tiny.get_config().run
-  with small.quick_compiler(tmp_path / "first"):  # which it restores
+  with small.keep_programs(tmp_path / "first", seconds=0):  # which it restores
     for i, precision in enumerate(("high", "default", "default")):
       folder = tmp_path / str(i)
       run.update(matmul_precision=precision, compilation_cache=str(folder))

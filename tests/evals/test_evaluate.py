@@ -21,7 +21,7 @@ from configs import evals
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compiler):
+def trained(tmp_path_factory):
   """Run directory of a small AttMask run; programs are kept and shared."""
   folder = tmp_path_factory.mktemp("trained")
   train.train(small.config(), str(folder / "run"))

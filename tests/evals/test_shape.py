@@ -40,7 +40,7 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compiler):
+def trained(tmp_path_factory):
   """Run directory of a small AttMask run."""
   folder = tmp_path_factory.mktemp("trained") / "run"
   train.train(small.config(ONLINE), str(folder))

@@ -9,8 +9,6 @@ import small
 
 from attmask_jax.methods import METHODS, masking
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 HINTS = {
   "method.mask": "attmask_hint",
   "method.mask_prob": 1.0,

@@ -10,8 +10,6 @@ import small
 from attmask_jax import trees
 from attmask_jax.methods import METHODS
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 PRETRAINING = sorted(set(METHODS) - {"classify"})
 DECLARED = (
   "teacher_first", "batch_coupled", "frozen_at_start", "untrained",

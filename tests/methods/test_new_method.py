@@ -20,8 +20,6 @@ from attmask_jax.runs import metrics
 from attmask_jax.training import train_step
 from configs import evals
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ROOT = pathlib.Path(__file__).parents[2]
 SIZES = {
   "method.variant": "16x2x2",

@@ -109,7 +109,7 @@ def test_proper_rows_against_a_loop():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compiler):
+def trained(tmp_path_factory):
   """A small MAE run that asks its own attention what to hide."""
   folder = tmp_path_factory.mktemp("mae")
   changes = {

@@ -152,7 +152,7 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device(quick_compiler):
+def one_device():
   """As the numbers were recorded."""
   with pytest.MonkeyPatch.context() as monkeypatch:
     small.use_devices(monkeypatch, 1)

@@ -21,9 +21,6 @@ from attmask_jax.training import setup as runs
 ROUNDING = 5e-6
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
-
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
   small.use_devices(monkeypatch, 1)

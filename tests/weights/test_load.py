@@ -15,15 +15,13 @@ from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
 from configs import evals, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, programs):
+def run(tmp_path_factory):
   """A run of one epoch."""
   folder = tmp_path_factory.mktemp("load") / "run"
   changes = {"optim.epochs": 1, "evals.knn": False, "evals.mask_images": 0}
-  with pytest.MonkeyPatch.context() as patch, small.quick_compiler(programs):
+  with pytest.MonkeyPatch.context() as patch:
     small.use_devices(patch, 1)
     train.train(small.config(changes), str(folder))
   return folder
