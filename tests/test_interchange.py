@@ -318,7 +318,7 @@ def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
     method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
     start = starts.start(config, method, meshes.make_mesh())
   assert start.epoch == 2
-  assert "going on after epoch 2" in caplog.text
+  assert "continuing after epoch 2" in caplog.text
   for tree, network in (("params", "student"), ("teacher", "teacher")):
     same(start.trees[tree], jax.device_get(load(trained, network).params))
   centers = jax.device_get(loading.load_centers(load(trained)))
@@ -353,7 +353,7 @@ def test_whole_files_that_do_not_go_on(trained, exported, tmp_path, caplog):
   ):
     where = changed(exported, tmp_path / target, change)
     start, said = begun(small.config(options | {"init_from": where}), caplog)
-    assert start.epoch == 0 and "going on" not in said
+    assert start.epoch == 0 and "continuing" not in said
     assert ("no loss centres" in said) == (target == "b.pth")
   assert start.trees["aux"].keys() == {"center", "center_patch"}
   # DINO's own loss has one centre.
@@ -385,7 +385,7 @@ def test_whole_files_of_other_families_start_at_zero(tmp_path, family, caplog):
   assert files.read(str(path)).epoch == 1
   config.init_from = str(path)
   start, said = begun(config, caplog)
-  assert start.epoch == 0 and "start values" not in said
+  assert start.epoch == 0 and "initial values" not in said
   same(start.trees["params"], params)
 
 
@@ -409,8 +409,8 @@ def test_positions_of_another_kind(trained, tmp_path, caplog):
   got = start.trees["params"]["backbone"]["pos_embed"]
   np.testing.assert_array_equal(got[:, 1:], table)
   assert not got[:, 0].any()  # this run has a class token, and the file none
-  assert "at start values: backbone/cls_token" in said
-  assert "of no use to this run: decoder/" in said
+  assert "at initial values: backbone/cls_token" in said
+  assert "not used by this run: decoder/" in said
   large = {"data.image_size": 24, "data.local_size": 12}
   with pytest.raises(InputError, match="--config.init_resample=True"):
     begun(small.config(sizes | large), caplog)
@@ -443,7 +443,7 @@ def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
     assert ("pos_embed" in found) == (family == "attmask")
     fresh = {"attmask": "head/mlp", "mae": "decoder/blocks",
              "extrema": "backbone/readout_0"}[family]  # fmt: skip
-    (said,) = [x for x in caplog.messages if "at start values" in x]
+    (said,) = [x for x in caplog.messages if "at initial values" in x]
     assert fresh in said
 
 
