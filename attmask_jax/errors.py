@@ -1,4 +1,4 @@
-"""Errors that the command line answers with one sentence and an exit code."""
+"""Errors that the command line reports as one sentence and an exit code."""
 
 
 class InputError(ValueError):
@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class NotFiniteError(RuntimeError):
-  """A loss or gradient became NaN or infinite; nothing bad was saved."""
+  """A loss or gradient became NaN or infinite; that state was not saved."""
 
 
 class StoppedError(RuntimeError):
