@@ -27,8 +27,7 @@ from attmask_jax.weights import restore
 from attmask_jax.weights.images import as_batch
 from attmask_jax.weights.torch_io import files, networks
 
-# Networks of a run; "untrained" is the one before the first step.
-NETWORKS = ("teacher", "student", "untrained")
+NETWORKS = run_config.NETWORKS
 
 
 class Weights(NamedTuple):
