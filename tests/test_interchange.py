@@ -495,10 +495,10 @@ def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
   kernel = lambda w: w.params["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
   same(kernel(found), kernel(ours))
   extra = lambda t: t["teacher"].update({"new.thing": np.zeros(2, "f4")})
-  with pytest.raises(InputError, match="no place for: new.thing"):
+  with pytest.raises(InputError, match="network lacks: new.thing"):
     load(changed(exported, file, extra))
   escape = lambda t: t["teacher"].update({"\x1b[31m": np.zeros(2, "f4")})
-  with pytest.raises(InputError, match=r"no place for: \\x1b\[31m:"):
+  with pytest.raises(InputError, match=r"network lacks: \\x1b\[31m:"):
     load(changed(exported, tmp_path / "b.pth", escape))
   load(str(file), allow_missing=("new.",))
   load(str(file), allow_missing="head.x,new.")  # as the command line has it
@@ -545,14 +545,14 @@ def test_odd_notes_of_a_file(trained, tmp_path):
 
 def test_files_without_a_network(tmp_path):
   for tree, match in (
-    ([1, 2], "holds a list and no state dict"),
+    ([1, 2], "holds a list, not a state dict"),
     ({"epoch": 3}, "no state dict here"),
-    ({"a.b": np.zeros(3, "f4")}, "of no known code base"),
+    ({"a.b": np.zeros(3, "f4")}, "of an unknown code base"),
   ):
     pth.write(tmp_path / "a.pth", tree)
     with pytest.raises(InputError, match=match):
       load(tmp_path / "a.pth")
-  with pytest.raises(InputError, match="is no file"):
+  with pytest.raises(InputError, match="is not a file"):
     load(tmp_path / "b.pth")
 
 
