@@ -220,7 +220,7 @@ def _check_choices(name: str, described: Key, value: Any) -> None:
 
 
 def choices_text(described: Key) -> str:
-  """The choices of a key in words, "" where it has none."""
+  """The choices of a key in words, "" if it has none."""
   names = [name or '""' for name in described.allowed]
   return (" or " if len(names) == 2 else ", ").join(names)
 
@@ -252,7 +252,7 @@ def kind(described: Key) -> str:
 
 
 def range_text(described: Key) -> str:
-  """The limits of a key in words, "" where it has none."""
+  """The limits of a key in words, "" if it has none."""
   low, above, high = described.low, described.above, described.high
   if low is not None and high is not None:
     return f"between {_number(low)} and {_number(high)}"

@@ -102,7 +102,7 @@ def test_a_backbone_alone(trained, tmp_path, caplog):
     assert list(found.params) == ["backbone"]
     same(found.params["backbone"], teacher.params["backbone"])
   assert set(pth.read(tmp_path / "a.pth")) == {"state_dict", "heads"}
-  assert "call c.pth model.safetensors" in caplog.text
+  assert "rename c.pth" in caplog.text
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])

@@ -82,7 +82,7 @@ class Weights(NamedTuple):
 
     Raises:
       InputError: see `images.as_batch`; or more blocks than there are, or a
-        linear probe alone.
+        linear probe without a network.
     """
     depth = self.method.backbone.depth
     if not 1 <= last <= depth:

@@ -1,4 +1,4 @@
-"""config.json beside weights, as transformers reads it."""
+"""Writes the config.json of transformers beside weights."""
 
 import json
 import pathlib

@@ -104,7 +104,7 @@ Table = tuple[Row | Constant, ...]
 
 
 class Converted(NamedTuple):
-  """What `to_ours` returns.
+  """Result of `to_ours`.
 
   Attributes:
     tree: nested dict of the leaves that are complete.

@@ -324,7 +324,7 @@ def _global(module: Any, name: Any) -> Opaque:
   full = f"{_of(str, module)}.{_of(str, name)}"
   if full not in _KNOWN and not _DTYPE.fullmatch(full):
     raise Refused(
-      f"asks for {quoted(full)}, which is not run: save only tensors, numbers "
+      f"refers to {quoted(full)}, which is not run: save only tensors, numbers "
       "and text in it"
     )
   return Opaque(full)
