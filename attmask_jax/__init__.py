@@ -53,8 +53,8 @@ def load(
     network: "teacher", "student" or "untrained"; "" = the student of a
       fine-tuned network, else the teacher.
     num_heads: attention heads of a file, 0 = by convention.
-    allow_missing: "A,B": tensors of a file, or how their names begin, that may
-      be missing.
+    allow_missing: "A,B": names of a file's tensors, or prefixes of names, that
+      may be missing.
 
   Raises:
     InputError: see `weights.loading.load`.
@@ -72,7 +72,7 @@ def load(
 
 
 def get_config(name: str) -> "ml_collections.ConfigDict":
-  """A config of configs/ by name, for `train.train` and `evaluate.evaluate`.
+  """Loads a config of configs/, for `train.train` and `evaluate.evaluate`.
 
     config = attmask_jax.get_config("tiny:mae")
     config.data.batch_size = 32

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """A file to write that then takes the place of `path` in one move.
+  """Yields a temporary path whose file then replaces `path` in one move.
 
-  Makes the folder; leaves nothing behind where writing fails.
+  Creates the folder; leaves nothing behind if writing fails.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Prints docs/config.md: every config key, out of what declares it.
+"""Prints docs/config.md, the tables of all config keys.
 
 python -m attmask_jax.config_reference > docs/config.md
 """
@@ -23,8 +23,8 @@ below. This page is generated from the code that uses the keys:
 `python -m attmask_jax.config_reference > docs/config.md`.
 
 `method`, `data` and `optim` decide the result of a training run; `evals` what
-is measured on the way; `run` how it is computed, and changes results by
-rounding at most.
+is measured during it; `run` how it is computed, and changes results by rounding
+at most.
 """
 COLUMNS = ("key", "type", "default", "allowed", "meaning")
 
@@ -68,7 +68,7 @@ def page() -> str:
 
 
 def tables(section: str, classes: tuple[type, ...]) -> list[str]:
-  """A paragraph and a table for each class, keys once."""
+  """A paragraph and a table for each class, without repeats."""
   lines: list[str] = []
   for cls in dict.fromkeys(classes):
     declared = schema.keys(cls)
@@ -99,7 +99,7 @@ def rows(prefix: str, declared: dict[str, schema.Key]) -> list[str]:
 
 
 def default_of(key: schema.Key) -> str:
-  """Its default as one writes it on the command line."""
+  """The default as written on the command line."""
   value = key.default
   return "`" + (str(value) or '""') + "`"
 

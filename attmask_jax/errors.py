@@ -1,4 +1,4 @@
-"""Errors that the command line answers with one sentence and an exit code."""
+"""Errors that the command line reports as one sentence and an exit code."""
 
 
 class InputError(ValueError):

@@ -1,7 +1,7 @@
 """Evaluates trained weights: loads them, runs an evaluation, writes results.
 
-The evaluations are the modules of evals/, see `evals.NAMES`. One that trains,
-such as linear, does so on the loop of pretraining before it measures.
+The evaluations are the modules of evals/, see `evals.NAMES`. Those that train,
+such as linear, first run the training loop of pretraining.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from attmask_jax.runs import checkpoint
 from attmask_jax.training import setup, supervised
 from attmask_jax.weights import classifier, loading
 
-GENERATED = ("shapes",)  # sources that read no path
+GENERATED = ("shapes",)  # sources without a path
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
@@ -90,10 +90,10 @@ def _load(
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
-  """Compares the config of an evaluation with what its keys declare.
+  """Checks the config of an evaluation against the declarations of its keys.
 
   Raises:
-    InputError: the first value that is not as declared.
+    InputError: the first invalid value.
   """
   own = evals.by_name(config.evals.name).keys
   trains = "method" in config
@@ -104,7 +104,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
 def complete(
   config: ml_collections.ConfigDict, source: loading.Weights
 ) -> ml_collections.ConfigDict:
-  """The config with data of the weights' own run where it says nothing."""
+  """Fills unset data keys from the config of the weights' own run."""
   config = ml_collections.ConfigDict(config.to_dict())
   mine, theirs = config.data, source.config.get("data", {})
   own = not mine.source and not mine.path  # the run's images
@@ -114,16 +114,16 @@ def complete(
       continue
     if own or key not in ("source", "path", "subset"):
       mine[key] = theirs.get(key, mine[key])
-    elif key == "subset":  # the run's means nothing here
+    elif key == "subset":  # the run's is for its own images
       mine[key] = 0
-    elif key == "source" and "source" in theirs:  # another folder of the same
+    elif key == "source" and "source" in theirs:  # another path, same source
       mine[key] = theirs["source"]
   for key, described in schema.keys(keys.SourceKeys).items():
     if key not in ("source", "path") and mine[key] == unset[key]:
       mine[key] = described.default
   if mine.path and mine.source in GENERATED:
     raise InputError(
-      f"data.path {mine.path} is given, and images of data.source="
+      f"data.path {mine.path} is given, but images of data.source="
       f"{mine.source} are generated: set --config.data.source, such as folder"
     )
   schema.check_multiple(
@@ -146,7 +146,7 @@ def _check_folder(
   source: loading.Weights | None,
   evaluation: Eval,
 ) -> None:
-  """Refuses a directory that holds a run or another evaluation."""
+  """Rejects a directory that holds a run or another evaluation."""
   path = folder / "results.json"
   if source is not None and folder.resolve() == source.run_dir:
     raise InputError(
@@ -170,10 +170,10 @@ def _check_folder(
 
 
 def _trained(job: Job) -> Job:
-  """Trains on the job's weights, or continues what the folder holds.
+  """Trains on the job's weights, or continues the run in its folder.
 
   Returns:
-    A job of that run, with its whole config.
+    The job with the run's complete config and its images.
   """
   config = supervised.complete(job.config, job.weights)
   start = supervised.start_values(config, job.weights)
@@ -196,7 +196,7 @@ def _with_classifier(job: Job) -> Job:
     config.evals.update(name="linear", eval_epochs=1)
     folder = checkpoint.check_workdir(str(job.folder / "probe"))
     probe = _trained(dataclasses.replace(job, config=config, folder=folder))
-    linear.run(probe)  # chooses the layer that is used
+    linear.run(probe)  # chooses the layer to use
     loaded = classifier.load(str(folder), source, mesh=job.mesh)
     loaded = loaded._replace(trained_here=epochs)
   return dataclasses.replace(job, classifier=loaded)

@@ -1,7 +1,7 @@
-"""Weights from and to other code bases: --mode=import and --mode=export.
+"""Converts weights of other code bases: --mode=import and --mode=export.
 
-Import writes a file as a checkpoint of ours, with the readers of
-`weights/torch_io`; nothing needs it, since `config.weights` takes files too.
+Import writes a file as one of our checkpoints, with the readers of
+`weights/torch_io`; it is optional, since `config.weights` takes files too.
 Export loads weights and writes them with `weights/export.py`.
 """
 
@@ -30,15 +30,15 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
 
   Args:
     config: weights, num_heads and allow_missing are read.
-    output: a new directory; it can then be named as `config.weights`.
+    output: a new directory, for use as `config.weights`.
 
   Raises:
-    InputError: see `files.load`; or the directory is not empty.
+    InputError: see `files.load`, or the directory is not empty.
   """
   runtime.setup(config.run)
   if not files.is_file(config.weights):
     raise InputError(
-      f'weights "{config.weights}" are no file: --mode=import reads .pth and '
+      f'weights "{config.weights}" is not a file: --mode=import reads .pth and '
       ".safetensors files, and run directories need no import"
     )
   folder = pathlib.Path(output).expanduser()
@@ -89,8 +89,8 @@ def export_weights(
   """Writes weights for another code base, see `export.export`.
 
   Args:
-    config: weights, num_heads and allow_missing are read; network and probe (a
-      trained one) by formats that hold one network.
+    config: weights, num_heads and allow_missing are read; network and probe
+      (a trained one) only for formats that hold one network.
     output: .pth or .safetensors file; must not exist.
     format: one of `export.FORMATS`.
     dtype: one of `export.DTYPES`.
@@ -146,7 +146,7 @@ def export_weights(
 
 
 def _centers(where: str, source: loading.Weights) -> dict[str, np.ndarray]:
-  """The loss centres beside these weights, {} where there are none."""
+  """The loss centres saved with these weights, {} if there are none."""
   if source.run_dir is None:
     return files.read(where).centers
   if not isinstance(source.method, AttMask):

@@ -1,4 +1,4 @@
-"""The device mesh, sharding rules, and host rows to global arrays.
+"""The device mesh, sharding rules, and transfers from and to the host.
 
 Mesh axes: "data" splits the batch; "fsdp" splits it further and also splits
 large parameters. Arrays carry NamedShardings; the compiler adds the
@@ -24,14 +24,14 @@ BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 FSDP_MIN_SIZE = 2**16
 
 
-def init_distributed(wanted: bool) -> None:
+def init_distributed(detect: bool) -> None:
   """Joins the other processes of a run, if there are any; once per process.
 
-  `wanted` asks JAX to detect the cluster (Cloud TPU, Slurm, Open MPI, GKE).
+  `detect` lets JAX detect the cluster (Cloud TPU, Slurm, Open MPI, GKE).
   Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
   Raises:
-    InputError: only some of the three variables are set.
+    InputError: only some of the three variables are set, or no cluster.
   """
   if jax.distributed.is_initialized():
     return
@@ -53,7 +53,7 @@ def init_distributed(wanted: bool) -> None:
       f"of the variables for several processes {', '.join(missing)} is not "
       f"set: set all of {', '.join(names)}, or none"
     )
-  elif wanted:
+  elif detect:
     try:
       jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
@@ -86,12 +86,12 @@ def make_mesh(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Whole on every device."""
+  """Sharding of arrays that are whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Leading axis split over all devices."""
+  """Sharding of arrays whose leading axis is split over all devices."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -115,7 +115,7 @@ def param_shardings(mesh: Mesh, shapes: Params) -> Params:
 
 
 def check_batch(batch_size: int, *, mesh: Mesh, accumulate: int) -> None:
-  """The global batch must split evenly over devices and micro-batches.
+  """Checks that the global batch splits over devices and micro-batches.
 
   Raises:
     InputError: it does not; names the nearest batch sizes that do.
@@ -140,7 +140,7 @@ def local_positions(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def shard(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
-  """This process's rows -> global arrays split over all devices."""
+  """This process's rows [b, ...] -> arrays [B, ...] split over all devices."""
   sharding = batch_sharding(mesh)
   return {
     k: jax.make_array_from_process_local_data(sharding, v)
@@ -151,22 +151,22 @@ def shard(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
 def put(mesh: Mesh, tree: Params) -> Params:
   """The same host values on every process -> replicated arrays.
 
-  Not `device_put`, which makes all processes compare notes about each value
-  and wait for the step under way.
+  Not `device_put`, which makes all processes compare each value and wait for
+  the current step.
   """
   sharding = replicated(mesh)
 
-  def one(value: Any) -> jax.Array:
+  def replicate(value: Any) -> jax.Array:
     value = np.asarray(value)
     return jax.make_array_from_callback(
       value.shape, sharding, lambda index: value[index]
     )
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(replicate, tree)
 
 
 def to_host(mesh: Mesh, tree: Params) -> Params:
-  """Whole numpy arrays on every process, whatever they are split over."""
+  """Whole numpy arrays on every process, regardless of their sharding."""
   return jax.device_get(_whole(mesh)(tree))
 
 
@@ -177,7 +177,7 @@ def _whole(mesh: Mesh) -> Callable[[Params], Params]:
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-  """This process's rows of a batch [B, ...], in the order of the batch."""
+  """This process's rows of a batch, in its order: [B, ...] -> [b, ...]."""
   shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
   return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
 
@@ -219,9 +219,9 @@ def union(mine: dict[int, str]) -> dict[int, str]:
 def ahead(
   mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], *, depth: int = 2
 ) -> Iterator[Batch]:
-  """Puts the next `depth` batches on the devices before they are asked for.
+  """Puts the next `depth` batches on the devices before they are needed.
 
-  Transfers are asynchronous, so they run under the current step.
+  Transfers are asynchronous, so they overlap with the current step.
   """
   queue: list[Batch] = []
   for batch in batches:

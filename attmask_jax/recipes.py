@@ -18,7 +18,7 @@ CONFIGS = next(
 
 
 def get(config: str) -> ml_collections.ConfigDict:
-  """A config by name, locked: an unknown key is an error.
+  """Loads a config by name, locked: an unknown key is an error.
 
   Args:
     config: NAME of configs/ or path of a config file, and an argument for it
@@ -49,8 +49,8 @@ def names() -> list[str]:
 def share() -> None:
   """Makes `from configs import ...` work in config files of any folder.
 
-  The installed folder is no top-level package: it would take a name that
-  everybody uses.
+  The installed folder is not a top-level package, because many projects use
+  that name.
   """
   package = types.ModuleType("configs")
   package.__path__ = [str(CONFIGS), str(pathlib.Path.cwd() / "configs")]
@@ -62,7 +62,7 @@ def find(config: str) -> str:
   path, colon, argument = config.partition(":")
   given = pathlib.Path(path)
   own = CONFIGS / f"{given.name.removesuffix('.py')}.py"
-  # Of another folder it is another file, even where this name exists here.
+  # A path in another folder is another file, even if its name is in configs/.
   named = path and str(given.parent) in (".", "configs")
   if not named or given.is_file() or not own.is_file():
     return config

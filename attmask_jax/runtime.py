@@ -1,7 +1,7 @@
-"""Settings of the process that a run asks for: precision, cache, cluster.
+"""Process settings of a run: matmul precision, compilation cache, cluster.
 
-Every command applies them itself, so that it computes the same numbers from a
-notebook as from the command line.
+Every command applies them itself, so that a notebook and the command line
+compute the same numbers.
 """
 
 import jax
@@ -13,13 +13,15 @@ from attmask_jax.errors import InputError
 
 
 def setup(run: ml_collections.ConfigDict) -> None:
-  """Applies matmul_precision, compilation_cache and distributed; may repeat.
+  """Applies matmul_precision, compilation_cache and distributed.
+
+  It can be called again with other settings.
 
   Args:
     run: section `run` of a config.
 
   Raises:
-    InputError: an unknown precision, or no cluster where one is asked for.
+    InputError: an unknown precision, or run.distributed without a cluster.
   """
   try:
     jax.config.update("jax_default_matmul_precision", run.matmul_precision)
@@ -31,5 +33,5 @@ def setup(run: ml_collections.ConfigDict) -> None:
   folder = run.compilation_cache
   if folder and folder != jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # it keeps the folder of the first use
+    compilation_cache.reset_cache()  # or JAX keeps the first folder
   mesh.init_distributed(run.distributed)

@@ -6,9 +6,9 @@
 
 The field holds the default, the type (its annotation), the range or the
 choices and the meaning. `section` turns such classes into a ConfigDict, `check`
-compares a config with them, `take` reads their fields back out of it, and
-docs/config.md is generated from them. Rules between several keys stand where
-the keys are used.
+checks a config against them, `take` reads their fields back out of it, and
+docs/config.md is generated from them. Rules between several keys are checked
+where the keys are used.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ import ml_collections
 
 from attmask_jax.errors import InputError
 
-# Text, or a function without arguments that gives it (to break import cycles).
+# Names, or a function that returns them (to break import cycles).
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 _METADATA = "attmask_jax.key"
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """What is known of one config key.
+  """Declaration of one config key.
 
   Attributes:
-    meaning: half a sentence for people; units included.
+    meaning: short description, including units.
     low: smallest value, None = no limit.
     above: the value must be larger than this, None = no limit.
     high: largest value, None = no limit.
-    choices: the only values, for text; () = any.
-    empty: a list may hold nothing.
+    choices: allowed values of text; () = any.
+    empty: a list may be empty.
     name: of the field; filled in by `keys`.
     type: annotation of the field; filled in by `keys`.
     default: of the field; filled in by `keys`.
@@ -118,7 +118,7 @@ def section(*classes: type, **changes: Any) -> ml_collections.ConfigDict:
 
   Args:
     *classes: dataclasses with `key` fields.
-    **changes: other values than the defaults, or further keys.
+    **changes: values that differ from the defaults, or further keys.
   """
   values: dict[str, Any] = {}
   for name, described in keys(*classes).items():
@@ -130,8 +130,8 @@ def section(*classes: type, **changes: Any) -> ml_collections.ConfigDict:
 def take(cls: type, *sections: ml_collections.ConfigDict) -> dict[str, Any]:
   """Arguments for a dataclass: values of the keys that it declares.
 
-  A key that the sections lack, as those of older runs may, is left out: the
-  field's default holds.
+  A key that the sections lack, as those of older runs may, is left out and
+  keeps the field's default.
 
   Args:
     cls: a dataclass with `key` fields.
@@ -149,19 +149,19 @@ def take(cls: type, *sections: ml_collections.ConfigDict) -> dict[str, Any]:
 def check(
   name: str, values: ml_collections.ConfigDict | dict[str, Any], *classes: type
 ) -> None:
-  """Compares a config section with what its keys declare.
+  """Checks a config section against the declarations of its keys.
 
   A dataclass with `key` fields checks itself by
   `schema.check("method", vars(self), type(self))`.
 
   Args:
     name: of the section, "" for keys at the top of the config.
-    values: the section; keys that no class declares are not looked at.
+    values: the section; keys that no class declares are ignored.
     *classes: dataclasses with `key` fields.
 
   Raises:
     InputError: the first value of a wrong type, out of its range or not among
-      its choices; names the key, the value and what it may be.
+      its choices; names the key, the value and what is allowed.
   """
   for full_name, described, value in _pairs(name, values, classes):
     _check_type(full_name, described, value)
@@ -192,16 +192,16 @@ def _items(value: Any) -> tuple[Any, ...]:
 
 def _check_type(name: str, described: Key, value: Any) -> None:
   if isinstance(described.item_type, types.GenericAlias):
-    return  # lists of lists: whoever uses them checks them
+    return  # lists of lists are checked where they are used
   items = _items(value)
   fits = described.is_list == isinstance(value, list | tuple)
   if described.is_list:
     fits &= described.length in (None, len(items))
     fits &= bool(items) or described.empty
   if not fits or not all(_is_a(described.item_type, x) for x in items):
-    shown = tuple(value) if isinstance(value, list) else value
+    value = tuple(value) if isinstance(value, list) else value
     example = f", written as --config.{name}=A,B" if described.is_list else ""
-    raise InputError(f"{name} {shown!r} must be {kind(described)}{example}")
+    raise InputError(f"{name} {value!r} must be {kind(described)}{example}")
 
 
 def _is_a(item_type: type, value: Any) -> bool:
@@ -220,7 +220,7 @@ def _check_choices(name: str, described: Key, value: Any) -> None:
 
 
 def choices_text(described: Key) -> str:
-  """The choices of a key in words, "" where it has none."""
+  """The choices of a key in words, "" if it has none."""
   names = [name or '""' for name in described.allowed]
   return (" or " if len(names) == 2 else ", ").join(names)
 
@@ -239,8 +239,10 @@ def _check_range(name: str, described: Key, value: Any) -> None:
 
 def kind(described: Key) -> str:
   """The type of a key in words, such as "two numbers"."""
-  one = {float: "number", int: "whole number", bool: "truth value", str: "text"}
-  word = one.get(described.item_type, "list")
+  names = {
+    float: "number", int: "whole number", bool: "truth value", str: "text"
+  }  # fmt: skip
+  word = names.get(described.item_type, "list")
   if not described.is_list:
     special = {"truth value": "True or False", "text": "text"}
     return special.get(word, f"a {word}")
@@ -250,7 +252,7 @@ def kind(described: Key) -> str:
 
 
 def range_text(described: Key) -> str:
-  """The limits of a key in words, "" where it has none."""
+  """The limits of a key in words, "" if it has none."""
   low, above, high = described.low, described.above, described.high
   if low is not None and high is not None:
     return f"between {_number(low)} and {_number(high)}"
@@ -270,10 +272,10 @@ def _number(x: float) -> str:
 
 
 def words(value: str | typing.Iterable[str]) -> tuple[str, ...]:
-  """Words of "A,B", or of a list of such: ("A", "B").
+  """Splits "A,B", or a list of such texts, into words: ("A", "B").
 
-  Keys that hold several words have text as their default: of a tuple the
-  command line would make the one word "A,B".
+  Keys with several words are declared as text, because the command line would
+  turn a tuple into the single word "A,B".
   """
   parts = [value] if isinstance(value, str) else value
   split = (word.strip() for part in parts for word in part.split(","))
@@ -283,7 +285,7 @@ def words(value: str | typing.Iterable[str]) -> tuple[str, ...]:
 def check_multiple(
   name: str, value: int, unit: int, unit_name: str, *, suffix: str = " pixels"
 ) -> None:
-  """Refuses sizes that patches do not tile.
+  """Rejects a size that is not a multiple of another.
 
   Args:
     name: of the key.

@@ -15,7 +15,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def map_named(f: Callable[..., Any], tree: Params, *rest: Params) -> Params:
-  """tree.map whose function gets the leaf's path as its first argument."""
+  """tree.map whose function receives the leaf's path as its first argument."""
   return jax.tree_util.tree_map_with_path(
     lambda path, *leaves: f(path_name(path), *leaves), tree, *rest
   )

@@ -102,7 +102,7 @@ def test_a_backbone_alone(trained, tmp_path, caplog):
     assert list(found.params) == ["backbone"]
     same(found.params["backbone"], teacher.params["backbone"])
   assert set(pth.read(tmp_path / "a.pth")) == {"state_dict", "heads"}
-  assert "call c.pth model.safetensors" in caplog.text
+  assert "rename c.pth" in caplog.text
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
@@ -318,7 +318,7 @@ def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
     method = METHODS["attmask"].from_config(config, steps_per_epoch=8)
     start = starts.start(config, method, meshes.make_mesh())
   assert start.epoch == 2
-  assert "going on after epoch 2" in caplog.text
+  assert "continuing after epoch 2" in caplog.text
   for tree, network in (("params", "student"), ("teacher", "teacher")):
     same(start.trees[tree], jax.device_get(load(trained, network).params))
   centers = jax.device_get(loading.load_centers(load(trained)))
@@ -353,7 +353,7 @@ def test_whole_files_that_do_not_go_on(trained, exported, tmp_path, caplog):
   ):
     where = changed(exported, tmp_path / target, change)
     start, said = begun(small.config(options | {"init_from": where}), caplog)
-    assert start.epoch == 0 and "going on" not in said
+    assert start.epoch == 0 and "continuing" not in said
     assert ("no loss centres" in said) == (target == "b.pth")
   assert start.trees["aux"].keys() == {"center", "center_patch"}
   # DINO's own loss has one centre.
@@ -385,7 +385,7 @@ def test_whole_files_of_other_families_start_at_zero(tmp_path, family, caplog):
   assert files.read(str(path)).epoch == 1
   config.init_from = str(path)
   start, said = begun(config, caplog)
-  assert start.epoch == 0 and "start values" not in said
+  assert start.epoch == 0 and "initial values" not in said
   same(start.trees["params"], params)
 
 
@@ -409,8 +409,8 @@ def test_positions_of_another_kind(trained, tmp_path, caplog):
   got = start.trees["params"]["backbone"]["pos_embed"]
   np.testing.assert_array_equal(got[:, 1:], table)
   assert not got[:, 0].any()  # this run has a class token, and the file none
-  assert "at start values: backbone/cls_token" in said
-  assert "of no use to this run: decoder/" in said
+  assert "at initial values: backbone/cls_token" in said
+  assert "not used by this run: decoder/" in said
   large = {"data.image_size": 24, "data.local_size": 12}
   with pytest.raises(InputError, match="--config.init_resample=True"):
     begun(small.config(sizes | large), caplog)
@@ -443,7 +443,7 @@ def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
     assert ("pos_embed" in found) == (family == "attmask")
     fresh = {"attmask": "head/mlp", "mae": "decoder/blocks",
              "extrema": "backbone/readout_0"}[family]  # fmt: skip
-    (said,) = [x for x in caplog.messages if "at start values" in x]
+    (said,) = [x for x in caplog.messages if "at initial values" in x]
     assert fresh in said
 
 
@@ -495,10 +495,10 @@ def test_anything_but_a_full_match_is_refused(exported, tmp_path, caplog):
   kernel = lambda w: w.params["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
   same(kernel(found), kernel(ours))
   extra = lambda t: t["teacher"].update({"new.thing": np.zeros(2, "f4")})
-  with pytest.raises(InputError, match="no place for: new.thing"):
+  with pytest.raises(InputError, match="network lacks: new.thing"):
     load(changed(exported, file, extra))
   escape = lambda t: t["teacher"].update({"\x1b[31m": np.zeros(2, "f4")})
-  with pytest.raises(InputError, match=r"no place for: \\x1b\[31m:"):
+  with pytest.raises(InputError, match=r"network lacks: \\x1b\[31m:"):
     load(changed(exported, tmp_path / "b.pth", escape))
   load(str(file), allow_missing=("new.",))
   load(str(file), allow_missing="head.x,new.")  # as the command line has it
@@ -545,14 +545,14 @@ def test_odd_notes_of_a_file(trained, tmp_path):
 
 def test_files_without_a_network(tmp_path):
   for tree, match in (
-    ([1, 2], "holds a list and no state dict"),
+    ([1, 2], "holds a list, not a state dict"),
     ({"epoch": 3}, "no state dict here"),
-    ({"a.b": np.zeros(3, "f4")}, "of no known code base"),
+    ({"a.b": np.zeros(3, "f4")}, "of an unknown code base"),
   ):
     pth.write(tmp_path / "a.pth", tree)
     with pytest.raises(InputError, match=match):
       load(tmp_path / "a.pth")
-  with pytest.raises(InputError, match="is no file"):
+  with pytest.raises(InputError, match="is not a file"):
     load(tmp_path / "b.pth")
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import pathlib
 
+import jax
 import pytest
 
 from attmask_jax import config_reference, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import by_name
 from attmask_jax.methods import METHODS
+from attmask_jax.runs import config as run_config
 from attmask_jax.training import setup
 from configs import evals
 
@@ -165,6 +167,24 @@ def test_every_key_of_an_evaluation_is_declared(name):
   for section in ("evals", "data", "run", *(("method", "optim") * trains)):
     for key in config[section]:
       assert f"{section}.{key}" in names
+
+
+@pytest.mark.parametrize(
+  "section, key, value, cls",
+  [
+    ("", "network", "both", run_config.WeightsKeys),
+    ("run", "matmul_precision", "sharp", run_config.RunKeys),
+  ],
+)
+def test_unknown_networks_and_precisions(section, key, value, cls):
+  with pytest.raises(InputError, match=f'{key} "{value}" is unknown: use'):
+    schema.check(section, {key: value}, cls)
+
+
+def test_precisions_are_accepted_by_jax():
+  for name in schema.keys(run_config.RunKeys)["matmul_precision"].allowed:
+    with jax.default_matmul_precision(name):
+      assert jax.config.jax_default_matmul_precision == name
 
 
 def test_the_page_of_keys_is_that_of_the_code():

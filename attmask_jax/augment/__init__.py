@@ -1,6 +1,6 @@
-"""Augmentation: on the host with Pillow, and mixing on the device.
+"""Augmentation: with Pillow on the host, and mixup on the device.
 
-`TRANSFORMS` holds the recipes by the names that `data.transform` takes.
+`TRANSFORMS` holds the recipes by name, for `data.transform`.
 """
 
 from attmask_jax.augment import pair, supervised, transforms

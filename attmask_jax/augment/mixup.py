@@ -1,11 +1,11 @@
-"""Mixup, CutMix and random erasing: drawn on the host, done on the device.
+"""Mixup, CutMix and random erasing: drawn on the host, applied on the device.
 
-One draw serves a whole batch. Its numbers enter compiled code as traced
-arguments, so that Mixup and CutMix of any strength are the same program.
+Mixing is drawn once per batch. The numbers enter compiled code as traced
+arguments, so Mixup and CutMix of any strength are the same program.
 
 Source: timm.data.mixup and timm.data.random_erasing (v0.4.12), batch mode.
-differs: partners are found in fixed groups of images instead of in the batch
-of a device, so the groups alone decide who is mixed with whom.
+differs: images are paired within fixed groups instead of within the batch of a
+device, so pairs do not depend on the number of devices.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from attmask_jax.rows import row_keys
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """Partners of mixup and cutmix."""
+  """Pairs of mixup and cutmix."""
 
   mixup_group: int = schema.key(
     0,
-    "images that exchange partners, 0 = as many as a device of the releases "
-    "has",
+    "size of the groups that images are paired in, 0 = a device's batch in the "
+    "releases",
     low=0,
   )
 
@@ -43,20 +43,20 @@ def draw(
   switch_prob: float,
   size: tuple[int, int],
 ) -> dict[str, np.generic | np.ndarray]:
-  """How one batch is mixed.
+  """Draws how one batch is mixed.
 
   Args:
     rng: of this step.
-    mixup_alpha, cutmix_alpha: both parameters of the Beta distribution of the
-      own share; 0 turns that kind off.
-    prob: that the batch is mixed at all, 0-1.
-    switch_prob: of CutMix where both kinds are on, 0-1.
+    mixup_alpha, cutmix_alpha: both parameters of the Beta distribution of an
+      image's own share; 0 turns that kind off.
+    prob: probability of mixing the batch, 0-1.
+    switch_prob: probability of CutMix if both kinds are on, 0-1.
     size: (H, W) in pixels.
 
   Returns:
     "mix_lam" float32, an image's share in its own target, 1 for no mixing, and
-    "mix_box" [4] int32: top, left, bottom, right of what CutMix takes from the
-    partner, zeros for Mixup.
+    "mix_box" [4] int32: top, left, bottom, right of the box that CutMix takes
+    from the partner, zeros for Mixup.
   """
   box = np.zeros(4, np.int32)
   mixes, cuts = rng.random() < prob, rng.random() < switch_prob
@@ -74,7 +74,7 @@ def draw(
 def _cut(
   rng: np.random.Generator, lam: float, size: tuple[int, int]
 ) -> tuple[float, np.ndarray]:
-  """A box of about 1 - lam of the image, and the share left outside of it."""
+  """The share outside a box of about 1 - lam of the image, and the box [4]."""
   share = math.sqrt(1 - lam)
   edges = []
   for side in size:
@@ -91,13 +91,13 @@ def _cut(
 
 
 def partners(x: jax.Array, group: int | None) -> jax.Array:
-  """Row i of every `group` consecutive rows becomes its last but i.
+  """Reverses the order of rows within each group: [B, ...] -> [B, ...].
 
-  Nothing crosses devices as long as each holds whole groups.
+  Nothing moves between devices as long as each holds whole groups.
 
   Args:
     x: [B, ...].
-    group: even, divides B; None = B.
+    group: rows per group: even, divides B; None = B.
   """
   grouped = x.reshape(-1, group or len(x), *x.shape[1:])
   return grouped[:, ::-1].reshape(x.shape)
@@ -110,8 +110,8 @@ def mix_images(
 
   Args:
     images: [B, H, W, C] float32.
-    lam: [] float32, share of the own image; unused with a box.
-    box: [4] int32 top, left, bottom, right; an empty one means to blend.
+    lam: [] float32, share of the image itself; unused with a box.
+    box: [4] int32 top, left, bottom, right; blends if it is empty.
     group: see `partners`.
 
   Returns:
@@ -128,8 +128,8 @@ def soft_targets(
 ) -> jax.Array:
   """Smoothed one-hot rows: [B] int32 -> [B, num_classes] float32.
 
-  Every class gets smoothing / num_classes, the labelled one 1 - smoothing
-  besides.
+  Every class gets smoothing / num_classes, and the labelled one 1 - smoothing
+  on top.
   """
   off = smoothing / num_classes
   hot = labels[:, None] == jnp.arange(num_classes)[None]
@@ -165,6 +165,7 @@ def erase(
 
 
 def _empty(box: jax.Array) -> jax.Array:
+  """[4] -> [] bool, True for a box without pixels."""
   top, left, bottom, right = box
   return (bottom <= top) | (right <= left)
 

@@ -1,8 +1,8 @@
-"""Augmentation of pairs that share their geometry, as ExtreMA pretrains.
+"""Augmentation of pairs that share their geometry, for ExtreMA.
 
-The student is told apart from its teacher by colour and by the patches it
-sees, never by another crop: their patches stay the same places of the image.
-Recipes as in `augment`: called on `(image, rng)`, uint8 views come back.
+Student and teacher get different colours and patches but the same crop, so that
+a patch is the same part of the image for both. Recipes as in `transforms`:
+called on `(image, rng)`, they return uint8 views.
 
 Source: the --aug-spatialconsistent-color and --aug-centercrop options of
 ExtreMA; its --aug-spatial is `supervised.CropFlip`.
@@ -19,7 +19,7 @@ from attmask_jax.augment import supervised, transforms
 
 @dataclasses.dataclass(frozen=True)
 class TwoColours(supervised.CropFlip):
-  """One random resized crop with a flip, coloured twice."""
+  """One random resized crop with a flip, in two colour augmentations."""
 
   scale: tuple[float, float] = schema.inherit(
     supervised.CropFlip, "scale", (0.2, 1.0)
@@ -30,7 +30,7 @@ class TwoColours(supervised.CropFlip):
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
-    """{"images": [2, H, W, 3] uint8}: for the student, for the teacher."""
+    """{"images": [2, H, W, 3] uint8}: for the student and for the teacher."""
     image = transforms.random_resized_crop(
       image,
       rng,
@@ -56,6 +56,6 @@ class CentreCrop(transforms.Recipe):
     self, image: Image.Image, rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
     """{"images": [1, H, W, 3] uint8} of one RGB image."""
-    del rng  # nothing is drawn
+    del rng  # not random
     crop = transforms.eval_crop(image, self.image_size, resample=self.resample)
     return {"images": np.asarray(crop)[None]}

@@ -1,11 +1,11 @@
 """RandAugment on Pillow images, as timm's string rand-m9-mstd0.5-inc1.
 
-Each of a few operations is drawn from a table of 15, left out half of the time,
-and done at a strength of 0 to 10 that varies a little from image to image.
+A few operations are drawn from a table of 15; each is skipped half of the time,
+or applied at a strength of 0 to 10 that varies slightly from image to image.
 
 Source: timm.data.auto_augment (v0.4.12), the increasing set of operations.
 differs: draws come from a NumPy generator; posterising to 0 bits gives a black
-image, as in the Pillow of that time (today's refuses it).
+image, as in Pillow at that time (it is an error today).
 """
 
 import functools
@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from attmask_jax.errors import InputError
 
-FILL = (124, 116, 104)  # ImageNet's mean colour, where nothing is left to show
+FILL = (124, 116, 104)  # ImageNet's mean colour, for pixels outside the image
 MAX_MAGNITUDE = 10.0
 
 Fill = tuple[int, int, int]
@@ -29,7 +29,7 @@ class Op(NamedTuple):
   """One operation of the table.
 
   Attributes:
-    argument: (level 0-1, sign -1 or 1) -> what `run` is called with.
+    argument: (level 0-1, sign -1 or 1) -> argument of `run`.
     run: (image, argument, fill, resample) -> image of the same size.
   """
 
@@ -38,7 +38,7 @@ class Op(NamedTuple):
 
 
 def _affine(image: Image.Image, matrix: tuple, *paint: object) -> Image.Image:
-  """Output pixel (x, y) is read from the input at `matrix` times (x, y, 1)."""
+  """Reads output pixel (x, y) from the input at `matrix` times (x, y, 1)."""
   fill, resample = paint
   return image.transform(
     image.size,
@@ -61,12 +61,12 @@ def _solarize_add(image: Image.Image, amount: float) -> Image.Image:
 
 
 def _plain(run: Callable[[Image.Image], Image.Image]) -> Op:
-  """Of one strength."""
+  """Operation without a strength."""
   return Op(lambda level, sign: 0.0, lambda x, _, *paint: run(x))
 
 
 def _enhance(kind: Callable[[Image.Image], Any]) -> Op:
-  """Factor 1 changes nothing; 0 is black, grey or blurred, 2 the opposite."""
+  """Enhancer: factor 1 is the identity; 0 is black, grey or blurred."""
   return Op(
     lambda level, sign: 1 + sign * 0.9 * level,
     lambda x, factor, *paint: kind(x).enhance(factor),
@@ -74,7 +74,7 @@ def _enhance(kind: Callable[[Image.Image], Any]) -> Op:
 
 
 def _shear(matrix: Callable[[float], tuple]) -> Op:
-  """About the top left corner, as timm does it."""
+  """Shear about the top left corner, as in timm."""
   return Op(
     lambda level, sign: sign * 0.3 * level,
     lambda x, share, *paint: _affine(x, matrix(share), *paint),
@@ -82,7 +82,7 @@ def _shear(matrix: Callable[[float], tuple]) -> Op:
 
 
 def _translate(matrix: Callable[[float, int, int], tuple]) -> Op:
-  """By a share of the side; a positive one moves the picture left or up."""
+  """Shift by a share of the side, left or up if positive."""
   return Op(
     lambda level, sign: sign * 0.45 * level,
     lambda x, share, *paint: _affine(x, matrix(share, *x.size), *paint),
@@ -104,7 +104,7 @@ OPS = {
     lambda x, bits, *paint: _posterize(x, bits),
   ),
   "Solarize": Op(
-    lambda level, sign: 256 - int(level * 256),  # inverted from there on
+    lambda level, sign: 256 - int(level * 256),  # inverted from this value on
     lambda x, threshold, *paint: ImageOps.solarize(x, int(threshold)),
   ),
   "SolarizeAdd": Op(
@@ -125,7 +125,7 @@ OPS = {
 
 
 def argument(name: str, magnitude: float, sign: int = 1) -> float:
-  """What an operation does at a magnitude of 0-10: degrees, factor, share..."""
+  """Argument of an operation at magnitude 0-10: degrees, factor, share..."""
   return OPS[name].argument(magnitude / MAX_MAGNITUDE, sign)
 
 
@@ -140,29 +140,29 @@ def rand_augment(
   fill: Fill = FILL,
   resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-  """Random operations one after the other, drawn with replacement.
+  """Applies random operations, drawn with replacement.
 
   Args:
     image: RGB.
-    rng: advanced by the same number of draws whatever happens.
-    ops: how many operations.
+    rng: always advanced by the same number of draws.
+    ops: number of operations.
     magnitude: mean strength, 0-10.
     magnitude_std: standard deviation of the normal draw of the strength, which
       is then clipped to 0-10.
-    prob: of carrying an operation out at all.
-    fill: colour of what comes in from beyond the edge, 0-255.
+    prob: probability of applying an operation.
+    fill: colour of pixels from outside the image, 0-255.
     resample: filter of rotation, shear and translation.
 
   Returns:
     An RGB image of the same size.
   """
   chosen = rng.integers(len(OPS), size=ops)
-  happens = rng.random(ops) < prob
+  applied = rng.random(ops) < prob
   strength = magnitude + magnitude_std * rng.standard_normal(ops)
   strength = np.clip(strength, 0.0, MAX_MAGNITUDE)
   signs = rng.choice((-1, 1), size=ops)
   names = tuple(OPS)
-  for i in np.flatnonzero(happens):
+  for i in np.flatnonzero(applied):
     name = names[chosen[i]]
     value = argument(name, float(strength[i]), int(signs[i]))
     image = OPS[name].run(image, value, fill, resample)
@@ -178,7 +178,7 @@ class Settings(NamedTuple):
   prob: float = 0.5
 
 
-# Option of the string: the setting, how it is read, its range.
+# Option of the string -> setting, type, smallest and largest value.
 _OPTIONS: dict[str, tuple[str, type, float, float]] = {
   "m": ("magnitude", float, 0, 10),
   "n": ("ops", int, 1, 15),
@@ -193,7 +193,7 @@ def parse(text: str) -> Settings | None:
 
   Options, joined by dashes in any order: m magnitude (10 unless given), n
   operations (2), mstd its standard deviation (0), p probability (0.5), and
-  inc1, which must be there: only the increasing set is known here.
+  inc1, which is required: only the increasing set is supported.
 
   Raises:
     InputError: an unknown, repeated or missing option, or a value out of range.
@@ -209,19 +209,19 @@ def parse(text: str) -> Settings | None:
   options.remove("inc1")
   values: dict[str, float] = {}
   for option in options:
-    found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", option)
-    if not found or found[1] not in _OPTIONS:
+    match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", option)
+    if not match or match[1] not in _OPTIONS:
       raise InputError(
         f'data.rand_augment "{text}" has an unknown option "{option}": use m, '
         "n, mstd or p with a number, and inc1"
       )
-    name, read, low, high = _OPTIONS[found[1]]
-    number = float(found[2])
-    if name in values or number != read(number) or not low <= number <= high:
+    name, cast, low, high = _OPTIONS[match[1]]
+    number = float(match[2])
+    if name in values or number != cast(number) or not low <= number <= high:
       raise InputError(
         f'data.rand_augment "{text}" cannot have "{option}": give '
-        f"{found[1]} once, as a{' whole' * (read is int)} number from {low} to "
+        f"{match[1]} once, as a{' whole' * (cast is int)} number from {low} to "
         f"{high}"
       )
-    values[name] = read(number)
+    values[name] = cast(number)
   return Settings(**values)

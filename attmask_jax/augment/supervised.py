@@ -1,10 +1,10 @@
 """Augmentation of supervised training: linear probes and fine-tuning.
 
-Recipes as in `augment`: called on `(image, rng)`, a dict of arrays comes back,
-images uint8 with one view.
+Recipes as in `transforms`: called on `(image, rng)`, they return a dict of
+arrays; images are uint8 with one view.
 
-Source: torchvision's probe transform; timm's create_transform (v0.4.12) as DeiT
-calls it.
+Source: torchvision's transforms of linear probes; timm's create_transform
+(v0.4.12) as called by DeiT.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from attmask_jax import schema
 from attmask_jax.augment import randaugment, transforms
 from attmask_jax.augment.transforms import RESAMPLE
 
-SMALL = 32  # images of up to that many pixels are shifted, not resized
+SMALL = 32  # images of up to this side are shifted, not resized
 
 
 def random_shift(
   image: Image.Image, rng: np.random.Generator, *, padding: int = 4
 ) -> Image.Image:
-  """A crop of the image's own size after `padding` black pixels all around."""
+  """Random crop of the image's own size after padding with black pixels."""
   left, top = rng.integers(-padding, padding + 1, size=2).tolist()
-  # Beyond the edge `crop` gives zeros.
+  # `crop` fills pixels outside the image with zeros.
   return image.crop((left, top, left + image.width, top + image.height))
 
 
@@ -43,13 +43,13 @@ def erase_box(
   Args:
     height, width: of the image, in pixels.
     rng: of this image.
-    prob: that there is a box, 0-1.
+    prob: probability of a box, 0-1.
     area: smallest and largest share of the image.
     aspect: smallest and largest height / width, drawn log-uniformly.
 
   Returns:
     [4] int32: top, left, bottom, right, both sides shorter than the image's;
-    zeros for no box, also when ten attempts found none that fits.
+    zeros for no box, also if none of ten attempts fits.
 
   Source: timm.data.random_erasing, mode "pixel", one box.
   """
@@ -73,14 +73,14 @@ class CropFlip(transforms.Recipe):
   """A random resized crop, mirrored half of the time, for linear probes."""
 
   scale: tuple[float, float] = schema.key(
-    (0.08, 1.0), "share of the image's area, of the crop"
+    (0.08, 1.0), "area of the crop as a share of the image"
   )
   resample: str = schema.key(
     "bilinear", "filter of crops in training", choices=tuple(RESAMPLE)
   )
 
   def __post_init__(self) -> None:
-    """Refuses what cannot work, before the first image is read."""
+    """Rejects invalid settings before the first image is read."""
     super().__post_init__()
     transforms.check_scale("data.scale", self.scale)
 
@@ -106,17 +106,17 @@ class Supervised(CropFlip):
   to 4; then a flip, RandAugment or else colour jitter, and the box of random
   erasing.
 
-  differs: an image that is to be shifted but is not of `image_size` is resized
-  first; the reference cuts a larger one and fails on a smaller one.
+  differs: an image to be shifted that is not of `image_size` is resized first;
+  the reference crops a larger one and fails on a smaller one.
   """
 
   resample: str = schema.inherit(CropFlip, "resample", "bicubic")
   rand_augment: str = schema.key(
-    "rand-m9-mstd0.5-inc1", 'see augment/randaugment.py; "" = none'
+    "rand-m9-mstd0.5-inc1", 'in timm\'s notation; "" = none'
   )
   jitter_strength: float = schema.key(
     0.4,
-    "of brightness, contrast and saturation, where rand_augment is empty",
+    "of brightness, contrast and saturation, if rand_augment is empty",
     low=0,
   )
   erase_prob: float = schema.key(
@@ -124,7 +124,7 @@ class Supervised(CropFlip):
   )
 
   def __post_init__(self) -> None:
-    """Refuses what cannot work, before the first image is read."""
+    """Rejects invalid settings before the first image is read."""
     super().__post_init__()
     randaugment.parse(self.rand_augment)
 

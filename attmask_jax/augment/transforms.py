@@ -1,12 +1,11 @@
 """Image augmentation with Pillow: one pure function per step.
 
-Every step takes an RGB image and a NumPy generator and returns a new image;
-the recipes at the end string the steps together. A recipe is a frozen
-dataclass called on `(image, rng)` that returns a dict of uint8 arrays, so a new
-method adds a recipe and leaves the input pipeline alone. Normalisation happens
-on the device.
+Every step takes an RGB image and a NumPy generator and returns a new image; the
+recipes at the end combine the steps. A recipe is a frozen dataclass called on
+`(image, rng)` that returns a dict of uint8 arrays, so a new method adds a
+recipe without changing the input pipeline. Normalisation happens on the device.
 
-Source: the steps behave as torchvision's do on Pillow images.
+Source: the steps behave like torchvision's on Pillow images.
 """
 
 import dataclasses
@@ -31,11 +30,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
   """Decodes any Pillow image to upright 8-bit RGB.
 
   Greyscale is repeated over the channels; alpha is dropped, not blended (as
-  Pillow's own conversion does); 16-bit grey keeps its upper eight bits; an EXIF
-  rotation is carried out, an invalid one ignored.
+  Pillow's own conversion does); 16-bit grey keeps its upper eight bits; a valid
+  EXIF orientation is applied.
 
   Raises:
-    OSError, or what else the decoder raises, for a broken or truncated file.
+    OSError, or any other error of the decoder, for a broken or truncated file.
 
   differs: the reference does not rotate by EXIF and clips 16-bit grey.
   """
@@ -47,16 +46,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
     image = Image.fromarray((values >> 8).astype(np.uint8))
   elif image.mode == "P" and "transparency" in image.info:
-    # Straight to RGB gives the same colours, but warns.
+    # Converting to RGB directly gives the same colours, but warns.
     image = image.convert("RGBA")
   return image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
+  """Applies the EXIF orientation; an invalid one is ignored."""
   try:
     orientation = image.getexif().get(_ORIENTATION, 1)
     return ImageOps.exif_transpose(image) if orientation != 1 else image
-  except Exception:  # garbage in the header; the pixels are still good
+  except Exception:  # an invalid header; the pixels are still good
     return image
 
 
@@ -73,12 +73,12 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
   """Draws the box of a random resized crop.
 
-  Ten attempts with a uniform share of the area and a log-uniform aspect; when
+  Ten attempts with a uniform share of the area and a log-uniform aspect; if
   none fits, the largest central crop whose aspect is within `ratio`.
 
   Args:
     width, height: of the image, in pixels.
-    rng: advanced by two draws per attempt and two for the place.
+    rng: advanced by two draws per attempt and two for the position.
     scale: smallest and largest share of the area, 0-1.
     ratio: smallest and largest width / height.
 
@@ -114,10 +114,10 @@ def random_resized_crop(
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   resample: Image.Resampling = BICUBIC,
 ) -> Image.Image:
-  """Random box, resized to `size` x `size`.
+  """Random crop, resized to `size` x `size`.
 
-  Crops first and resizes then, so that the filter sees no pixel beyond the
-  edge of the box (`Image.resize(box=...)` would).
+  Crops before resizing, so that the filter does not use pixels outside the box
+  (as `Image.resize(box=...)` would).
   """
   box = crop_box(*image.size, rng, scale=scale, ratio=ratio)
   return image.crop(box).resize((size, size), resample)
@@ -126,7 +126,7 @@ def random_resized_crop(
 def random_flip(
   image: Image.Image, rng: np.random.Generator, *, prob: float = 0.5
 ) -> Image.Image:
-  """Mirrors left and right with probability `prob`."""
+  """Flips horizontally with probability `prob`."""
   if rng.random() < prob:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return image
@@ -135,7 +135,7 @@ def random_flip(
 def eval_crop(
   image: Image.Image, size: int, *, resample: str = "bicubic"
 ) -> Image.Image:
-  """Shorter side to floor(256/224 * size), then the central square.
+  """Resizes the shorter side to floor(256/224 * size), then crops the centre.
 
   Args:
     image: any size.
@@ -156,9 +156,9 @@ def eval_crop(
 
 
 def eval_whole(image: Image.Image, size: int) -> Image.Image:
-  """The uncut image, resized (bicubic) if it is not `size` x `size` already.
+  """The whole image, resized (bicubic) unless it is `size` x `size` already.
 
-  Source: DeiT, for images of up to 32 pixels (all of which fit there).
+  Source: DeiT, for images of up to 32 pixels (which it does not resize).
   """
   if image.size == (size, size):
     return image
@@ -169,7 +169,7 @@ def eval_whole(image: Image.Image, size: int) -> Image.Image:
 
 
 def shift_hue(image: Image.Image, shift: float) -> Image.Image:
-  """Turns the hue by `shift` of a full circle, in [-0.5, 0.5].
+  """Rotates the hue by `shift` of a full circle, in [-0.5, 0.5].
 
   The shift in Pillow's 8-bit hue is `shift * 255` truncated towards zero; hue
   wraps around at 256.
@@ -191,20 +191,20 @@ def color_jitter(
   """Brightness, contrast, saturation and hue in random order.
 
   The first three are blended with factors from U(1 - x, 1 + x), bounded below
-  by 0; hue is turned by U(-hue, hue) of a circle. A strength of 0 leaves the
-  step out.
+  by 0; hue is rotated by U(-hue, hue) of a circle. A strength of 0 skips the
+  step.
 
   Source: torchvision.transforms.ColorJitter on Pillow images.
   """
   order = rng.permutation(4)
   strengths = (brightness, contrast, saturation, hue)
   factors = [rng.uniform(max(0.0, 1 - x), 1 + x) for x in strengths[:3]]
-  turn = rng.uniform(-hue, hue)
+  shift = rng.uniform(-hue, hue)
   steps: list[Callable[[Image.Image], Image.Image]] = [
     lambda x: ImageEnhance.Brightness(x).enhance(factors[0]),
     lambda x: ImageEnhance.Contrast(x).enhance(factors[1]),
     lambda x: ImageEnhance.Color(x).enhance(factors[2]),
-    lambda x: shift_hue(x, turn),
+    lambda x: shift_hue(x, shift),
   ]
   for i in order:
     if strengths[i]:
@@ -236,7 +236,7 @@ def solarise(image: Image.Image, *, threshold: int = 128) -> Image.Image:
 
 
 def check_scale(name: str, scale: tuple[float, float]) -> None:
-  """Refuses shares of an image's area that no crop can have.
+  """Rejects shares of an image's area that no crop can have.
 
   Args:
     name: of the key.
@@ -255,41 +255,41 @@ def check_scale(name: str, scale: tuple[float, float]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Base class of the recipes that `data.transform` names."""
+  """Base class of the recipes for `data.transform`."""
 
   image_size: int = schema.key(
-    224, "side of global crops and of images that are evaluated, pixels", low=1
+    224, "side of global crops and of evaluated images, pixels", low=1
   )
 
   def __post_init__(self) -> None:
-    """Refuses what cannot work, before the first image is read."""
+    """Rejects invalid settings before the first image is read."""
     schema.check("data", vars(self), type(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiCrop(Recipe):
-  """Global and local crops, as DINO, iBOT and AttMask cut them.
+  """Global and local crops, as in DINO, iBOT and AttMask.
 
   Source: AttMask main_attmask.py, DataAugmentationiBOT.
   """
 
-  global_crops: int = schema.key(2, "global views of an image")
+  global_crops: int = schema.key(2, "global views per image")
   global_scale: tuple[float, float] = schema.key(
-    (0.25, 1.0), "share of the image's area, of global crops"
+    (0.25, 1.0), "area of global crops as a share of the image"
   )
   local_size: int = schema.key(96, "side of local crops, pixels", low=1)
-  local_crops: int = schema.key(10, "local views of an image")
+  local_crops: int = schema.key(10, "local views per image")
   local_scale: tuple[float, float] = schema.key(
-    (0.05, 0.25), "share of the image's area, of local crops"
+    (0.05, 0.25), "area of local crops as a share of the image"
   )
   jitter: float = schema.key(0.8, "probability of colour jitter", low=0, high=1)
   grey: float = schema.key(0.2, "probability of a grey view", low=0, high=1)
   blur_radius: float = schema.key(
-    2.0, "largest, in pixels; as published for 224 px", low=0.1
+    2.0, "largest, in pixels; published for 224 px", low=0.1
   )
 
   def __post_init__(self) -> None:
-    """Refuses what cannot work, before the first image is read."""
+    """Rejects invalid settings before the first image is read."""
     super().__post_init__()
     check_scale("data.global_scale", self.global_scale)
     check_scale("data.local_scale", self.local_scale)
@@ -345,7 +345,7 @@ class Photometric:
   def __call__(
     self, image: Image.Image, rng: np.random.Generator
   ) -> Image.Image:
-    """Jitter, grey, blur, solarise: in this order, each by its own draw."""
+    """Jitter, grey, blur, solarise: in this order, drawn independently."""
     if rng.random() < self.jitter:
       image = color_jitter(image, rng)
     if rng.random() < self.grey:

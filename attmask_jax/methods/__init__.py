@@ -1,8 +1,8 @@
 """Methods by name.
 
-base.py says what a method is; attmask.py, extrema.py, mae.py and classify.py
-are the four, each readable top to bottom. masking.py and losses.py hold what
-they share. CONTRIBUTING.md shows how to add one.
+base.py defines the interface of a method; attmask.py, extrema.py, mae.py and
+classify.py implement it, each readable from top to bottom. masking.py and
+losses.py are shared. CONTRIBUTING.md shows how to add a method.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ METHODS: dict[str, type[Method]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """Which method."""
+  """Choice of the method."""
 
   name: str = schema.key(
-    "attmask", "what is trained", choices=lambda: tuple(METHODS)
+    "attmask", "training method", choices=lambda: tuple(METHODS)
   )

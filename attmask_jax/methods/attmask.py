@@ -1,15 +1,15 @@
-"""AttMask (arXiv:2203.12719): hide what the teacher attends to.
+"""AttMask (arXiv:2203.12719): masks what the teacher attends to.
 
-A teacher sees whole global views; the attention of its class token says which
-patches matter; the student sees the views with those hidden, predicts the
-teacher's class distribution across views and its patch distributions where
-patches are hidden. Random or block-wise masks make it iBOT (arXiv:2111.07832),
-no mask and no patch loss DINO (arXiv:2104.14294).
+The teacher sees whole global views; the attention of its class token ranks the
+patches. The student sees these views masked by rank, and predicts the teacher's
+class-token distribution across views and its patch distributions where masked.
+Random or block-wise masks make it iBOT (arXiv:2111.07832); no masks and no
+patch loss make it DINO (arXiv:2104.14294).
 
 Source: the AttMask release (train_one_epoch, iBOTLoss, AttMask). Differs:
 - crops are flattened image-major, which keeps a sharded batch in place;
 - random draws are per image and view, and do not depend on the device count;
-- prototype logits are computed for patches that can be hidden.
+- prototype logits of patches are computed for masked ones only.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ class TeacherOutput(NamedTuple):
   """Teacher outputs of R rows.
 
   Attributes:
-    z: [R, L, E], of the class token alone (L = 1) without a patch loss.
+    z: [R, L, E]; without a patch loss L = 1, the class token.
     logits: [R, K] of the class token.
-    attention: [R, N], mean over heads, or None where no mask asks for it.
+    attention: [R, N], mean over heads, or None if the mask does not use it.
   """
 
   z: jax.Array
@@ -47,7 +47,7 @@ class TeacherOutput(NamedTuple):
 
 
 class StudentOutput(NamedTuple):
-  """Student outputs: class logits [B, V, K]; z [R, M, E] where hidden."""
+  """Class-token logits [B, V, K], and z [R, M, E] of masked patches."""
 
   logits: jax.Array
   z: jax.Array | None
@@ -58,10 +58,10 @@ class AttMask(ViewMasks):
   """Masks, losses and temperatures of AttMask, iBOT and DINO.
 
   Attributes:
-    head: the student's; teacher_head: the teacher's.
+    head, teacher_head: projection heads of student and teacher.
     epochs, steps_per_epoch: length of the run; S.
     local_crops: V - G.
-    patch_loss_chunks: parts that the patch loss is computed in.
+    patch_loss_chunks: number of chunks that the patch loss is computed in.
   """
 
   head: heads.Head
@@ -73,22 +73,22 @@ class AttMask(ViewMasks):
   norm_last_layer: bool = schema.key(
     False, "keep the gains of the student's prototypes at 1"
   )
-  cls_weight: float = schema.key(1.0, "of the class-token loss")
-  patch_weight: float = schema.key(1.0, "of the patch loss, 0 = none")
-  student_temp: float = schema.key(0.1, "of its softmax", low=1e-6)
+  cls_weight: float = schema.key(1.0, "weight of the class-token loss")
+  patch_weight: float = schema.key(1.0, "weight of the patch loss, 0 = none")
+  student_temp: float = schema.key(0.1, "student temperature", low=1e-6)
   teacher_temp: tuple[float, float] = schema.key(
     (0.04, 0.07),
-    "of the teacher's class tokens: at the start, after warm-up",
+    "teacher temperature of class tokens: at the start, after warm-up",
     low=1e-6,
   )
   teacher_patch_temp: tuple[float, float] = schema.key(
-    (0.04, 0.07), "the same of its patch tokens", low=1e-6
+    (0.04, 0.07), "the same for patch tokens", low=1e-6
   )
   temp_warmup_epochs: int = schema.key(
-    30, "epochs of both temperatures' warm-up", low=0
+    30, "warm-up epochs of both teacher temperatures", low=0
   )
   center_momentum: float = schema.key(
-    0.9, "of the centres of teacher logits", low=0, high=1
+    0.9, "momentum of the centres of teacher logits", low=0, high=1
   )
 
   config_parts = (vit.BackboneKeys, heads.HeadKeys)
@@ -106,7 +106,7 @@ class AttMask(ViewMasks):
       InputError: a value out of range or values that do not fit together.
     """
     m, data = config.method, config.data
-    backbone = vit.from_config(config)  # refuses an unknown size first
+    backbone = vit.from_config(config)  # rejects an unknown variant first
     head, teacher_head = heads.from_config(m)
     if data.local_crops:
       schema.check_multiple(
@@ -133,28 +133,28 @@ class AttMask(ViewMasks):
         f"data.global_crops {g} and data.local_crops {local} leave no other "
         "view to predict: use at least two global crops, or one and local ones"
       )
-    _ = self.temperatures  # raises where a warm-up does not fit
+    _ = self.temperatures  # raises if the warm-up is too long
 
   @property
   def knn_temp(self) -> float:
     """The teacher's class temperature after warm-up.
 
-    quirk: the release evaluates with it while it trains.
+    quirk: the release uses it for k-NN during training.
     """
     return self.teacher_temp[1]
 
   @property
   def uses_patches(self) -> bool:
-    """Whether there is a patch loss at all."""
+    """Whether there is a patch loss."""
     return self.patch_weight != 0 and self.mask != "none"
 
   @property
   def untrained(self) -> str | None:
-    """Regex of leaves in `params` that never move, or None."""
+    """Regex of leaves in `params` that are never updated, or None."""
     return "head/last_layer2?/weight_g" if self.norm_last_layer else None
 
   def init(self, rng: jax.Array) -> InitialState:
-    """Start values: params, teacher (a copy of the student), aux (centres)."""
+    """Initial params, teacher (a copy of the student) and aux (centres)."""
     rng_backbone, rng_head = jax.random.split(rng)
     side, n = self.backbone.image_size, self.num_patches
     images = jnp.zeros((1, side, side, 3))
@@ -168,8 +168,8 @@ class AttMask(ViewMasks):
     backbone, head = dict(params["backbone"]), dict(params["head"])
     backbone.pop("mask_token", None)
     if self.head.patch_out_dim and not self.teacher_head.patch_out_dim:
-      # quirk: the teacher's one layer starts as the student's patch layer
-      # (copied last) and then follows its class layer (iBOT).
+      # quirk: the teacher's only layer starts as the student's patch layer
+      # (copied last) and then tracks its class-token layer (iBOT).
       head["last_layer"] = head.pop("last_layer2")
     teacher = jax.tree.map(jnp.copy, {"backbone": backbone, "head": head})
     aux = {"center": jnp.zeros(self.head.out_dim)}
@@ -179,7 +179,7 @@ class AttMask(ViewMasks):
     return InitialState(params, teacher, aux)
 
   def at(self, step: int) -> dict[str, np.generic]:
-    """What changes per step, from (seed, step): float64 on the host."""
+    """Scalars of a step, from (seed, step): float64 on the host."""
     epoch = min(step // self.steps_per_epoch, self.epochs - 1)
     temp, patch_temp = self.temperatures
     return {
@@ -237,7 +237,7 @@ class AttMask(ViewMasks):
       params, teacher, aux, student_out, teacher_out, hidden, scalars
     )
     assignment = jnp.argmax(logits[:, 0], axis=-1)
-    # quirk: compared with the student's second view, masked (train_acc).
+    # quirk: compared with the student's masked second view (train_acc).
     agrees = assignment == jnp.argmax(student_out.logits[:, 1], axis=-1)
     metrics = {
       "loss": cls_loss + patch_loss,
@@ -256,7 +256,7 @@ class AttMask(ViewMasks):
     )
 
   def update_aux(self, aux: Params, stats: Params) -> Params:
-    """Centres follow the mean teacher logits of the batch just seen."""
+    """Moves the centres, [K] each, towards the batch's mean teacher logits."""
     return {
       name: losses.update_center(
         aux[name], stats[name], momentum=self.center_momentum
@@ -289,7 +289,7 @@ class AttMask(ViewMasks):
     return jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
 
   def teacher_forward(self, teacher: Params, rows: jax.Array) -> TeacherOutput:
-    """Whole images [R, H, W, 3] through the teacher, without drop path."""
+    """Teacher outputs of whole images [R, H, W, 3], without drop path."""
     out = self.backbone.apply(
       {"params": teacher["backbone"]},
       rows,
@@ -312,15 +312,15 @@ class AttMask(ViewMasks):
     hidden: masking.Hidden | None,
     rngs: tuple[jax.Array, jax.Array],
   ) -> StudentOutput:
-    """Masked global views [B, G, H, W, 3], then whole local ones."""
+    """Student outputs of masked global [B, G, H, W, 3] and local views."""
     b, head = images.shape[0], {"params": params["head"]}
     mask = hidden.mask if hidden is not None and self.mask_input else None
     tokens = self._tokens(params, images, mask, batch, rngs[0])
-    wanted = tokens[:, :1]
+    selected = tokens[:, :1]
     if self.uses_patches:
-      picked = gather(tokens[:, 1:], hidden.ids)
-      wanted = jnp.concatenate([wanted, picked], axis=1)
-    z = self.head.apply(head, wanted, method="project")
+      masked = gather(tokens[:, 1:], hidden.ids)
+      selected = jnp.concatenate([selected, masked], axis=1)
+    z = self.head.apply(head, selected, method="project")
     views = [unflatten(z[:, 0], b)]
     if self.local_crops:
       local = vit.normalize_images(batch["local_images"])
@@ -339,7 +339,7 @@ class AttMask(ViewMasks):
     batch: Batch,
     rng: jax.Array,
   ) -> jax.Array:
-    """[B, V, H, W, 3] through the student's backbone: [B * V, L, D]."""
+    """Tokens of the student's backbone: [B, V, H, W, 3] -> [B * V, L, D]."""
     drop_path_noise = None
     if self.backbone.drop_path:
       rows = row_ids(batch["position"], images.shape[1])
@@ -361,11 +361,11 @@ class AttMask(ViewMasks):
     hidden: masking.Hidden | None,
     scalars: Scalars,
   ) -> jax.Array:
-    """Cross-entropy at the hidden patches: mean per row, then over rows.
+    """Cross-entropy at masked patches: mean per row, then over rows.
 
     Returns:
       [] float32, 0 without a patch loss. quirk: rows without a mask add 0 and
-      count (iBOT).
+      still count (iBOT).
     """
     if not self.uses_patches:
       return jnp.zeros(())

@@ -1,9 +1,9 @@
-"""What a method is: the contract between the training loop and a method.
+"""The interface between the training loop and a method.
 
-A method is a frozen dataclass in one file. It says how parameters start, what
-the loss of a batch is, and what must not move or decay. Whatever the loop, the
-optimiser and the evaluations ask of a method is declared here with its default,
-so a new method overrides what differs and nothing else: see CONTRIBUTING.md.
+A method is a frozen dataclass in one file. It defines the initial parameters,
+the loss of a batch, and which parameters are frozen or not decayed. Everything
+that the loop, the optimiser and the evaluations use is declared here with its
+default, so a new method overrides only what differs: see CONTRIBUTING.md.
 """
 
 import abc
@@ -19,23 +19,23 @@ from attmask_jax import Batch, Params
 from attmask_jax.models import embedding, vit
 
 Scalars = dict[str, jax.Array]
-# (path of a leaf, leaf) -> its learning rate over that of the run; broadcasts.
+# (path, leaf) -> factor on the learning rate that broadcasts against the leaf.
 LrScale = Callable[[str, jax.Array], Any]
 
 
 def split_key(seed: int) -> tuple[jax.Array, jax.Array]:
-  """Keys of a run: for the start values, and for the steps."""
+  """Random keys of a run: for the initial values, and for the steps."""
   init, steps = jax.random.split(jax.random.key(seed))
   return init, steps
 
 
 class InitialState(NamedTuple):
-  """Three trees of a method before the first step.
+  """State of a method before the first step.
 
   Attributes:
     params: what the optimiser trains.
-    teacher: what follows `params` as a moving average, {} for none; the path of
-      each of its leaves exists in `params`.
+    teacher: moving average of `params`, {} for none; each of its leaf paths
+      exists in `params`.
     aux: other state that `update_aux` changes, such as running centres; {} for
       none.
   """
@@ -46,15 +46,15 @@ class InitialState(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-  """What one forward pass of a batch returns.
+  """Result of `Method.loss`.
 
   Attributes:
     loss: [] float32, differentiated with respect to `params`.
-    metrics: name -> [] float32 for the log; "loss" among them. Plain means over
+    metrics: name -> [] float32 for the log, including "loss". Plain means over
       images, so that means over micro-batches are means over the batch.
     stats: statistics of the batch for `Method.update_aux`.
-    per_image: name -> [B] int32 for `Method.epoch_scores`; the names are those
-      of `Method.per_image`.
+    per_image: name -> [B] int32 for `Method.epoch_scores`, with the names of
+      `Method.per_image`.
   """
 
   loss: jax.Array
@@ -65,43 +65,43 @@ class LossOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
-  """Base class of all methods; `backbone` is the network that is evaluated.
+  """Base class of all methods.
 
-  A batch holds label [B], position [B] (row of the global batch; every random
-  draw is keyed by it), index [B] (of the image in its data set), what
-  `item_extras` returns with a leading B, and what the transform that
-  `data.transform` names makes of an image, all with a leading B: see augment/.
+  A batch holds label [B], position [B] (row of the global batch; keys every
+  random draw), index [B] (of the image in its data set), and the arrays of
+  `item_extras` and of the transform `data.transform` (see augment/), with a
+  leading B.
 
   Attributes:
-    backbone: the ViT that `features` and `attention` read.
+    backbone: the ViT that is evaluated.
   """
 
   backbone: vit.ViT
 
-  # Dataclasses that declare the other keys of the config's section `method`.
+  # Dataclasses that declare further keys of the config section `method`.
   config_parts: ClassVar[tuple[type, ...]] = ()
-  # The teacher moves before the forward pass, not after the student's update.
+  # The teacher is updated before the forward pass, not after the student.
   teacher_first: ClassVar[bool] = False
-  # Images of a batch meet in the loss, so run.accumulate would change it.
+  # The loss combines the images of a batch, so run.accumulate would change it.
   batch_coupled: ClassVar[bool] = False
-  # Regex of leaves that hold still for the first `optim.freeze_epochs`.
+  # Regex of leaves that are frozen for the first `optim.freeze_epochs`.
   frozen_at_start: ClassVar[str | None] = None
-  # Regex of leaves of `params` that never move.
+  # Regex of leaves of `params` that are never updated.
   untrained: ClassVar[str | None] = None
   # Regex of leaves without weight decay; None = biases and LayerNorm scales.
   undecayed: ClassVar[str | None] = None
-  # Learning rate of each leaf over that of the run; None = 1 for all.
+  # Factor on the learning rate of each leaf; None = 1 for all.
   lr_scale: ClassVar[LrScale | None] = None
-  # Parts of `aux` without which trained weights cannot be used.
+  # Parts of `aux` that trained weights need.
   served_aux: ClassVar[tuple[str, ...]] = ()
-  # Names of the integers per image that an epoch's scores are made of.
+  # Names of `LossOutput.per_image`, the input of `epoch_scores`.
   per_image: ClassVar[tuple[str, ...]] = ()
-  # Abilities, and what they promise:
+  # Capabilities, and the methods they require:
   classifies: ClassVar[bool] = False  # class logits; evaluated by accuracy
   reconstructs: ClassVar[bool] = False  # `order`, `reconstruct`: see mae.py
   assigns_prototypes: ClassVar[bool] = False  # `assignments(weights, images)`
-  # Pictures of masks: a revealed hint makes room for the next most attended
-  # patch, so that every image hides the same number.
+  # In mask figures, the next most attended patch is masked instead of a
+  # revealed hint, so that every image has the same number of masked patches.
   refills_hints: ClassVar[bool] = False
 
   @classmethod
@@ -129,7 +129,7 @@ class Method(abc.ABC):
     rng: jax.Array,
     scalars: Scalars,
   ) -> LossOutput:
-    """One forward pass.
+    """Loss of one batch.
 
     Args:
       params: see `InitialState`.
@@ -153,13 +153,13 @@ class Method(abc.ABC):
     return {}
 
   def update_aux(self, aux: Params, stats: Params) -> Params:
-    """The next `aux`, once per optimiser step, from `LossOutput.stats`."""
+    """Next `aux` from `LossOutput.stats`; called once per optimiser step."""
     return aux
 
   def epoch_scores(
     self, labels: np.ndarray, per_image: dict[str, np.ndarray]
   ) -> dict[str, float]:
-    """Scores of an epoch from what `loss` returned per image.
+    """Scores of an epoch from `LossOutput.per_image`.
 
     Args:
       labels: [n] int32 of the images seen, -1 = none.
@@ -174,17 +174,17 @@ class Method(abc.ABC):
 
   @property
   def picture_mask_ratio(self) -> float:
-    """Share of patches that pictures of masks hide, 0-1."""
+    """Mask ratio of mask figures, 0-1."""
     return 0.3
 
   @property
   def picture_show_max(self) -> float:
-    """Share of most attended patches that hints in pictures come from, 0-1."""
+    """Share of most attended patches that hints in figures come from, 0-1."""
     return 0.1
 
   @property
   def knn_temp(self) -> float:
-    """Temperature of k-NN where `evals.knn_temp` is 0."""
+    """Temperature of k-NN if `evals.knn_temp` is 0."""
     return 0.07
 
   def features(
@@ -200,7 +200,7 @@ class Method(abc.ABC):
     Args:
       weights: `params` or `teacher`.
       images: [B, H, W, 3], uint8 or normalised.
-      last: class tokens of that many last blocks.
+      last: number of last blocks to take class tokens from.
       norm: apply the final LayerNorm.
 
     Returns:
@@ -212,8 +212,8 @@ class Method(abc.ABC):
     )
 
   def attention(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Last attention to each patch: [B, H, W, 3] -> [B, A, N] float32.
+    """Attention of the last block: [B, H, W, 3] -> [B, A, N] float32.
 
-    Of the class token or, without one, what patches receive on average.
+    From the class token to each patch or, without one, the mean over patches.
     """
     return embedding.class_attention(self.backbone, weights["backbone"], images)

@@ -6,8 +6,8 @@ with mixup, cutmix, random erasing and label smoothing.
 
 Source: eval_linear.py and the fine-tuning recipe (DeiT's) of the AttMask
 release. Differs:
-- the last, incomplete batch of an epoch is left out, for the probe too;
-- partners of mixup are found in fixed groups of images, see `mixup.partners`;
+- the last, incomplete batch of an epoch is dropped, for the probe too;
+- mixup pairs images within fixed groups, see `mixup.partners`;
 - several learning rates may be tried in one pass.
 """
 
@@ -30,7 +30,7 @@ from attmask_jax.models import embedding, vit
 from attmask_jax.models.layers import layer_norm, trunc_normal
 from attmask_jax.models.positions import DINO_OFFSET
 
-MIX_TAG = 5  # last word of the key of the host's mixup draws
+MIX_TAG = 5  # last entry of the seed of the host's mixup draws
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 
 
@@ -40,7 +40,7 @@ class NetworkKeys:
 
   drop_path: float = schema.inherit(vit.BackboneKeys, "drop_path", 0.0)
   dtype: str = schema.key(
-    "", 'of matrix products; "" = as in the run', choices=("", *vit.DTYPES)
+    "", 'of matrix products; "" = as pretrained', choices=("", *vit.DTYPES)
   )
   class_token: str = schema.key(
     "",
@@ -49,7 +49,7 @@ class NetworkKeys:
   )
   positions: str = schema.key(
     "",
-    '"" = as pretrained; learned trains fixed ones',
+    '"" = as pretrained; learned makes fixed ones trainable',
     choices=("", "learned", "yx", "xy"),
   )
   lrs: tuple[float, ...] = schema.key(
@@ -62,15 +62,15 @@ class NetworkKeys:
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Method):
-  """Linear layers on a pretrained network, and how they are trained.
+  """Linear layers on a pretrained network.
 
   Attributes:
     backbone: ViT; its position table keeps the size it was pretrained with.
     num_classes: C.
     epochs, steps_per_epoch: length of the run; S.
-    image_size, batch_size: of training images, pixels; B over all devices.
-    rates: [J] learning rate of each linear layer over that of the run.
-    mixup_group: images that exchange partners, 0 = all.
+    image_size, batch_size: side of training images in pixels; global B.
+    rates: [J] factor on the learning rate of each linear layer.
+    mixup_group: size of the groups that mixup pairs within, 0 = the batch.
   """
 
   num_classes: int
@@ -82,34 +82,34 @@ class Classify(Method):
   mixup_group: int = mixup.Keys.mixup_group
   frozen: bool = schema.key(True, "train only the linear layer")
   last_blocks: int = schema.key(
-    1, "class tokens of that many last blocks", low=1
+    1, "number of last blocks to take class tokens from", low=1
   )
   pool: str = schema.key(
     "cls", "tokens that the linear layer reads", choices=embedding.POOLS
   )
   final_norm: bool = schema.key(
-    True, "behind the backbone's final LayerNorm; MAE, ExtreMA: False"
+    True, "apply the backbone's final LayerNorm; False for MAE and ExtreMA"
   )
   head_norm: str = schema.key(
     "none",
-    "of features before the linear layer: trained LayerNorm, or batch norm "
-    "without scale and bias",
+    "norm before the linear layer: trained LayerNorm, or batch norm without "
+    "scale and bias",
     choices=("none", "layer", "batch"),
   )
-  init_std: float = schema.key(0.01, "start of the linear layer", low=0)
-  smoothing: float = schema.key(0.0, "of labels", low=0, high=1)
-  mixup: float = schema.key(0.0, "alpha of Beta, 0 = off", low=0)
-  cutmix: float = schema.key(0.0, "alpha of Beta, 0 = off", low=0)
-  mix_prob: float = schema.key(1.0, "a batch is mixed at all", low=0, high=1)
+  init_std: float = schema.key(0.01, "of the linear layer's kernel", low=0)
+  smoothing: float = schema.key(0.0, "label smoothing", low=0, high=1)
+  mixup: float = schema.key(0.0, "alpha of mixup, 0 = off", low=0)
+  cutmix: float = schema.key(0.0, "alpha of cutmix, 0 = off", low=0)
+  mix_prob: float = schema.key(1.0, "probability of mixing", low=0, high=1)
   switch_prob: float = schema.key(
-    0.5, "cutmix rather than mixup, where both are on", low=0, high=1
+    0.5, "probability of cutmix where both are on", low=0, high=1
   )
-  ema: bool = schema.key(False, "keep a moving average")
+  ema: bool = schema.key(False, "keep a moving average of the parameters")
   layer_decay: float = schema.key(
-    1.0, "rate of a block over that of the next", above=0, high=1
+    1.0, "learning rate of a block relative to the next", above=0, high=1
   )
   decay_tokens: bool = schema.key(
-    True, "class token and positions have weight decay"
+    True, "apply weight decay to class token and positions"
   )
   seed: int = schema.key(
     0, "of the linear layer, mixing and stochastic depth", low=0, high=2**32 - 1
@@ -132,7 +132,7 @@ class Classify(Method):
     if m.lrs and not rate > 0:
       raise InputError(
         f"optim.lr_per_256 {rate} must be positive: the rates of method.lrs "
-        "are measured by it"
+        "are relative to it"
       )
     if len(m.lrs) > 1 and config.optim.optimizer.startswith("lars"):
       raise InputError(
@@ -143,10 +143,10 @@ class Classify(Method):
     return cls(
       backbone=vit.from_config(config).clone(
         image_size=m.position_size,
-        mlp_ratio=m.get("mlp_ratio", 4.0),  # older runs do not say it
+        mlp_ratio=m.get("mlp_ratio", 4.0),  # absent from older runs
         class_token=m.class_token,
         positions=m.positions,
-        # Runs from before this key were trained with DINO's.
+        # Runs older than this key were trained with DINO's.
         grid_offset=m.get("grid_offset", DINO_OFFSET),
         key_bias=m.key_bias,
         readout_layers=m.readout_layers,
@@ -165,7 +165,7 @@ class Classify(Method):
     schema.check("method", vars(self), type(self))
     if self.num_classes < 2:
       raise InputError(
-        f"a classifier needs at least 2 classes, and the data have "
+        f"a classifier needs at least 2 classes, but the data have "
         f"{self.num_classes}: give images of several classes"
       )
     self._check_features()
@@ -177,7 +177,7 @@ class Classify(Method):
       )
 
   def _check_features(self) -> None:
-    """Refuses features that the network does not have."""
+    """Rejects features that the network does not have."""
     class_token, depth = self.backbone.class_token, self.backbone.depth
     if class_token == "none" and self.pool != "mean":
       raise InputError(
@@ -189,12 +189,12 @@ class Classify(Method):
     ):
       raise InputError(
         f"method.last_blocks {self.last_blocks} takes class tokens of several "
-        "blocks, and that of ExtreMA exists once, after the last: set "
+        "blocks, but ExtreMA has one only after the last block: set "
         "--config.method.last_blocks=1, or use configs/evals.py:linear_extrema"
       )
     if self.last_blocks > depth:
       raise InputError(
-        f"method.last_blocks {self.last_blocks} must lie between 1 and the "
+        f"method.last_blocks {self.last_blocks} must be between 1 and the "
         f"{depth} blocks of the weights"
       )
 
@@ -205,7 +205,7 @@ class Classify(Method):
 
   @property
   def batch_coupled(self) -> bool:
-    """Mixup and batch norm let images of a batch meet."""
+    """Mixup and batch norm combine the images of a batch."""
     return self.mixes or self.head_norm == "batch"
 
   @property
@@ -221,14 +221,14 @@ class Classify(Method):
 
   @property
   def feature_width(self) -> int:
-    """F of `embedding.pool`."""
+    """F, the width of `embedding.pool`."""
     classes = self.last_blocks * (self.pool != "mean")
     return self.backbone.width * (classes + (self.pool != "cls"))
 
   def init(self, rng: jax.Array) -> InitialState:
-    """Start values: params, teacher (average, or {}), aux (frozen backbone).
+    """Initial params, teacher (average, or {}) and aux (frozen backbone).
 
-    The backbone's are placeholders: pretrained ones take their place.
+    The backbone is a placeholder for the pretrained one.
     """
     rng_backbone, rng_head = jax.random.split(rng)
     side = self.backbone.image_size
@@ -253,7 +253,7 @@ class Classify(Method):
     return InitialState(params, teacher, aux)
 
   def at(self, step: int) -> dict[str, np.generic]:
-    """The batch's mixing draw, from (seed, step)."""
+    """Mixup parameters of the batch, from (seed, step)."""
     if not self.mixes:
       return {}
     return mixup.draw(
@@ -277,8 +277,8 @@ class Classify(Method):
     """Cross-entropy of every linear layer.
 
     Args:
-      params: what is trained.
-      teacher: unused, the moving average.
+      params: trained parameters.
+      teacher: the moving average, unused.
       aux: the frozen backbone, or {}.
       batch: images [B, 1, H, W, 3], label [B], position [B]; erase [B, 4]
         where images are erased.
@@ -286,8 +286,7 @@ class Classify(Method):
       scalars: `at(step)`.
 
     Returns:
-      The loss is summed over the linear layers, so that none sees the others;
-      stats are those of the batch norm.
+      The loss, summed over independent linear layers; stats of the batch norm.
     """
     rng_erase, rng_drop = jax.random.split(rng)
     images, targets = self._mix(batch, rng_erase, scalars)
@@ -301,27 +300,27 @@ class Classify(Method):
     entropy = optax.losses.softmax_cross_entropy(
       logits, targets[:, None]
     )  # [B, J]
-    right = jnp.argmax(logits[:, 0], axis=-1) == batch["label"]
+    correct = jnp.argmax(logits[:, 0], axis=-1) == batch["label"]
     metrics = {
       "loss": jnp.mean(entropy),
-      "acc": jnp.mean(right.astype(jnp.float32)),
+      "acc": jnp.mean(correct.astype(jnp.float32)),
     }
     stats = jax.lax.stop_gradient(stats)
     return LossOutput(jnp.sum(jnp.mean(entropy, axis=0)), metrics, stats)
 
   def update_aux(self, aux: Params, stats: Params) -> Params:
-    """The batch norm's running statistics; a frozen backbone stays."""
+    """Updates the running statistics of the batch norm, [F] each."""
     if not stats:
       return aux
     old, batch = aux["batch_norm"], self.batch_size
-    # As PyTorch has it: the running variance is that of an unbiased estimate.
+    # As in PyTorch, the running variance is the unbiased one.
     var = stats["var"] * batch / (batch - 1)
     mean = BN_MOMENTUM * stats["mean"] + (1 - BN_MOMENTUM) * old["mean"]
     var = BN_MOMENTUM * var + (1 - BN_MOMENTUM) * old["var"]
     return aux | {"batch_norm": {"mean": mean, "var": var}}
 
   def lr_scale(self, name: str, leaf: jax.Array) -> np.ndarray | float:
-    """Rate of a leaf over that of the run, for `optim.Optimizer.build`."""
+    """Factor on the learning rate of a leaf, see `optim.Optimizer.build`."""
     if name.startswith("head/"):
       rates = np.asarray(self.rates, np.float32)
       return rates.reshape(-1, *[1] * (leaf.ndim - 1))
@@ -329,7 +328,7 @@ class Classify(Method):
     return layer_decay.rate(name, leaf, depth=depth, decay=self.layer_decay)
 
   def assemble(self, params: Params, aux: Params) -> Params:
-    """backbone and head (and batch_norm), whichever of them is trained."""
+    """Joins backbone, head and batch_norm out of `params` and `aux`."""
     return {**aux, **params}
 
   def classify(self, weights: Params, x: jax.Array) -> jax.Array:
@@ -344,11 +343,11 @@ class Classify(Method):
     return logits + head["bias"][None]
 
   def logits(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Of the first linear layer: [B, H, W, 3] -> [B, C]."""
+    """Logits of the first linear layer: [B, H, W, 3] -> [B, C]."""
     return self.all_logits(weights, images)[:, 0]
 
   def all_logits(self, weights: Params, images: jax.Array) -> jax.Array:
-    """Of every linear layer: [B, H, W, 3], uint8 or normalised -> [B, J, C]."""
+    """Logits of all layers: [B, H, W, 3], uint8 or normalised -> [B, J, C]."""
     x = embedding.embed(
       functools.partial(self.features, weights),
       images,
@@ -378,7 +377,7 @@ class Classify(Method):
   def _embed(
     self, weights: Params, images: jax.Array, batch: Batch, rng: jax.Array
   ) -> jax.Array:
-    """Features in training: [B, H, W, 3] -> [B, F], drop path included."""
+    """Features in training, with drop path: [B, H, W, 3] -> [B, F]."""
     drop_path_noise = None
     if self.frozen:
       weights = jax.lax.stop_gradient(weights)

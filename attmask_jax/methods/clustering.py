@@ -10,7 +10,7 @@ import numpy as np
 def cluster_scores(
   labels: np.ndarray, assignments: np.ndarray
 ) -> dict[str, float]:
-  """Agreement of two partitions, whatever the numbers of their parts.
+  """Agreement of two partitions, which may differ in their number of parts.
 
   Args:
     labels: [n] int, class of each image, < 0 = none: the row is ignored.
@@ -62,7 +62,7 @@ def hungarian_accuracy(labels: np.ndarray, assignments: np.ndarray) -> float:
 def _labelled(
   labels: np.ndarray, assignments: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The rows of [n] labels and [n] assignments whose label is not < 0."""
+  """The rows of labels [n] and assignments [n] that have a label."""
   labels, assignments = np.asarray(labels), np.asarray(assignments)
   known = labels >= 0
   return labels[known], assignments[known]

@@ -1,17 +1,18 @@
 """ExtreMA (arXiv:2206.04667): a few visible patches must predict the image.
 
 The student sees one or several small subsets of the patches, the teacher all
-of them; a class token reads either at the end, and the student's must predict
-the teacher's. Masks are the augmentation: there is no reconstruction.
+of them. A class token reads the final patches of each network, and the
+student's must predict the teacher's. Masking is the augmentation; nothing is
+reconstructed.
 
 Source: the ExtreMA release (MIT). Differs:
-- the fixed positions of images of another size are computed anew, where the
-  release knows one size; fine-tuning makes them learned ones and resamples
-  them plainly, as there;
+- fixed positions are recomputed for images of another size (the release has one
+  size); fine-tuning makes them learned and resamples them without an offset,
+  like the release;
 - subsets are batched image-major, which keeps a sharded batch in place;
-- any grid size, and independent subsets, which the release cannot switch on;
+- any grid size, and independent subsets, which the release cannot enable;
 - InfoNCE works, over the global batch (the release crashes);
-- the teacher's attention may choose what the student sees.
+- the teacher's attention may choose the visible patches.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import heads, positions, vit
 from attmask_jax.rows import row_ids, row_keys, unflatten
 
-LITTLE = 0.1  # share of hidden patches below which guiding is warned of
+MIN_HIDDEN = 0.1  # warn if guided masks hide a smaller share of the patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ReadoutKeys:
 
   readout_layers: int = schema.key(2, "class-attention blocks", low=1)
   layer_scale: float = schema.key(
-    0.1, "start of their scales; 1e-5 suggested for ViT-L"
+    0.1, "initial value of their scales; 1e-5 suggested for ViT-L"
   )
 
 
@@ -49,7 +50,7 @@ class ExtreMA(Method):
   Attributes:
     backbone: ViT whose class token reads the patches after the last block.
     projector: of student and teacher.
-    predictor: the student's alone.
+    predictor: of the student only.
   """
 
   backbone: vit.ViT
@@ -57,29 +58,29 @@ class ExtreMA(Method):
   predictor: heads.Projector
   mask: str = schema.key(
     "random",
-    "what the student sees: guided policies hide their patches from all "
-    "subsets together",
+    "choice of visible patches: guided policies hide the same patches from all "
+    "subsets",
     choices=("random", *masking.ATTENTION_POLICIES),
   )
   mask_ratio: float = schema.key(
     0.8, "share of patches hidden in each subset", low=0, high=1
   )
   num_masks: int = schema.key(5, "subsets per image", low=1)
-  disjoint: bool = schema.key(True, "no patch is in two of them")
+  disjoint: bool = schema.key(True, "no patch is in two subsets")
   show_max: float = schema.key(
     0.1, "hints come from this share of most attended patches", low=0, high=1
   )
   contrast: str = schema.key(
-    "byol", "loss between the networks", choices=("byol", "infonce")
+    "byol", "loss between student and teacher", choices=("byol", "infonce")
   )
-  contrast_temp: float = schema.key(1.0, "of infonce", above=0)
+  contrast_temp: float = schema.key(1.0, "temperature of infonce", above=0)
   seed: int = schema.key(
     0, "of weights, masks and stochastic depth", low=0, high=2**32 - 1
   )
 
   config_parts = (vit.BackboneKeys, ReadoutKeys, heads.ProjectorKeys)
-  teacher_first = True  # it moves before the forward pass, by old weights
-  # All vectors: layer scales and the class token, too.
+  teacher_first = True  # updated before the forward pass, from old weights
+  # All vectors, including layer scales and the class token.
   undecayed = r"(^|/)(bias|scale|cls_token|gamma_[12])$"
 
   @classmethod
@@ -91,7 +92,7 @@ class ExtreMA(Method):
     Raises:
       InputError: a value out of range or values that do not fit together.
     """
-    del steps_per_epoch  # nothing changes with time
+    del steps_per_epoch  # no schedules
     m = config.method
     schema.check("method", m, ReadoutKeys, heads.ProjectorKeys)
     backbone = vit.from_config(config).clone(
@@ -113,10 +114,10 @@ class ExtreMA(Method):
     )
     if method.contrast == "infonce" and config.data.batch_size < 2:
       raise InputError(
-        "InfoNCE tells the images of a batch apart, and data.batch_size is "
+        "InfoNCE contrasts the images of a batch, and data.batch_size is "
         f"{config.data.batch_size}: use at least 2, or method.contrast=byol"
       )
-    method._warn_of_little_hidden()
+    method._warn_if_few_hidden()
     return method
 
   def __post_init__(self) -> None:
@@ -124,8 +125,8 @@ class ExtreMA(Method):
     m, k, n = self.num_masks, self.kept, self.num_patches
     if k < 1:
       raise InputError(
-        f"method.mask_ratio {self.mask_ratio} leaves no patch of {n} to see: "
-        "lower it"
+        f"method.mask_ratio {self.mask_ratio} leaves none of {n} patches "
+        "visible: lower it"
       )
     if self.mask_ratio == 0 and self.mask != "random":
       raise InputError(
@@ -134,8 +135,8 @@ class ExtreMA(Method):
       )
     if self.mask_ratio == 0 and m > 1:
       raise InputError(
-        f"method.mask_ratio 0 shows everything, so method.num_masks {m} would "
-        "repeat it: set num_masks to 1"
+        f"method.mask_ratio 0 hides nothing, so the method.num_masks {m} "
+        "subsets would be equal: set num_masks to 1"
       )
     if self.disjoint and m * k > n:
       raise InputError(
@@ -148,13 +149,13 @@ class ExtreMA(Method):
         "same: set method.disjoint=True"
       )
 
-  def _warn_of_little_hidden(self) -> None:
-    """A policy chooses what no subset shows, which may be next to nothing."""
+  def _warn_if_few_hidden(self) -> None:
+    """Guided policies choose the patches outside all subsets: warns if few."""
     hidden = self.num_patches - self.num_masks * self.kept
-    if self.mask != "random" and hidden < LITTLE * self.num_patches:
+    if self.mask != "random" and hidden < MIN_HIDDEN * self.num_patches:
       logging.warning(
-        "%s hides %d of %d patches, for %d subsets show %d each: attention "
-        "decides little; lower method.num_masks or raise method.mask_ratio",
+        "%s hides only %d of %d patches, as %d subsets show %d each: attention "
+        "has little effect; lower method.num_masks or raise method.mask_ratio",
         self.mask,
         hidden,
         self.num_patches,
@@ -164,7 +165,7 @@ class ExtreMA(Method):
 
   @property
   def batch_coupled(self) -> bool:
-    """InfoNCE tells the images of a batch apart."""
+    """InfoNCE contrasts the images of a batch."""
     return self.contrast == "infonce"
 
   @property
@@ -179,11 +180,11 @@ class ExtreMA(Method):
 
   @property
   def kept(self) -> int:
-    """M, patches of a subset: a product in double precision, truncated."""
+    """M, patches per subset: a product in double precision, truncated."""
     return int(self.num_patches * (1 - self.mask_ratio))
 
   def init(self, rng: jax.Array) -> InitialState:
-    """Start values: params, teacher (a copy without predictor), {}."""
+    """Initial params and teacher (a copy without predictor); no aux."""
     rng_backbone, rng_class, rng_head, rng_pred = jax.random.split(rng, 4)
     side = self.backbone.image_size
     images = jnp.zeros((1, side, side, 3))
@@ -195,8 +196,8 @@ class ExtreMA(Method):
     z = jnp.zeros((1, self.projector.out))
     predictor = self.predictor.init(rng_pred, z)["params"]
     params = {"backbone": backbone, "head": head, "predictor": predictor}
-    own = {"backbone": backbone, "head": head}
-    return InitialState(params, jax.tree.map(jnp.copy, own), {})
+    teacher = {"backbone": backbone, "head": head}
+    return InitialState(params, jax.tree.map(jnp.copy, teacher), {})
 
   def loss(
     self,
@@ -207,7 +208,7 @@ class ExtreMA(Method):
     rng: jax.Array,
     scalars: Scalars,
   ) -> LossOutput:
-    """The student's predictions against the teacher's vector.
+    """Loss between the student's predictions and the teacher's vector.
 
     Args:
       params: encoder, projector and predictor.
@@ -219,8 +220,8 @@ class ExtreMA(Method):
       scalars: `at(step)`.
 
     Returns:
-      Metrics loss; mask_ratio, of each subset; seen, see `seen`; target_std, of
-      the teacher's unit vectors over images, 0 when they collapse.
+      Metrics loss; mask_ratio of each subset; seen, see `seen`; target_std, the
+      deviation of the teacher's unit vectors over images, 0 for collapse.
     """
     rng_mask, rng_drop = jax.random.split(rng)
     images = vit.normalize_images(batch["images"])
@@ -250,10 +251,10 @@ class ExtreMA(Method):
   def subsets(
     self, attention: jax.Array | None, batch: Batch, rng: jax.Array
   ) -> jax.Array | None:
-    """Visible patches: [B, T, M] int32, or None where all are.
+    """Visible patches: [B, T, M] int32, or None for all.
 
     Args:
-      attention: [B, A, N] of the teacher, where the policy asks for it.
+      attention: [B, A, N] of the teacher, if the policy uses it.
       batch: position [B].
       rng: key of the masks of this step.
     """
@@ -267,19 +268,19 @@ class ExtreMA(Method):
     scores = None
     if attention is not None:
       scores = jax.lax.stop_gradient(jnp.mean(attention, axis=1))
-    rng_order, rng_deal = jax.random.split(rng)
+    rng_order, rng_shuffle = jax.random.split(rng)
     keys = row_keys(rng_order, position)
     hidden = self.num_patches - t * m
     seen = self._order(self.mask, keys, hidden, scores)[:, : t * m]
     if self.mask != "random":
-      # What may be seen comes by attention: deal it out at random.
-      keys = row_keys(rng_deal, position)
+      # Visible patches come sorted by attention: distribute them at random.
+      keys = row_keys(rng_shuffle, position)
       noise = jax.vmap(lambda key: jax.random.uniform(key, (t * m,)))(keys)
       seen = jnp.take_along_axis(seen, jnp.argsort(noise, axis=1), axis=1)
     return seen.reshape(-1, t, m)
 
   def seen(self, keep_ids: jax.Array | None) -> jax.Array:
-    """Share of patches in any subset of their image, a mean: [] float32.
+    """Mean share of an image's patches that are in any subset: [] float32.
 
     Args:
       keep_ids: see `subsets`.
@@ -297,6 +298,7 @@ class ExtreMA(Method):
     n_hidden: int,
     scores: jax.Array | None,
   ) -> jax.Array:
+    """`masking.visible_first` of keys [R] and scores [R, N]: [R, N]."""
     return masking.visible_first(
       policy,
       keys=keys,
@@ -314,7 +316,18 @@ class ExtreMA(Method):
     batch: Batch,
     rng: jax.Array,
   ) -> jax.Array:
-    """What each subset says of the teacher's vector: [B, T, E]."""
+    """Predicts the teacher's vector from each subset keep_ids [B, T, M].
+
+    Args:
+      params: see `loss`.
+      images: [B, H, W, 3] normalised.
+      keep_ids: see `subsets`.
+      batch: position [B].
+      rng: key of the drop path of this step.
+
+    Returns:
+      [B, T, E].
+    """
     subsets = 1 if keep_ids is None else keep_ids.shape[1]
     drop_path_noise = None
     if self.backbone.drop_path:

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates of fine-tuning.
+"""Layer-wise learning-rate decay for fine-tuning.
 
 Source: get_layer_id of BEiT, as MAE and ExtreMA use it.
 """
@@ -14,14 +14,14 @@ EMBEDDING = "patch_embed|cls_token|pos_embed"  # before the first block
 def rate(
   name: str, leaf: jax.Array, *, depth: int, decay: float
 ) -> np.ndarray | np.float32:
-  """Learning rate of a leaf of the backbone over that of the run.
+  """Factor on the learning rate of a backbone leaf.
 
   Args:
     name: path of the leaf.
     leaf: [...], or [depth, ...] of stacked blocks.
     depth: number of blocks.
-    decay: rate of a block over that of the next; what comes after the blocks
-      keeps the full rate.
+    decay: rate of a block relative to the next; leaves after the blocks keep
+      the full rate.
 
   Returns:
     A number, or [depth, 1, ...] for stacked blocks.

@@ -1,7 +1,7 @@
 """Losses and centres as pure functions: arrays in, arrays out, float32.
 
 Means over the batch are plain means: inside a compiled program with a sharded
-batch they already run over all devices.
+batch they already cover all devices.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class ComputeKeys:
-  """How losses of many patches are computed."""
+  """How patch losses are computed."""
 
   patch_loss_chunks: int = schema.key(
-    1, "parts of AttMask's patch loss, to save memory", low=1
+    1, "chunks of AttMask's patch loss, to save memory", low=1
   )
 
 
@@ -37,6 +37,9 @@ def teacher_probs(
 
   Returns:
     [..., K] float32, each row sums to 1.
+
+  Source: iBOTLoss.forward in main_attmask.py of AttMask, the teacher's part.
+  differs: called once for class tokens and once for patches.
   """
   center = center.reshape((1,) * (logits.ndim - 1) + (-1,))
   centred = (logits.astype(jnp.float32) - center) / temp
@@ -46,7 +49,7 @@ def teacher_probs(
 def cls_cross_entropy(
   probs: jax.Array, student_logits: jax.Array, *, temp: float
 ) -> jax.Array:
-  """Every teacher view predicts every other student view.
+  """Cross-entropy of each student view against each other teacher view.
 
     for g in teacher views: for v in student views: if v != g:
       total += mean_over_batch(cross_entropy(probs[g], student[v] / temp))
@@ -61,7 +64,7 @@ def cls_cross_entropy(
     [] float32.
 
   Source: iBOTLoss.forward in main_attmask.py of AttMask, the class-token term.
-  differs: without its weight.
+  differs: unweighted.
   """
   g, v = probs.shape[1], student_logits.shape[1]
   logits = student_logits.astype(jnp.float32) / temp
@@ -108,10 +111,12 @@ def in_chunks(
   Args:
     term: arrays [R, m, ...] -> [R]; zero rows of padding must add 0.
     *arrays: [R, M, ...] each.
-    chunks: parts; 1 calls `term` once.
+    chunks: number of parts; 1 calls `term` once.
 
   Returns:
     [R].
+
+  Source: none; saves memory without changing the loss.
   """
   if chunks == 1:
     return term(*arrays)
@@ -130,12 +135,19 @@ def in_chunks(
 def update_center(
   center: jax.Array, batch_mean: jax.Array, *, momentum: float
 ) -> jax.Array:
-  """Running mean of raw teacher logits: [K], [K] -> [K] float32."""
+  """Running mean of raw teacher logits: [K], [K] -> [K] float32.
+
+  Source: update_center of iBOTLoss in main_attmask.py of AttMask. differs: the
+  batch mean, over all devices, is left to the caller.
+  """
   return momentum * center + (1 - momentum) * batch_mean
 
 
 def entropy(probs: jax.Array) -> jax.Array:
-  """Mean entropy in nats: [..., K] -> [] float32."""
+  """Mean entropy in nats: [..., K] -> [] float32.
+
+  Source: none; a metric of collapse that the releases do not log.
+  """
   return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1))
 
 
@@ -147,7 +159,7 @@ def pixel_loss(pred: jax.Array, target: jax.Array) -> jax.Array:
     target: [B, M, 3 P^2], gradient stopped by the caller or without one.
 
   Source: the loss of MAE-priv's pretraining, forward_loss of the official MAE.
-  differs: only hidden patches come in, as many of every image.
+  differs: takes hidden patches only, the same number for each image.
   """
   return jnp.mean(jnp.square(pred.astype(jnp.float32) - target))
 
@@ -167,7 +179,7 @@ def byol(pred: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def info_nce(pred: jax.Array, target: jax.Array, *, temp: float) -> jax.Array:
-  """Each prediction must find its own image in the global batch: [].
+  """Contrasts each prediction with all targets of the global batch: [].
 
   Args:
     pred: [B, T, E], as for `byol`.
@@ -178,13 +190,16 @@ def info_nce(pred: jax.Array, target: jax.Array, *, temp: float) -> jax.Array:
   it runs over the global batch (the release crashes).
   """
   target = jax.lax.stop_gradient(unit(target))
-  logits = jnp.einsum("bmc,kc->bmk", unit(pred), target) / temp
+  logits = jnp.einsum("bte,ie->bti", unit(pred), target) / temp
   own = jnp.eye(len(target))[:, None]  # [B, 1, B]
   return 2 * temp * jnp.mean(optax.losses.softmax_cross_entropy(logits, own))
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Rows of length 1: [..., E] -> [..., E] float32, zeros stay zeros."""
+  """Unit vectors: [..., E] -> [..., E] float32; zeros stay zeros.
+
+  Source: the normalisation, with epsilon 1e-12, in lib/builder.py of ExtreMA.
+  """
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   # The maximum inside the root keeps the gradient of a zero row finite.

@@ -1,19 +1,19 @@
 """MAE (arXiv:2111.06377): reconstruct the pixels of hidden patches.
 
-The encoder sees the visible patches only; a light decoder sees all places,
-hidden ones as one mask token, and predicts the pixels of every patch. Which
-patches stay visible is any of `masking.VISIBLE_POLICIES`; the attention-
-guided ones ask a moving average of the encoder, in the same compiled step.
+The encoder sees only the visible patches; a light decoder sees all positions,
+with a mask token at hidden ones, and predicts the pixels of every patch. One of
+`masking.VISIBLE_POLICIES` chooses the visible patches; attention-guided ones
+use a moving average of the encoder, in the same compiled step.
 
 Source: MAE-priv (an unofficial MAE), whose behaviour and numbers are
 reproduced. Differs:
-- the mask is drawn per image unless `shared_mask` says per batch, and does not
+- the mask is drawn per image, or per batch with `shared_mask`, and does not
   depend on the number of devices;
-- the fixed positions of images of another size are computed anew; the release
-  resamples its table, plainly bicubic. So do we where fine-tuning has made them
-  learned ones (ViT.grid_offset);
-- options for what the official release does otherwise: target layout and
-  variance, order of position axes, a class token in the decoder.
+- fixed positions are recomputed for images of another size; the release
+  resamples its table, plain bicubic, as we do for positions that fine-tuning
+  has made learned (ViT.grid_offset);
+- options for the official release's choices: target layout and variance, order
+  of position axes, a class token in the decoder.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class EncoderKeys:
 
   class_token: bool = schema.key(False, "True: CLS mode, False: GAP mode")
   position_order: str = schema.key(
-    "yx", "axis that comes first; xy = official MAE", choices=("yx", "xy")
+    "yx", "order of position axes; xy = official MAE", choices=("yx", "xy")
   )
 
 
@@ -57,8 +57,8 @@ class Mae(Method):
   decoder: Decoder
   mask: str = schema.key(
     "random",
-    "which patches are hidden; grid: one fixed mask for all images, at 0.75 "
-    "every second patch of every second row stays",
+    "which patches are hidden; grid: one fixed mask for all images, which at "
+    "0.75 keeps every second patch of every second row",
     choices=masking.VISIBLE_POLICIES,
   )
   mask_ratio: float = schema.key(
@@ -70,7 +70,7 @@ class Mae(Method):
   show_max: float = schema.key(
     0.1, "hints come from this share of most attended patches", low=0, high=1
   )
-  norm_target: bool = schema.key(True, "pixels normalised per patch")
+  norm_target: bool = schema.key(True, "normalise pixels per patch")
   target_layout: str = schema.key(
     "chw",
     "order of the values of a patch; hwc = official MAE",
@@ -78,7 +78,7 @@ class Mae(Method):
   )
   target_variance: str = schema.key(
     "biased",
-    "that pixels are normalised by; unbiased = official MAE",
+    "estimator for norm_target; unbiased = official MAE",
     choices=("biased", "unbiased"),
   )
   seed: int = schema.key(0, "of weights and masks", low=0, high=2**32 - 1)
@@ -97,7 +97,7 @@ class Mae(Method):
     Raises:
       InputError: a value out of range or values that do not fit together.
     """
-    del steps_per_epoch  # nothing changes with time
+    del steps_per_epoch  # no schedules
     m = config.method
     schema.check("method", m, EncoderKeys)
     backbone = vit.from_config(config).clone(
@@ -116,7 +116,7 @@ class Mae(Method):
     schema.check("method", vars(self), type(self))
     if self.shared_mask and self.mask not in ("random", "grid"):
       raise InputError(
-        "method.shared_mask shares the draw of random masks, and "
+        "method.shared_mask shares one random mask, but "
         f'"{self.mask}" depends on the image: set '
         "--config.method.shared_mask=False or --config.method.mask=random"
       )
@@ -124,12 +124,12 @@ class Mae(Method):
       raise InputError(
         f"method.mask_ratio {self.mask_ratio} hides {self.n_hidden} of "
         f"{self.num_patches} patches: at least one must be hidden, and one "
-        "stay visible"
+        "visible"
       )
 
   @property
   def n_hidden(self) -> int:
-    """Hidden patches of an image: a product in double precision, truncated."""
+    """Hidden patches per image: a product in double precision, truncated."""
     return int(self.mask_ratio * self.num_patches)
 
   @property
@@ -148,7 +148,7 @@ class Mae(Method):
     return self.mask in masking.ATTENTION_POLICIES
 
   def init(self, rng: jax.Array) -> InitialState:
-    """Start values: params, teacher (the encoder's average, or {}), {}."""
+    """Initial params and teacher (the encoder's average, or {}); no aux."""
     rng_encoder, rng_class, rng_decoder = jax.random.split(rng, 3)
     side, n = self.backbone.image_size, self.num_patches
     images = jnp.zeros((1, side, side, 3))
@@ -168,7 +168,7 @@ class Mae(Method):
     return InitialState(params, teacher, {})
 
   def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-    """Block-wise masks, drawn on the host, of one image: masks [1, N] bool."""
+    """Block-wise mask of one image, drawn on the host: masks [1, N] bool."""
     if self.mask != "block":
       return {}
     masks = masking.host_masks(
@@ -194,7 +194,7 @@ class Mae(Method):
 
     Args:
       params: encoder and decoder.
-      teacher: the encoder's average where attention guides, else {}.
+      teacher: the encoder's average for guided masks, else {}.
       aux: {}.
       batch: images [B, 1, H, W, 3], position [B]; masks [B, 1, N] for
         block-wise ones.
@@ -252,7 +252,18 @@ class Mae(Method):
     batch: Batch | None = None,
     rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Pixels of all patches from the visible ones: [B, N, 3 P^2]."""
+    """Predicts the pixels of all patches from the visible ones.
+
+    Args:
+      params: encoder and decoder.
+      images: [B, H, W, 3] normalised.
+      order: [B, N] int32, visible patches first.
+      batch: position [B] for drop path; None = without drop path.
+      rng: key of the drop path of this step.
+
+    Returns:
+      [B, N, 3 P^2] float32.
+    """
     drop_path_noise = None
     if batch is not None and self.backbone.drop_path:
       drop_path_noise = vit.sample_drop_path_noise(
@@ -266,14 +277,14 @@ class Mae(Method):
       drop_path_noise=drop_path_noise,
     )
     tokens = encoded.tokens
-    if not self.decoder.class_token:  # where there is one, it ends here
+    if not self.decoder.class_token:  # drop the encoder's, if it has one
       tokens = tokens[:, self.backbone.num_prefix_tokens :]
     return self.decoder.apply(
       {"params": params["decoder"]}, tokens, order, self._grid
     )
 
   def target(self, images: jax.Array) -> jax.Array:
-    """What is to be predicted: [B, H, W, 3] normalised -> [B, N, 3 P^2]."""
+    """Prediction target: [B, H, W, 3] normalised -> [B, N, 3 P^2]."""
     pixels = patchify(images, self.backbone.patch_size, self.target_layout)
     if not self.norm_target:
       return pixels
@@ -281,16 +292,16 @@ class Mae(Method):
     return (pixels - mean) / std
 
   def statistics(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and root of the variance + 1e-6 of each patch: [B, N, 1] each."""
+    """Mean and sqrt(variance + 1e-6) of each patch: [B, N, 1] each."""
     mean = jnp.mean(pixels, axis=-1, keepdims=True)
-    free = int(self.target_variance == "unbiased")
-    variance = jnp.var(pixels, axis=-1, keepdims=True, ddof=free)
+    ddof = int(self.target_variance == "unbiased")
+    variance = jnp.var(pixels, axis=-1, keepdims=True, ddof=ddof)
     return mean, jnp.sqrt(variance + 1e-6)
 
   def reconstruct(
     self, params: Params, images: jax.Array, order: jax.Array
   ) -> jax.Array:
-    """Images as the decoder paints them, visible patches too.
+    """Images with all patches as predicted, including visible ones.
 
     Args:
       params: encoder and decoder.
@@ -298,8 +309,8 @@ class Mae(Method):
       order: [B, N] int32, visible patches first.
 
     Returns:
-      [B, H, W, 3] float32 in 0-1. A normalised target is scaled back with the
-      statistics of the true patch.
+      [B, H, W, 3] float32 in 0-1. Predictions of normalised targets are scaled
+      back with the statistics of the true patch.
     """
     images = vit.normalize_images(images)
     pixels = self.predict(params, images, order)
@@ -329,7 +340,7 @@ def patchify(images: jax.Array, p: int, layout: str) -> jax.Array:
 def unpatchify(
   patches: jax.Array, p: int, grid: tuple[int, int], layout: str
 ) -> jax.Array:
-  """The inverse of `patchify`."""
+  """Inverse of `patchify`: [B, N, 3 P^2] -> [B, H, W, 3]."""
   b, (h, w) = len(patches), grid
   if layout == "chw":
     x = patches.reshape(b, h, w, 3, p, p).transpose(0, 1, 4, 2, 5, 3)

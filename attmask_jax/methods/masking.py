@@ -1,9 +1,9 @@
-"""Which patches are hidden: in the graph by rank, on the host by drawing.
+"""Mask policies: by rank in the compiled step, by random draws on the host.
 
-Counts vary from step to step while shapes may not, so a mask in the graph is
-`rank < n` with a traced n. Every count is computed on the host in float64,
-because the references truncate double-precision products: 100 patches at
-ratio 0.29 give 28, in float32 29.
+Counts vary from step to step and shapes must not, so a mask in the compiled
+step is `rank < n` with a traced n. Counts are computed on the host in float64,
+because the references truncate double-precision products: 100 patches at ratio
+0.29 give 28, but 29 in float32.
 """
 
 import math
@@ -19,7 +19,7 @@ from attmask_jax.rows import gather
 
 ATTENTION_POLICIES = ("attmask_high", "attmask_hint", "attmask_low")
 HOST_POLICIES = ("random", "block")
-# Of methods that gather visible patches and need one count for all images.
+# For methods that gather visible patches: one count for all images.
 VISIBLE_POLICIES = ("random", "block", "grid", *ATTENTION_POLICIES)
 POLICIES = (*ATTENTION_POLICIES, *HOST_POLICIES, "none")
 
@@ -34,7 +34,7 @@ def draw_ratio(
   """One mask ratio: uniform in r +- v for one of the (r, v) pairs.
 
   Every pair with v > 0 consumes a draw, then one pair is chosen, as in
-  ImageFolderMask.get_pred_ratio; a single pair is not chosen between.
+  ImageFolderMask.get_pred_ratio; a single pair needs no choice.
 
   Args:
     rng: source of the draws.
@@ -51,7 +51,7 @@ def draw_ratio(
 def random_mask(
   rng: np.random.RandomState, grid: tuple[int, int], ratio: float
 ) -> np.ndarray:
-  """Exactly int(ratio * N) patches hidden, uniformly: [h, w] bool."""
+  """Masks exactly int(ratio * N) patches, uniformly: [h, w] bool."""
   n = grid[0] * grid[1]
   hidden = int(ratio * n)
   mask = np.concatenate([np.zeros(n - hidden, bool), np.ones(hidden, bool)])
@@ -62,7 +62,7 @@ def random_mask(
 def block_mask(
   rng: random.Random, grid: tuple[int, int], ratio: float
 ) -> np.ndarray:
-  """Rectangles until about ratio * N patches are hidden: [h, w] bool.
+  """Masks rectangles up to about ratio * N patches: [h, w] bool.
 
   The count never exceeds ratio * N and usually stays slightly below it.
 
@@ -80,7 +80,7 @@ def block_mask(
 
 
 def _add_block(rng: random.Random, mask: np.ndarray, room: float) -> int:
-  """Hides one rectangle of at most `room` new patches; how many, 0 = none."""
+  """Masks one rectangle of up to `room` new patches; returns their number."""
   height, width = mask.shape
   smallest = (min(height, width) // 3) ** 2
   for _ in range(BLOCK_ATTEMPTS):
@@ -109,7 +109,7 @@ def host_masks(
   ratios: Sequence[float],
   variances: Sequence[float],
 ) -> np.ndarray:
-  """Block-wise or random masks of one image, a ratio drawn per view.
+  """Block-wise or random masks of one image, with one ratio per view.
 
   Args:
     policy: one of HOST_POLICIES.
@@ -136,19 +136,19 @@ def host_masks(
 def attention_counts(
   patches: int, ratio: float, hint_ratio: float, show_max: float
 ) -> tuple[int, int]:
-  """Patches to hide and hints to reveal, truncated in double precision.
+  """Patches to mask and hints to reveal, truncated in double precision.
 
-  quirk: the hints come from a ratio drawn a second time, so their number does
-  not follow the size of the mask (train_one_epoch).
+  quirk: the number of hints uses a second draw of the ratio, independent of
+  the size of the mask (train_one_epoch).
   """
   return int(patches * ratio), int((show_max * hint_ratio) * patches)
 
 
 def rank(scores: jax.Array) -> jax.Array:
-  """Rank along the last axis, 0 = largest, ties to the lowest index: int32.
+  """Rank, 0 = largest, ties by lowest index: [..., N] -> [..., N] int32.
 
-  A sort of a sort, and not `lax.top_k`, which gathers a batch-sharded array
-  on every device.
+  Sorts twice, because `lax.top_k` gathers a batch-sharded array on every
+  device.
   """
   order = jnp.argsort(-scores, axis=-1, stable=True)
   return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
@@ -160,7 +160,7 @@ def priority(
   scores: jax.Array | None = None,
   noise: jax.Array | None = None,
 ) -> jax.Array:
-  """What a policy hides first: [R, N] float32, the largest values.
+  """Priority of masking, [R, N] float32: the largest values are masked first.
 
   Args:
     policy: "attmask_high" and "attmask_hint" the most attended patches,
@@ -188,18 +188,18 @@ def attention_mask(
   n_show: jax.Array | int = 0,
   n_eligible: int = 0,
 ) -> jax.Array:
-  """AttMask: hides patches by the attention the teacher pays to them.
+  """AttMask: masks patches by the teacher's attention to them.
 
   Args:
     scores: [R, N] float32, attention of the class token, mean over heads.
-    policy: "attmask_high" hides the most attended patches, "attmask_hint" the
-      same but for a few revealed ones, "attmask_low" the least attended.
-    n_mask: patches to hide per row.
+    policy: "attmask_high" masks the most attended patches, "attmask_hint" the
+      same except a few revealed ones, "attmask_low" the least attended.
+    n_mask: patches to mask per row.
     keys: [R] random keys. None: every row keeps its mask and no hint is
       revealed, whatever `probability` and `n_show` say.
     probability: a row keeps its mask with this probability.
     n_show: hints revealed per row.
-    n_eligible: hints are chosen among that many most attended patches.
+    n_eligible: number of most attended patches that hints are chosen from.
 
   Returns:
     [R, N] bool, True = hidden.
@@ -238,8 +238,8 @@ def reveal(
     [R, N] bool, True = revealed (whether or not it was hidden).
   """
   eligible = place < n_eligible
-  lottery = rank(jnp.where(eligible, noise, -1.0))
-  return eligible & (lottery < n_show)
+  noise_rank = rank(jnp.where(eligible, noise, -1.0))
+  return eligible & (noise_rank < n_show)
 
 
 def visible_first(
@@ -252,12 +252,11 @@ def visible_first(
   masks: jax.Array | None = None,
   show_max: float = 0.0,
 ) -> jax.Array:
-  """All patches in an order whose last n_hidden are hidden: [R, N] int32.
+  """Orders patches so that the last n_hidden are hidden: [R, N] int32.
 
-  Every policy hides exactly n_hidden patches: block-wise masks are topped up
-  or trimmed at random, and a revealed hint makes room for the next most
-  attended patch. "grid" draws nothing: all rows get the same order, whatever
-  their keys.
+  Every policy hides exactly n_hidden patches: block-wise masks are filled up or
+  trimmed at random, and a revealed hint is replaced by the next most attended
+  patch. "grid" is not random: all rows get the same order, whatever their keys.
 
   Args:
     policy: one of VISIBLE_POLICIES.
@@ -266,8 +265,8 @@ def visible_first(
     n_hidden: patches to hide, 0 to N.
     scores: [R, N] attention, for ATTENTION_POLICIES.
     masks: [R, N] bool, for "block".
-    show_max: hints come from this share of most attended patches, and are as
-      many of the hidden ones; never more than may be visible.
+    show_max: hints come from this share of the most attended patches; their
+      number is this share of n_hidden, at most the number of visible patches.
   """
   n = grid[0] * grid[1]
   noise = uniform(keys, n)
@@ -278,7 +277,7 @@ def visible_first(
   else:
     order = priority(policy, scores=scores, noise=noise)
   if policy == "attmask_hint":
-    # More would tie, and the first places of the image win every tie.
+    # More would tie, and ties go to the first patches of the image.
     n_show = min(int(show_max * n_hidden), n - n_hidden)
     hints = reveal(
       rank(scores), noise, n_show=n_show, n_eligible=int(n * show_max)
@@ -288,21 +287,21 @@ def visible_first(
 
 
 def random_patches(keys: jax.Array, n: int, n_mask: int) -> jax.Array:
-  """Hides n_mask of n patches of each row, uniformly: [R] keys -> [R, n]."""
+  """Masks n_mask of n patches per row, uniformly: [R] keys -> [R, n] bool."""
   return rank(priority("random", noise=uniform(keys, n))) < n_mask
 
 
 def hidden_of(order: np.ndarray, n_hidden: int) -> np.ndarray:
-  """The mask of `visible_first`'s order: [n, N] -> [n, N] bool."""
+  """Mask of an order by `visible_first`: [n, N] -> [n, N] bool."""
   mask = np.zeros(order.shape, bool)
   np.put_along_axis(mask, order[:, order.shape[1] - n_hidden :], True, axis=1)
   return mask
 
 
 def _bayer(grid: tuple[int, int]) -> np.ndarray:
-  """Order in which ordered dithering fills a grid: [N] float32.
+  """Bayer matrix of ordered dithering, cropped to the grid: [N] float32.
 
-  The first quarter of the cells is every second one of every second row.
+  Its lowest quarter is every second cell of every second row.
   """
   side, order = 1, np.zeros((1, 1))
   while side < max(grid):
@@ -314,11 +313,11 @@ def _bayer(grid: tuple[int, int]) -> np.ndarray:
 
 
 class Hidden(NamedTuple):
-  """A mask, and the patches it hides in a static shape.
+  """A mask, and the indices of its patches in a static shape.
 
   Attributes:
     mask: [R, N] bool.
-    ids: [R, M] int32, hidden patches first; padding points at shown ones.
+    ids: [R, M] int32, hidden patches first, padded with visible ones.
     valid: [R, M] bool, False = padding.
   """
 
@@ -334,10 +333,10 @@ class Hidden(NamedTuple):
     return cls(mask, ids, gather(mask[:, :, None], ids)[:, :, 0])
 
   def metrics(self) -> dict[str, jax.Array]:
-    """mask_ratio, share of all patches hidden; masked_share of the rows.
+    """mask_ratio, the share of hidden patches; masked_share, of masked rows.
 
-    Both [] float32 and plain means, so that means over parts of a batch are
-    those of the batch; their quotient is the ratio among masked rows.
+    Both are [] float32 and plain means, so that means over micro-batches are
+    means over the batch; their quotient is the ratio among masked rows.
     """
     masked = jnp.any(self.mask, axis=-1)
     return {

@@ -1,8 +1,8 @@
-"""Which patches AttMask, iBOT and DINO hide in each global view.
+"""Masks of the global views in AttMask, iBOT and DINO.
 
-The number of hidden patches is drawn per step on the host; which ones, the
-teacher's attention decides in the compiled step (attmask_*), or the host draws
-them per image (random, block).
+With attmask_*, the number of masked patches is drawn per step on the host, and
+the teacher's attention chooses them in the compiled step. With random and
+block, the host draws the whole mask per image and view.
 
 Source: train_one_epoch, AttMask and ImageFolderMask of the AttMask release.
 """
@@ -23,7 +23,7 @@ from attmask_jax.rows import flatten, row_ids, row_keys
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewMasks(Method):
-  """Masks of the global views; the base of AttMask.
+  """Masks of the global views; base class of AttMask.
 
   Attributes:
     global_crops: G.
@@ -32,7 +32,7 @@ class ViewMasks(Method):
   global_crops: int = MultiCrop.global_crops
   mask: str = schema.key(
     "attmask_high",
-    "what is hidden from the student",
+    "policy of masking the student's global views",
     choices=masking.POLICIES,
   )
   mask_ratio: tuple[float, ...] = schema.key(
@@ -48,19 +48,19 @@ class ViewMasks(Method):
     high=1,
   )
   mask_prob: float = schema.key(
-    0.5, "a view is masked at all (attmask_* only)", low=0, high=1
+    0.5, "probability of masking a view (attmask_* only)", low=0, high=1
   )
   show_max: float = schema.key(
     0.1, "hints come from this share of most attended patches", low=0, high=1
   )
-  mask_start_epoch: int = schema.key(0, "no masks before", low=0)
-  mask_input: bool = schema.key(True, "False: the student sees everything")
+  mask_start_epoch: int = schema.key(0, "first epoch with masks", low=0)
+  mask_input: bool = schema.key(True, "False: the student sees all patches")
   seed: int = schema.key(
     0, "of weights, masks and stochastic depth", low=0, high=2**32 - 1
   )
 
   def _check_ratios(self) -> None:
-    """Spreads a single variance; refuses ratios that leave [0, 1] by it."""
+    """Repeats a single variance; rejects ratios that it takes out of [0, 1]."""
     if len(self.mask_ratio_var) == 1 < len(self.mask_ratio):
       spread = self.mask_ratio_var * len(self.mask_ratio)
       object.__setattr__(self, "mask_ratio_var", spread)
@@ -79,13 +79,13 @@ class ViewMasks(Method):
 
   @property
   def max_hidden(self) -> int:
-    """M: no mask of this configuration hides more patches."""
+    """M, the most patches that a mask of this configuration hides."""
     pairs = zip(self.mask_ratio, self.mask_ratio_var, strict=True)
     return max(1, *(int(self.num_patches * (r + v)) for r, v in pairs))
 
   @property
   def picture_mask_ratio(self) -> float:
-    """The largest ratio that is drawn."""
+    """The largest of the mask ratios."""
     return max(self.mask_ratio)
 
   @property
@@ -99,9 +99,9 @@ class ViewMasks(Method):
     return self.mask in masking.ATTENTION_POLICIES
 
   def mask_counts(self, step: int, epoch: int) -> dict[str, np.generic]:
-    """Patches to hide and hints to reveal in a step; {} for host policies.
+    """Patches to mask and hints to reveal in a step; {} for host policies.
 
-    quirk: the hints are counted from a second draw of the ratio.
+    quirk: the number of hints uses a second draw of the ratio.
     """
     rng = random.Random(f"{self.seed}-ratio-{step}")
     ratio, hint_ratio = (self.ratio(rng, epoch) for _ in range(2))
@@ -119,7 +119,7 @@ class ViewMasks(Method):
     return masking.draw_ratio(rng, self.mask_ratio, self.mask_ratio_var)
 
   def item_extras(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-    """Masks drawn on the host, of one image: masks [G, N] bool."""
+    """Masks of one image, drawn on the host: masks [G, N] bool."""
     if self.mask not in masking.HOST_POLICIES:
       return {}
     started = epoch >= self.mask_start_epoch
@@ -140,7 +140,14 @@ class ViewMasks(Method):
     rng: jax.Array,
     scalars: Scalars,
   ) -> masking.Hidden | None:
-    """Chooses the hidden patches of every row, or None without masks."""
+    """Masks of all rows, or None for mask "none".
+
+    Args:
+      attention: [R, N] of the teacher, for attmask_*.
+      batch: position [B]; masks [B, G, N] for random and block.
+      rng: key of the masks of this step.
+      scalars: see `mask_counts`.
+    """
     if self.mask == "none":
       return None
     if not self.by_attention:

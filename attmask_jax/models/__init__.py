@@ -1,1 +1,1 @@
-"""Networks: the Vision Transformer, its heads, MAE's decoder; flax modules."""
+"""Flax modules: the Vision Transformer, its heads, MAE's decoder."""

@@ -1,6 +1,6 @@
 """Stacked transformer blocks: one set of parameters with a leading layer axis.
 
-Scanned they compile once, whatever the depth; unrolled each is its own code.
+Scanned, they compile once for any depth; unrolled, every block is compiled.
 """
 
 import jax
@@ -19,7 +19,7 @@ REMAT = {
 
 
 def branch_scales(drop_path_noise: jax.Array, drop_path: float) -> jax.Array:
-  """What stochastic depth multiplies residual branches by, 0 or 1 / kept.
+  """Factors of stochastic depth on residual branches: 0 or 1 / (1 - rate).
 
   Args:
     drop_path_noise: [depth, 2, R] uniform in [0, 1).
@@ -50,8 +50,8 @@ def apply(
   """Runs `depth` blocks whose parameters are `module`'s "blocks".
 
   Args:
-    module: being called; holds the parameters.
-    block: one of them, without a parent.
+    module: the module being called, which holds the parameters.
+    block: module of a single block, without a parent.
     x: [R, L, D] float32.
     depth: number of blocks.
     drop_path: stochastic-depth rate of the last block; block i of n uses
@@ -72,8 +72,8 @@ def apply(
   """
 
   def init(key: jax.Array) -> Params:
-    one = lambda key: block.init(key, x[:1])["params"]
-    return jax.vmap(one)(jax.random.split(key, depth))
+    init_block = lambda key: block.init(key, x[:1])["params"]
+    return jax.vmap(init_block)(jax.random.split(key, depth))
 
   if not 1 <= last <= depth:
     raise ValueError(f"last {last} must lie between 1 and depth {depth}")
@@ -99,11 +99,11 @@ def apply(
     if return_attention == "all" or (
       i == depth - 1 and return_attention != "none"
     ):
-      one = "full" if return_attention == "all" else return_attention
-      x, found = block.apply(
-        {"params": layer[0]}, x, *layer[1:], return_attention=one
+      kind = "full" if return_attention == "all" else return_attention
+      x, probs = block.apply(
+        {"params": layer[0]}, x, *layer[1:], return_attention=kind
       )
-      attention.append(found)
+      attention.append(probs)
     else:
       x, _ = body(x, layer)
     outputs.append(x)

@@ -1,6 +1,6 @@
 """Decoder of a masked autoencoder.
 
-Source: MAE-priv, and the official MAE where options say so.
+Source: MAE-priv; some options follow the official MAE.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class DecoderKeys:
     0, "heads of its attention, 0 = width / 64", low=0
   )
   decoder_class_token: bool = schema.key(
-    False, "the encoder's class token runs through it, too (official MAE)"
+    False, "decode the encoder's class token, too (official MAE)"
   )
 
 
@@ -35,12 +35,12 @@ class Decoder(nn.Module):
   """Predicts the pixels of every patch from the encoded visible ones.
 
   Attributes:
-    width: of its tokens; divides by 4 and over the heads.
+    width: of its tokens; a multiple of 4 and of num_heads.
     depth: blocks.
     num_heads: of its attention.
     pixels: values per patch, 3 P^2.
     positions: order of the fixed positions, "yx" or "xy".
-    class_token: the encoder's runs through the decoder, too, at position 0.
+    class_token: the encoder's is decoded, too, with zeros as its position.
     dtype: of matrix products.
     scan: see `blocks.apply`.
     remat: see `blocks.apply`.
@@ -67,15 +67,15 @@ class Decoder(nn.Module):
     Args:
       tokens: [B, M, D] float32, encoded visible patches; [B, 1 + M, D] with the
         class token first.
-      order: [B, N] int32, all patches, the M visible ones first and in the
-        order in `tokens`.
+      order: [B, N] int32, all patches, first the M visible ones in the order of
+        `tokens`.
       grid: (h, w) with h * w = N.
 
     Returns:
       [B, N, 3 P^2] float32, in the order of the grid.
     """
     d = tokens.shape[-1]
-    # quirk: this layer keeps PyTorch's default start values, bias included.
+    # quirk: this layer keeps PyTorch's default initialisation, bias included.
     init = layers.uniform_fan_in(d)
     x = nn.Dense(
       self.width, dtype=self.dtype, kernel_init=init, bias_init=init,
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
     cls, x = jnp.split(x.astype(jnp.float32), [num_prefix_tokens], axis=1)
     hidden = jnp.broadcast_to(token, (b, n - x.shape[1], self.width))
     x = jnp.concatenate([x, hidden], axis=1)
-    x = gather(x, jnp.argsort(order, axis=1))  # back to their places
+    x = gather(x, jnp.argsort(order, axis=1))  # back to grid order
     x = x + jnp.asarray(positions.sin_cos(grid, self.width, self.positions))
     x = jnp.concatenate([cls, x], axis=1)
     block = layers.Block(
@@ -115,27 +115,27 @@ class Decoder(nn.Module):
 def from_config(
   section: ml_collections.ConfigDict, encoder: vit.ViT
 ) -> Decoder:
-  """The decoder that the section `method` describes.
+  """Builds the decoder from the section `method`.
 
   Args:
     section: `method`.
-    encoder: gives patch size, positions and what its blocks are computed by.
+    encoder: gives patch size, positions and compute options.
 
   Raises:
-    InputError: a width that does not divide, or another class token.
+    InputError: a width that is no such multiple, or no class token to decode.
   """
   schema.check("method", section, DecoderKeys)
   width, class_token = section.decoder_width, section.decoder_class_token
   if class_token and encoder.class_token != "input":
     raise InputError(
       "method.decoder_class_token is on and method.class_token is off: the "
-      "decoder's class token is the encoder's, set both alike"
+      "decoder takes the encoder's class token, so set both alike"
     )
   num_heads = section.decoder_num_heads or max(width // 64, 1)
   if width % 4 or width % num_heads:
     raise InputError(
-      f"a decoder of width {width} and {num_heads} heads cannot be: "
-      "method.decoder_width must divide by 4 and by the heads"
+      f"a decoder of width {width} and {num_heads} heads is impossible: "
+      "method.decoder_width must be a multiple of 4 and of the heads"
     )
   return Decoder(
     width=width,

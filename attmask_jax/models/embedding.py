@@ -1,4 +1,4 @@
-"""Features and attention of whole images, and one vector out of them."""
+"""Features and attention of whole images, and pooling to one vector."""
 
 import functools
 from collections.abc import Callable
@@ -23,22 +23,22 @@ def features(
   norm: bool = True,
   drop_path_noise: jax.Array | None = None,
   logit_bias: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array]:
   """Features of whole images.
 
   Args:
     backbone: the network.
     params: its parameters.
     images: [B, H, W, 3], uint8 or normalised.
-    last: class tokens of that many last blocks, oldest first.
+    last: number of last blocks to take class tokens from, oldest first.
     norm: apply the final norm to each of them.
     drop_path_noise: for stochastic depth, see `ViT`.
     logit_bias: see `ViT`.
 
   Returns:
     cls [B, last * D], or None for a network without class token, and patches
-    of the last block [B, N, D], float32. A class token that reads the patches
-    exists once, after the last block, whatever `last` says.
+    of the last block [B, N, D], float32. A class token of kind "readout" exists
+    only after the last block, whatever `last` is.
   """
   images = normalize_images(images)
   out = backbone.apply(
@@ -66,7 +66,7 @@ def features(
 def class_attention(
   backbone: ViT, params: Params, images: jax.Array
 ) -> jax.Array:
-  """Last attention to each patch: [B, H, W, 3] -> [B, A, N], see `Output`."""
+  """Last attention to patches: [B, H, W, 3] -> [B, A, N], see `vit.Output`."""
   images = normalize_images(images)
   return backbone.apply(
     {"params": params}, images, return_attention="cls"
@@ -74,12 +74,12 @@ def class_attention(
 
 
 def pool(cls: jax.Array | None, patches: jax.Array, *, pool: str) -> jax.Array:
-  """One vector per image out of `features`.
+  """Pools `features` to one vector per image.
 
   Args:
     cls: [B, last * D], or None for a network without a class token.
     patches: [B, N, D].
-    pool: "cls" class tokens, "mean" mean patch, "cls+mean" one after the other.
+    pool: "cls" class tokens, "mean" mean patch, "cls+mean" both, concatenated.
 
   Returns:
     [B, last * D], [B, D] or [B, (last + 1) * D].
@@ -99,7 +99,7 @@ def pool(cls: jax.Array | None, patches: jax.Array, *, pool: str) -> jax.Array:
   return jnp.concatenate([cls, jnp.mean(patches, axis=1)], axis=-1)
 
 
-_pool = pool  # under another name: `embed` has an argument `pool`
+_pool = pool  # `embed` has an argument of that name
 
 
 def embed(
@@ -110,16 +110,16 @@ def embed(
   pool: str = "cls",
   final_norm: bool = True,
 ) -> jax.Array:
-  """One feature of an image: [B, H, W, 3] -> [B, F] float32, see `pool`.
+  """One feature vector per image: [B, H, W, 3] -> [B, F] float32, see `pool`.
 
   Args:
     features_fn: `features` of a method, with its weights.
     images: uint8 or normalised.
-    last: class tokens of that many last blocks.
+    last: number of last blocks to take class tokens from.
     pool: one of POOLS.
     final_norm: apply the backbone's final LayerNorm to all tokens before they
-      are pooled. Published without: mean patches of the AttMask release, and
-      everything of MAE-priv and ExtreMA.
+      are pooled. The AttMask release omits it for mean patches, MAE-priv and
+      ExtreMA always.
   """
   cls, patches = features_fn(images, last=last, norm=final_norm)
   return _pool(cls, patches, pool=pool)

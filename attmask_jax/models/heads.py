@@ -29,15 +29,15 @@ class HeadKeys:
   shared_head_teacher: bool = schema.key(True, "the same for the teacher")
   out_dim: int = schema.key(8192, "prototypes of the class token", low=1)
   patch_out_dim: int = schema.key(
-    8192, "prototypes of patches, where the heads are separate", low=1
+    8192, "prototypes of patches, if the heads are separate", low=1
   )
   head_hidden: int = schema.key(2048, "width of the hidden layers", low=1)
-  head_bottleneck: int = schema.key(256, "width before the prototypes", low=1)
+  head_bottleneck: int = schema.key(256, "input width of prototypes", low=1)
   head_act: str = schema.key(
     "gelu", "activation of the hidden layers", choices=tuple(ACTIVATIONS)
   )
   head_norm: str = schema.key(
-    "none", "before the activation; ln = LayerNorm", choices=NORMS
+    "none", "norm before the activation; ln = LayerNorm", choices=NORMS
   )
 
 
@@ -48,7 +48,7 @@ class ProjectorKeys:
   head_hidden: int = schema.key(
     4096, "width of the hidden layers of projector and predictor", low=1
   )
-  out_dim: int = schema.key(256, "width of what they return", low=1)
+  out_dim: int = schema.key(256, "width of their outputs", low=1)
 
 
 @jax.custom_vjp
@@ -102,7 +102,7 @@ class Prototypes(nn.Module):
 
 
 class ProjectionMlp(nn.Module):
-  """D -> hidden -> ... -> E, then L2-normalised rows, float32."""
+  """MLP with L2-normalised outputs: [..., D] -> [..., E] float32."""
 
   hidden: int
   bottleneck: int
@@ -129,7 +129,7 @@ class ProjectionMlp(nn.Module):
         x = x if norm is None else norm(x)
         x = ACTIVATIONS[self.act](x)
     x = x.astype(jnp.float32)
-    # The floor sits under the root: the norm's own gradient at 0 is NaN.
+    # The maximum is inside the root: the gradient of a norm at 0 is NaN.
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x / jnp.sqrt(jnp.maximum(square, 1e-24))
 
@@ -194,7 +194,7 @@ def from_config(section: ml_collections.ConfigDict) -> tuple[Head, Head]:
   """Heads of student and teacher from the section `method`.
 
   Raises:
-    InputError: heads of which the teacher's cannot follow the student's.
+    InputError: a teacher head that cannot follow the student's.
   """
   schema.check("method", section, HeadKeys)
   shared, shared_teacher = section.shared_head, section.shared_head_teacher

@@ -17,7 +17,7 @@ Initializer = Callable[..., jax.Array]
 def trunc_normal(std: float = 0.02) -> Initializer:
   """Normal values clamped at +-2.
 
-  quirk: the bounds are absolute, so at std 0.02 nothing is ever cut.
+  quirk: the bounds are absolute, so at std 0.02 nothing is ever clamped.
   """
 
   def init(
@@ -31,12 +31,12 @@ def trunc_normal(std: float = 0.02) -> Initializer:
 def clipped_normal(
   key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
 ) -> jax.Array:
-  """Normal values of std 0.02, cut at one standard deviation."""
+  """Normal values of std 0.02, truncated at one standard deviation: `shape`."""
   return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
 
 
 def linear_init(kind: str) -> Initializer:
-  """Start values of the linear layers in blocks: one of INITS.
+  """Initialiser of the linear layers in blocks: one of INITS.
 
   "xavier" is uniform in +-sqrt(6 / (in + out)); a fused projection to queries,
   keys and values counts as one matrix (MAE, ExtreMA).
@@ -68,14 +68,14 @@ class PatchEmbed(nn.Module):
   width: int
   patch_size: int
   dtype: Any
-  xavier: bool = False  # start values of the flattened kernel
+  xavier: bool = False  # initialises the flattened kernel
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     p = self.patch_size
     rows, height, width, channels = images.shape
     init = uniform_fan_in(channels * p * p)
-    # flax counts P * P as the receptive field: fan out must not.
+    # flax would multiply fan out by the receptive field P * P.
     bound = (6 / (self.width + channels * p * p)) ** 0.5
     flat = lambda key, shape: jax.random.uniform(
       key, shape, float, -bound, bound
@@ -83,7 +83,7 @@ class PatchEmbed(nn.Module):
     kernel = self.param(
       "kernel", flat if self.xavier else init, (p, p, channels, self.width)
     )
-    # quirk: the bias keeps the convolution's default, it does not start at 0.
+    # quirk: the bias has the convolution's default initialisation, not 0.
     bias = self.param("bias", init, (self.width,))
     gy, gx = height // p, width // p
     x = images[:, : gy * p, : gx * p].reshape(rows, gy, p, gx, p, channels)
@@ -94,10 +94,10 @@ class PatchEmbed(nn.Module):
 
 
 class Qkv(nn.Module):
-  """[R, L, D] -> [R, L, 3 D], [q | k | v]; without a key bias if so wanted.
+  """Fused projection to [q | k | v]: [R, L, D] -> [R, L, 3 D].
 
-  The bias keeps its key third either way: where it is off that third stays
-  exactly 0, and parameter trees are the same.
+  Without a key bias, that third of the bias is still a parameter, so parameter
+  trees are the same, but stays exactly 0.
   """
 
   dtype: Any
@@ -138,10 +138,10 @@ class Attention(nn.Module):
     Args:
       x: tokens.
       return_attention: which weights to return, float32: "none"; "cls"
-        [R, A, L - 1], the first token's on the others; "received" [R, A, L],
-        the mean over all tokens; "full" [R, A, L, L].
-      logit_bias: [R, A, L, L] float32 added to the scaled logits; at 0 it does
-        nothing but have their gradient.
+        [R, A, L - 1], from the first token to the others; "received" [R, A, L],
+        the mean over queries; "full" [R, A, L, L].
+      logit_bias: [R, A, L, L] float32 added to the scaled logits; zeros give
+        access to their gradient.
     """
     rows, tokens, d = x.shape
     qkv = Qkv(self.dtype, self.initial, self.key_bias, name="qkv")(x)
@@ -176,7 +176,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two linear layers around an exact GELU."""
+  """Two linear layers around an exact GELU: [..., D] -> [..., D]."""
 
   hidden: int
   dtype: Any
@@ -250,7 +250,7 @@ class Block(nn.Module):
 
 
 class ClassAttention(nn.Module):
-  """A class token reads the patches: [R, 1, D], [R, L, D] -> [R, 1, D].
+  """Attention of the class token: [R, 1, D], [R, L, D] -> [R, 1, D].
 
   Source: the class-attention layers of CaiT (arXiv:2103.17239).
   """
@@ -263,7 +263,7 @@ class ClassAttention(nn.Module):
   def __call__(
     self, cls: jax.Array, tokens: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """`tokens` hold the class token first; also its row, [R, A, L - 1]."""
+    """`tokens` hold the class token first; also its weights [R, A, L - 1]."""
     rows, _, d = cls.shape
     dense = functools.partial(
       nn.Dense, d, dtype=self.dtype, kernel_init=linear_init(self.initial)
@@ -281,7 +281,7 @@ class ClassAttention(nn.Module):
 
 
 class ReadoutBlock(nn.Module):
-  """One class-attention block with layer scale; patches stay as they are."""
+  """One class-attention block with layer scale; patches are unchanged."""
 
   num_heads: int
   mlp_ratio: float
@@ -293,7 +293,7 @@ class ReadoutBlock(nn.Module):
   def __call__(
     self, cls: jax.Array, patches: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """[R, 1, D], [R, N, D] -> [R, 1, D], class row [R, A, N]."""
+    """[R, 1, D], [R, N, D] -> [R, 1, D], attention [R, A, N]."""
     d = cls.shape[-1]
     constant = nn.initializers.constant(self.layer_scale)
     scales = [self.param(f"gamma_{i}", constant, (d,)) for i in (1, 2)]

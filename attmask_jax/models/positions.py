@@ -4,7 +4,7 @@
 another class token or with learned positions instead of fixed ones.
 """
 
-import typing
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,22 @@ import numpy as np
 
 from attmask_jax.errors import InputError
 
-if typing.TYPE_CHECKING:
-  from attmask_jax.models.vit import ViT
-
 DINO_OFFSET = 0.1  # of interpolate_pos_encoding in DINO, iBOT and AttMask
+
+
+class Network(Protocol):
+  """The attributes of `vit.ViT` that `adapt` reads, documented there."""
+
+  width: int
+  positions: str
+
+  @property
+  def grid(self) -> int:
+    """Patches along one side of an image."""
+
+  @property
+  def num_prefix_tokens(self) -> int:
+    """Tokens in front of the patches."""
 
 
 def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
@@ -28,8 +40,8 @@ def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
   (grid + 0.1) / size and not the ratio of the sizes.
 
   Args:
-    size: of the axis.
-    grid: its new size.
+    size: length of the axis.
+    grid: its new length.
     offset: 0 for plain bicubic (MAE, ExtreMA), or DINO_OFFSET.
 
   Source: interpolate_pos_encoding of DINO and AttMask; load_state_dict of
@@ -50,14 +62,14 @@ def bicubic_weights(size: int, grid: int, offset: float) -> np.ndarray:
 
 
 def check_width(width: int) -> None:
-  """Refuses a width that the sines and cosines of two axes do not fill.
+  """Rejects a width that the sines and cosines of two axes do not fill.
 
   Raises:
-    InputError: `width` does not divide by 4.
+    InputError: `width` is not a multiple of 4.
   """
   if width % 4:
     raise InputError(
-      f"fixed positions need a width that divides by 4, and that of "
+      f"fixed positions need a width that is a multiple of 4, and that of "
       f"method.variant is {width}: choose {max(width // 4, 1) * 4} or "
       f"{(width // 4 + 1) * 4}"
     )
@@ -71,7 +83,7 @@ def sin_cos(grid: tuple[int, int], width: int, order: str) -> np.ndarray:
 
   Args:
     grid: (rows, columns).
-    width: D, divides by 4.
+    width: D, a multiple of 4.
     order: which axis comes first: "yx" (MAE-priv) or "xy" (the official MAE,
       ExtreMA).
   """
@@ -93,16 +105,16 @@ def fixed_table(
 
 
 def adapt(
-  table: jax.Array | None, network: "ViT", *, num_prefix_tokens: int
+  table: jax.Array | None, network: Network, *, num_prefix_tokens: int
 ) -> jax.Array:
-  """Start values for the learned positions of another network.
+  """Initial learned positions of another network.
 
   Args:
     table: learned positions of `network`, [1, L, D]; None for fixed ones, which
       are computed.
-    network: the one that the positions come from.
-    num_prefix_tokens: of the other network. The position of a class token that
-      only one of the two has is 0, as in fixed tables, or is left out.
+    network: the network that the positions come from.
+    num_prefix_tokens: of the other network. A class token that it alone has
+      gets zeros, as in fixed tables; one that it lacks is dropped.
 
   Returns:
     [1, num_prefix_tokens + N, D], of the patches that `network` has.
@@ -132,11 +144,11 @@ def interpolate(
   """Position table for an image of height x width pixels.
 
   Args:
-    table: [1, num_prefix_tokens + S*S, D], other tokens' slots first.
+    table: [1, num_prefix_tokens + side^2, D], patches last.
     height: image height in pixels.
     width: image width in pixels.
     patch_size: patch side in pixels.
-    num_prefix_tokens: slots in front of the patches'.
+    num_prefix_tokens: positions in front of the patches'.
     offset: see `bicubic_weights`.
 
   Returns:

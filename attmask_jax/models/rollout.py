@@ -1,15 +1,15 @@
-"""Attention rollout: what each patch counts for the token that is read.
+"""Attention rollout: relevance of each patch for the output token.
 
-A token mixes others in every block, so the attention of the last block alone
-says little about pixels. Rollout multiplies the blocks' attention, with half
-an identity each for the residual branch.
+Every block mixes tokens, so the attention of the last block alone says little
+about pixels. Rollout multiplies the attention of all blocks, each averaged with
+the identity for the residual branch.
 
-Source: arXiv:2005.00928, as the explanation tools of MAE-priv have it (heads
-fused, weak links discarded, gradients). Differs:
+Source: arXiv:2005.00928, as in the explanation tools of MAE-priv (heads fused,
+weak links discarded, gradients). Differs:
 - any number of images;
 - without a class token, the rows of all patches are averaged;
-- a class token that only reads the patches puts its row before the blocks';
-- gradients belong to the block whose attention they weigh; "reference" pairs
+- the row of a "readout" class token is multiplied with the blocks' product;
+- gradients are paired with the attention of their own block; "reference" pairs
   them as MAE-priv does.
 """
 
@@ -31,7 +31,7 @@ PAIRINGS = ("blocks", "reference")
 
 
 def fuse(attention: jax.Array, fusion: str) -> jax.Array:
-  """One of FUSIONS over the heads: [..., A, L, L] -> [..., L, L]."""
+  """Fuses the heads by one of FUSIONS: [..., A, L, L] -> [..., L, L]."""
   return {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion](
     attention, axis=-3
   )
@@ -40,7 +40,7 @@ def fuse(attention: jax.Array, fusion: str) -> jax.Array:
 def fuse_gradients(
   attention: jax.Array, gradients: jax.Array, *, pairing: str = "blocks"
 ) -> jax.Array:
-  """Attention times gradient, mean over the heads, negatives at 0.
+  """Attention times gradient, mean over heads, negatives set to 0.
 
   Args:
     attention: [depth, B, A, L, L].
@@ -65,37 +65,37 @@ def roll(
   protect: bool = True,
   row_sums: str = "reference",
 ) -> jax.Array:
-  """The product of all blocks.
+  """Product of the attention of all blocks.
 
   Args:
     fused: [depth, B, L, L] >= 0, of every block.
-    discard: share of the entries of a block, the smallest ones, that become
-      0; in [0, 1). Of equal ones the first go.
-    layer: the only block to take, or -1 for all.
+    discard: share of the entries of a block, the smallest ones, that are set to
+      0; in [0, 1). Ties go by index.
+    layer: the only block to use, or -1 for all.
     protect: never discard entry (0, 0), the class token's on itself.
     row_sums: what entry (i, j) is divided by: "rows", the sum of row i; or
-      "reference", the sum of row j, which published pictures have.
+      "reference", the sum of row j, as in published figures.
 
   Returns:
-    [B, L, L]; row i says what token i is made of.
+    [B, L, L]; row i holds the contributions to token i.
   """
   _, b, tokens, _ = fused.shape
   if layer >= 0:
     fused = fused[layer : layer + 1]
-  one = jnp.eye(tokens)[None]
-  rolled = jnp.broadcast_to(one, (b, tokens, tokens))
+  identity = jnp.eye(tokens)[None]
+  rolled = jnp.broadcast_to(identity, (b, tokens, tokens))
   for links in fused:
-    links = (_without_weak(links, discard, protect) + one) / 2
+    links = (_without_weak(links, discard, protect) + identity) / 2
     sums = jnp.sum(links, axis=-1)
-    # quirk: a slip of broadcasting, kept for the sake of its pictures.
-    slip = row_sums == "reference"
-    links = links / (sums[:, None, :] if slip else sums[:, :, None])
+    # quirk: a broadcasting error, kept to reproduce published figures.
+    by_column = row_sums == "reference"
+    links = links / (sums[:, None, :] if by_column else sums[:, :, None])
     rolled = links @ rolled
   return rolled
 
 
 def _without_weak(links: jax.Array, discard: float, protect: bool) -> jax.Array:
-  """[B, L, L] with its smallest entries at 0, see `roll`."""
+  """Sets the smallest entries of links [B, L, L] to 0, see `roll`."""
   b, tokens, _ = links.shape
   flat = links.reshape(b, tokens**2)
   order = jnp.argsort(flat, axis=-1, stable=True)
@@ -112,14 +112,13 @@ def relevance(
   mean: bool,
   row: jax.Array | None = None,
 ) -> jax.Array:
-  """What each patch counts, over the largest: [B, N]; nan where all are 0.
+  """Relevance of each patch over the largest: [B, N]; nan if all are 0.
 
   Args:
     rolled: [B, L, L], see `roll`.
     num_prefix_tokens: tokens in front of the patches, 0 or 1.
     mean: explain the mean patch, else the class token.
-    row: [B, N] attention of a class token that reads the patches after all
-      blocks, or None.
+    row: [B, N] attention of a "readout" class token, or None.
   """
   if row is not None:
     values = jnp.einsum("bn,bnm->bm", row, rolled)
@@ -150,14 +149,14 @@ def attention_rollout(
     fusion: one of FUSIONS.
     discard: see `roll`.
     layer: see `roll`.
-    mean: explain the mean patch; by default where there is no class token.
+    mean: explain the mean patch; by default if there is no class token.
     row_sums: see `roll`.
   """
   if mean is None:
     mean = backbone.class_token == "none"
   num_prefix_tokens = backbone.num_prefix_tokens
 
-  def one(image: jax.Array) -> jax.Array:
+  def of_image(image: jax.Array) -> jax.Array:
     image = vit.normalize_images(image[None])
     apply = functools.partial(backbone.apply, {"params": params}, image)
     attention, row = apply(return_attention="all").attention, None
@@ -175,26 +174,26 @@ def attention_rollout(
       rolled, num_prefix_tokens=num_prefix_tokens, mean=mean, row=row
     )[0]
 
-  # One by one: the maps of all blocks of a large network fill memory.
-  return jax.lax.map(one, images)
+  # One image at a time: the attention of all blocks needs much memory.
+  return jax.lax.map(of_image, images)
 
 
 def logit_gradients(
   method: "Classify", weights: Params, images: jax.Array, *, category: int = -1
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention and the gradient of a class with respect to its logits.
+  """Attention, and the gradient of a class score by the attention's logits.
 
   Args:
-    method: classifies, see `methods`.
-    weights: its parameters, assembled.
+    method: a classifier.
+    weights: its parameters, see `Classify.assemble`.
     images: [B, H, W, 3], uint8 or normalised.
     category: index of the class, -1 = the most probable one of each image.
 
   Returns:
-    Two of [depth, B, A, L, L]; the gradient is that of the class's output with
+    Attention and gradient, [depth, B, A, L, L] each; the gradient is with
     respect to the attention before its softmax.
   """
-  # Fused kernels have no gradient of a bias for all sizes.
+  # Fused kernels lack the gradient of the bias for some sizes.
   backbone = method.backbone.clone(attention="xla")
   images = vit.normalize_images(images)
   params = weights["backbone"]
@@ -226,7 +225,7 @@ def gradient_rollout(
   pairing: str = "blocks",
   row_sums: str = "reference",
 ) -> jax.Array:
-  """What counts for a class: [B, H, W, 3] -> [B, N], see `relevance`.
+  """Relevance for a class: [B, H, W, 3] -> [B, N], see `relevance`.
 
   Args:
     method: see `logit_gradients`.
@@ -241,7 +240,7 @@ def gradient_rollout(
   backbone = method.backbone
   mean = method.pool == "mean"
 
-  def one(image: jax.Array) -> jax.Array:
+  def of_image(image: jax.Array) -> jax.Array:
     attention, gradients = logit_gradients(
       method, weights, image[None], category=category
     )
@@ -262,4 +261,4 @@ def gradient_rollout(
       rolled, num_prefix_tokens=backbone.num_prefix_tokens, mean=mean, row=row
     )[0]
 
-  return jax.lax.map(one, images)
+  return jax.lax.map(of_image, images)

@@ -1,4 +1,4 @@
-"""The one Vision Transformer, as pure functions of its parameters.
+"""The Vision Transformer that all methods share.
 
 Parameter names follow timm. Blocks are stored stacked (`blocks/...` with a
 leading axis of length depth), whether they are scanned or unrolled.
@@ -23,7 +23,7 @@ from attmask_jax.rows import gather
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# depth, width and heads of the published sizes.
+# Width, depth and heads of the published sizes.
 VARIANTS = {
   "tiny": dict(width=192, depth=12, num_heads=3),
   "small": dict(width=384, depth=12, num_heads=6),
@@ -63,24 +63,24 @@ class ComputeKeys:
   )
   attention: str = schema.key(
     "auto",
-    "kernel of attention; auto is cuDNN for bfloat16 on a GPU, else XLA",
+    "attention kernel; auto is cuDNN for bfloat16 on a GPU, else XLA",
     choices=layers.ATTENTION,
   )
 
 
 class Output(NamedTuple):
-  """What a forward pass gives.
+  """Output of a forward pass.
 
   Attributes:
     tokens: [R, L, D] float32, after the final norm, with the class token first
-      where there is one.
+      if there is one.
     raw: the same before the final norm.
     blocks: the last `last` block outputs, oldest first, each [R, L, D]
       float32 before the final norm.
     attention: of the last block, float32, rows sum to 1 over all L tokens:
-      None, [R, A, N] (what patches get from the class token or, without one,
-      from all patches on average) or [R, A, L, L]; of every block [depth, R,
-      A, L, L], where a class token that reads the patches is not among the L.
+      None, [R, A, N] (to patches from the class token or, without one, the mean
+      over all patches) or [R, A, L, L]; or of every block [depth, R, A, L, L],
+      where L does not include a "readout" class token.
   """
 
   tokens: jax.Array
@@ -100,7 +100,7 @@ def normalize_images(images: jax.Array) -> jax.Array:
 
 
 def denormalize_images(images: jax.Array) -> jax.Array:
-  """The inverse of `normalize_images`, as floats in about 0-1."""
+  """Inverse of `normalize_images`: [..., 3], floats in about 0-1."""
   axes = (1,) * (images.ndim - 1) + (3,)
   mean = jnp.asarray(IMAGENET_MEAN, jnp.float32).reshape(axes)
   std = jnp.asarray(IMAGENET_STD, jnp.float32).reshape(axes)
@@ -144,14 +144,14 @@ class ViT(nn.Module):
       "readout" (enters after them and reads the patches by class-attention) or
       "none".
     positions: "learned", or fixed "yx" or "xy" (see `positions.sin_cos`),
-      which leave a class token at 0 and are computed anew for any size.
+      which are 0 for a class token and recomputed for any size.
     grid_offset: how learned positions are resampled for another size, see
       `positions.bicubic_weights`.
     key_bias: keys have a bias.
-    initial: start values of linear layers, "normal" or "xavier".
-    xavier_embed: the patch embedding starts from "xavier", too.
+    initial: initialisation of linear layers, "normal" or "xavier".
+    xavier_embed: initialise the patch embedding with "xavier", too.
     readout_layers: class-attention blocks of class_token "readout".
-    layer_scale: start value of their scales.
+    layer_scale: initial value of their scales.
   """
 
   width: int
@@ -202,14 +202,14 @@ class ViT(nn.Module):
       images: [R, H, W, 3] float32, normalised.
       mask: [R, N] bool; True replaces the patch embedding by the mask token,
         before positions are added.
-      keep_ids: [R, V, M] int32, the only patches to see, in V subsets of each
-        image: rows become R * V, image-major. None = all of them.
-      drop_path_noise: [depth, 2, R * V] uniform in [0, 1) from
+      keep_ids: [R, T, M] int32, visible patches, in T subsets of each image:
+        rows become R * T, image-major. None = all patches.
+      drop_path_noise: [depth, 2, R * T] uniform in [0, 1) from
         `sample_drop_path_noise`, or None for no stochastic depth.
       last: how many block outputs to return, 1 to depth.
       return_attention: "none", "cls", "full" or "all": see `Output.attention`.
-      logit_bias: [depth, R * V, A, L, L], see `layers.Attention`: for pictures
-        that need the gradient of the attention's logits.
+      logit_bias: [depth, R * T, A, L, L], see `layers.Attention`: for the
+        gradient of the attention's logits.
     """
     _, height, width, _ = images.shape
     x = layers.PatchEmbed(
@@ -233,13 +233,13 @@ class ViT(nn.Module):
     if self.num_prefix_tokens:
       cls = self._class_token(len(x)) + table[:, :1]
       x = jnp.concatenate([cls, x], axis=1)
-    through = (
+    kind = (
       "received"
       if return_attention == "cls" and not self.num_prefix_tokens
       else return_attention
     )
     if self.class_token == "readout" and return_attention == "cls":
-      through = "none"
+      kind = "none"
     block = layers.Block(
       self.num_heads,
       self.mlp_ratio,
@@ -257,7 +257,7 @@ class ViT(nn.Module):
       drop_path=self.drop_path,
       drop_path_noise=drop_path_noise,
       last=last,
-      return_attention=through,
+      return_attention=kind,
       logit_bias=logit_bias,
       scan=self.scan,
       remat=self.remat,
@@ -270,12 +270,12 @@ class ViT(nn.Module):
     return Output(layers.layer_norm("norm")(tokens), tokens, outputs, attention)
 
   def _class_token(self, rows: int) -> jax.Array:
-    """[R, 1, D], the same for all."""
+    """The class token, repeated for all rows: [R, 1, D]."""
     cls = self.param("cls_token", layers.trunc_normal(), (1, 1, self.width))
     return jnp.broadcast_to(cls, (rows, 1, self.width))
 
   def _positions(self, height: int, width: int) -> jax.Array:
-    """[1, num_prefix_tokens + N, D] for an image of this size."""
+    """Position table of this image size: [1, num_prefix_tokens + N, D]."""
     if self.positions != "learned":
       grid = height // self.patch_size, width // self.patch_size
       table = positions.fixed_table(
@@ -297,7 +297,7 @@ class ViT(nn.Module):
     )
 
   def _read(self, patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Class token after class-attention, un-normed [R, 1, D]; its last row."""
+    """Class token before the norm [R, 1, D], and its attention [R, A, N]."""
     cls = self._class_token(len(patches))
     for i in range(self.readout_layers):
       cls, row = layers.ReadoutBlock(
@@ -312,10 +312,10 @@ class ViT(nn.Module):
 
 
 def from_config(config: ml_collections.ConfigDict) -> ViT:
-  """The backbone that the sections method, data and run describe.
+  """Builds the backbone from the sections method, data and run.
 
   Raises:
-    InputError: unknown size or option, or sizes that do not divide.
+    InputError: unknown variant or option, or an indivisible size.
   """
   m, run, image_size = config.method, config.run, config.data.image_size
   schema.check("method", m, BackboneKeys)
@@ -339,7 +339,7 @@ def variant_size(variant: str) -> dict[str, int]:
   """width, depth and heads of a published size or of "WIDTHxDEPTHxHEADS".
 
   Raises:
-    InputError: neither, or a width that does not divide over its heads.
+    InputError: neither, or a width that is not a multiple of the heads.
   """
   if variant in VARIANTS:
     return VARIANTS[variant]
@@ -352,7 +352,7 @@ def variant_size(variant: str) -> dict[str, int]:
   width, depth, num_heads = map(int, parts)
   if width % num_heads:
     raise InputError(
-      f"method.variant {variant}: width {width} does not divide over "
+      f"method.variant {variant}: width {width} is not a multiple of the "
       f"{num_heads} heads, choose {width // num_heads * num_heads}"
     )
   return dict(width=width, depth=depth, num_heads=num_heads)

@@ -35,6 +35,15 @@ RENAMED = {
 }
 POOLS = {0: "cls", 1: "mean", 2: "cls+mean", 3: "mean"}  # by its `avgpool`
 
+# Networks of a run; "untrained" is the one before the first step.
+NETWORKS = ("teacher", "student", "untrained")
+# Names that jax_default_matmul_precision takes: levels, other names of them,
+# and algorithms.
+PRECISIONS = (
+  *("highest", "high", "default", "float32", "tensorfloat32", "bfloat16"),
+  *(p.name for p in jax.lax.DotAlgorithmPreset if p.name != "DEFAULT"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class InitKeys:
@@ -58,8 +67,9 @@ class WeightsKeys:
   )
   network: str = schema.key(
     "",
-    'teacher, student or untrained; "" = teacher, of a fine-tuning the '
-    "student. reconstruct and finetune_extrema take the student",
+    '"" = teacher, of a fine-tuning the student. reconstruct and '
+    "finetune_extrema take the student",
+    choices=("", *NETWORKS),
   )
   probe: str = schema.key(
     "",
@@ -97,7 +107,7 @@ class RunKeys:
   )
   accumulate: int = schema.key(1, "micro-batches per step", low=1)
   matmul_precision: str = schema.key(
-    "highest", "of float32 products: highest, high or default"
+    "highest", "of float32 products; see JAX", choices=PRECISIONS
   )
   compilation_cache: str = schema.key("", "folder that keeps compiled programs")
   distributed: bool = schema.key(False, "call jax.distributed.initialize()")

@@ -1,1 +1,1 @@
-"""What a training run is made of: its parts, the state, the compiled step."""
+"""Parts of a training run: setup, state, optimiser and the compiled step."""

@@ -1,4 +1,4 @@
-"""What an epoch collects besides the state: integers per image, sums."""
+"""Values collected over an epoch: integers per image and metric sums."""
 
 from typing import Any
 
@@ -13,12 +13,11 @@ LABEL = "label"
 
 
 class Epoch:
-  """What must survive a stop inside an epoch.
+  """Values of the current epoch, saved so that a run can stop inside of it.
 
   Attributes:
     arrays: name -> [S, b] int32 of this process's rows, -1 = not seen. Holds
-      the label and what `method.per_image` names, or nothing for a method that
-      names nothing.
+      the label and `method.per_image`; empty for a method without any.
     window: metric sums since the last log line.
     sums: metric sums of the epoch.
   """
@@ -54,7 +53,7 @@ class Epoch:
     label: jax.Array,
     per_image: dict[str, jax.Array],
   ) -> None:
-    """Takes in one step's metrics and this process's rows [b] of the rest."""
+    """Adds the metrics of a step, and this process's rows of [B] arrays."""
     rows = {LABEL: label} | per_image
     for name, array in self.arrays.items():
       array[step % len(array)] = meshes.local_rows(rows[name])
@@ -62,7 +61,7 @@ class Epoch:
     self.sums.add(values)
 
   def scores(self) -> dict[str, float]:
-    """Means over the epoch, and what the method makes of its integers."""
+    """Means over the epoch, and `epoch_scores` of the method."""
     if not self.arrays:
       return self.sums.mean()
     arrays = {name: array.ravel() for name, array in self._all_rows().items()}
@@ -72,7 +71,7 @@ class Epoch:
     return self.sums.mean() | self._method.epoch_scores(label, arrays)
 
   def reset(self) -> None:
-    """Begins the next epoch; the log window goes on."""
+    """Starts the next epoch; the log window continues."""
     for array in self.arrays.values():
       array[:] = -1
     self.sums.reset()
@@ -82,13 +81,13 @@ class Epoch:
     return meshes.put(mesh, self._all_rows())
 
   def progress(self) -> dict[str, Any]:
-    """The running sums, JSON-able, exact."""
+    """The exact running sums, for JSON."""
     return {"window": self.window.state(), "sums": self.sums.state()}
 
   def restore(
     self, items: dict[str, jax.Array], progress: dict[str, Any]
   ) -> None:
-    """Takes back `items` and `progress`, on any number of processes."""
+    """Restores `items` and `progress`, on any number of processes."""
     self.arrays = {
       name: np.asarray(items[name])[:, self._positions].copy()
       for name in self.arrays

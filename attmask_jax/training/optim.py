@@ -1,11 +1,11 @@
 """Optimisers, freezing, clipping and the moving average.
 
-Rates come from the global step and enter each update as arguments, never as
-optax schedules with a count of their own: a frozen leaf's count would lag.
-Every per-tensor rule sees the layers of stacked blocks one by one.
+Rates follow the global step and are arguments of each update, not optax
+schedules with their own count, which would lag for a frozen leaf. Per-tensor
+rules apply to each layer of stacked blocks separately.
 
-Source: clip_gradients, get_params_groups, LARS and
-cancel_gradients_last_layer of DINO, iBOT and AttMask.
+Source: clip_gradients, get_params_groups, LARS, cancel_gradients_last_layer and
+the average in train_one_epoch of DINO, iBOT and AttMask.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ STACKED = r"(^|/)blocks/"
 
 
 def without(grads: Params, untrained: str | None) -> Params:
-  """Zeroes the gradients of leaves that never move, so no norm counts them.
+  """Zeroes the gradients of untrained leaves, so that norms exclude them.
 
   Args:
     grads: tree of gradients, each of its parameter's shape.
@@ -69,7 +69,8 @@ def per_layer(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def clip_per_tensor(limit: float) -> optax.GradientTransformation:
   """Scales each tensor by limit / (norm + 1e-6) where that is below 1.
 
-  quirk: not a global-norm clip (clip_gradients).
+  Source: clip_gradients of DINO, iBOT and AttMask. quirk: not a global-norm
+  clip.
   """
 
   def clip(g: jax.Array) -> jax.Array:
@@ -91,9 +92,9 @@ def scale_by_rates(
   """updates -> -lr * (updates + wd * params on decayed leaves).
 
   Args:
-    decoupled: add the decay here (AdamW); else only the learning rate acts.
+    decoupled: add the decay here (AdamW); else only scale by -lr.
     undecayed: regex of leaves without decay.
-    lr_scale: rate of a leaf over lr, None = 1 for all.
+    lr_scale: factor on the lr of a leaf, None = 1 for all.
   """
 
   def update(updates, state, params=None, *, lr, wd, **_):
@@ -118,10 +119,12 @@ def coupled_decay(
     trust: LARS coefficient: decayed tensors are scaled by
       trust * |w| / |g + wd * w|, or 1 where either norm is 0.
     undecayed: regex of leaves without decay.
+
+  Source: LARS of DINO, iBOT and AttMask; without `trust`, PyTorch's SGD.
   """
 
   def update(updates, state, params=None, *, lr, wd, **_):
-    def one(g: jax.Array, p: jax.Array) -> jax.Array:
+    def decayed(g: jax.Array, p: jax.Array) -> jax.Array:
       g = g + wd * p
       if trust is None:
         return g
@@ -131,7 +134,7 @@ def coupled_decay(
       return g * q
 
     def decay(name: str, g: jax.Array, p: jax.Array) -> jax.Array:
-      return g if re.search(undecayed, name) else per_layer(one)(name, g, p)
+      return g if re.search(undecayed, name) else per_layer(decayed)(name, g, p)
 
     return trees.map_named(decay, updates, params), state
 
@@ -141,11 +144,11 @@ def coupled_decay(
 
 
 def mae_trust(*, trust: float = 0.001) -> optax.GradientTransformationExtraArgs:
-  """What MAE-priv calls LARS: scales gradients, and that where wd > 0 only.
+  """MAE-priv's LARS, which scales gradients, and only if wd != 0.
 
-  quirk: the shipped recipes have wd = 0, so nothing is ever scaled, and where
-  it is, the decay only enters the norm and is never added. Every tensor counts,
-  biases too.
+  quirk: the shipped recipes have wd = 0, so nothing is scaled; otherwise the
+  decay enters the norm but is not added. No tensor is excluded, not even
+  biases.
 
   Args:
     trust: coefficient of the rate per tensor.
@@ -154,13 +157,13 @@ def mae_trust(*, trust: float = 0.001) -> optax.GradientTransformationExtraArgs:
   """
 
   def update(updates, state, params=None, *, lr, wd, **_):
-    def one(g: jax.Array, p: jax.Array) -> jax.Array:
+    def scaled(g: jax.Array, p: jax.Array) -> jax.Array:
       w_norm, g_norm = _norm(p), _norm(g)
       q = trust * w_norm / (g_norm + wd * w_norm + 1e-8)
       q = jnp.where((w_norm > 0) & (g_norm > 0), q, 1.0)
       return g * jnp.where(wd != 0, q, 1.0)
 
-    scale = lambda name, g, p: per_layer(one)(name, g, p)
+    scale = lambda name, g, p: per_layer(scaled)(name, g, p)
     return trees.map_named(scale, updates, params), state
 
   return optax.GradientTransformationExtraArgs(
@@ -171,37 +174,39 @@ def mae_trust(*, trust: float = 0.001) -> optax.GradientTransformationExtraArgs:
 def freezable(
   inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-  """While `frozen`, keeps the leaves and the whole state of `inner`.
+  """Keeps leaves and the whole state of `inner` unchanged while `frozen`.
 
-  So moments do not decay and Adam's step count starts when the leaves thaw,
-  as for PyTorch parameters without a gradient.
+  Moments do not decay and Adam's step count starts after freezing, as for
+  PyTorch parameters without a gradient.
+
+  Source: cancel_gradients_last_layer of DINO, iBOT and AttMask.
   """
   # optax.transforms.conditionally_mask does the same, but adds a step count to
   # the state, which checkpoints of earlier versions do not have.
 
   def update(updates, state, params=None, *, frozen, **extra):
     moved, new_state = inner.update(updates, state, params, **extra)
-    hold = lambda old, new: jnp.where(frozen, old, new)
-    zeros = jax.tree.map(lambda u: jnp.where(frozen, 0.0, u), moved)
-    return zeros, jax.tree.map(hold, state, new_state)
+    keep = lambda old, new: jnp.where(frozen, old, new)
+    zeroed = jax.tree.map(lambda u: jnp.where(frozen, 0.0, u), moved)
+    return zeroed, jax.tree.map(keep, state, new_state)
 
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 @dataclasses.dataclass(frozen=True)
 class NameKeys:
-  """Rule of the update."""
+  """Update rule."""
 
   optimizer: str = schema.key(
     "adamw",
-    "rule of the update; lars_mae is MAE-priv's, see configs/supervised.py",
+    "update rule; lars_mae is MAE-priv's, see configs/supervised.py",
     choices=OPTIMIZERS,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Recipe of an update; `build` makes the optax transformation.
+  """Settings of the optimiser; `build` makes the optax transformation.
 
   Attributes:
     name: one of OPTIMIZERS.
@@ -248,8 +253,8 @@ class Optimizer:
     """The chain clip -> freeze -> rule; update(..., lr=, wd=, frozen=).
 
     Args:
-      frozen_at_start: regex of leaves that hold while `frozen` is true.
-      untrained: regex of leaves that never move.
+      frozen_at_start: regex of leaves that are kept while `frozen` is true.
+      untrained: regex of leaves that are never updated.
       undecayed: regex of leaves without weight decay, None = UNDECAYED.
       lr_scale: see `scale_by_rates`.
     """
@@ -280,6 +285,7 @@ class Optimizer:
   def _rule(
     self, undecayed: str, lr_scale: LrScale | None
   ) -> optax.GradientTransformationExtraArgs:
+    """The update rule `name`, without clipping and freezing."""
     rate = functools.partial(
       scale_by_rates, undecayed=undecayed, lr_scale=lr_scale
     )
@@ -303,6 +309,8 @@ def ema(teacher: Params, params: Params, momentum: jax.Array) -> Params:
     teacher: tree whose leaf paths all exist in `params`.
     params: student.
     momentum: [] float32.
+
+  Source: train_one_epoch of DINO, iBOT and AttMask; lib/builder.py of ExtreMA.
   """
   students = {
     trees.path_name(path): leaf

@@ -1,6 +1,6 @@
-"""Schedules: rates and temperatures as functions of step and epoch, float64.
+"""Schedules of learning rate, weight decay and teacher momentum, in float64.
 
-Source: cosine_scheduler and iBOTLoss of DINO, iBOT and AttMask.
+Source: cosine_scheduler of DINO, iBOT and AttMask.
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ def smooth_cosine(
 
 
 def epoch_cosine(epoch: int, *, base: float, final: float, total: int) -> float:
-  """Half a cosine in steps of an epoch, from `base`; never quite `final`.
+  """Half a cosine per epoch, from `base`; never quite reaches `final`.
 
-  Source: CosineAnnealingLR as eval_linear.py of AttMask steps it.
+  Source: CosineAnnealingLR as used in eval_linear.py of AttMask.
   """
   return final + 0.5 * (base - final) * (1 + math.cos(math.pi * epoch / total))
 
@@ -74,7 +74,7 @@ def late_epoch_cosine(
   quirk: the reference sets the rate after each epoch, so epochs 0 and 1 both
   run at `start`; the cosine counts from epoch 0, not from the warm-up's end.
 
-  Source: timm's CosineLRScheduler as the fine-tuning of AttMask steps it.
+  Source: timm's CosineLRScheduler as used in AttMask's fine-tuning.
   """
   e = max(epoch - 1, 0)
   if e < warmup:
@@ -90,9 +90,9 @@ class RateKeys:
     5e-4, "peak learning rate for a batch of 256; scaled linearly", low=0
   )
   teacher_momentum: float = schema.key(
-    0.996, "of the moving average: cosine from here", low=0, high=1
+    0.996, "of the moving average, at the start of a cosine", low=0, high=1
   )
-  teacher_momentum_end: float = schema.key(1.0, "to here", low=0, high=1)
+  teacher_momentum_end: float = schema.key(1.0, "at its end", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +118,17 @@ class Schedules:
   schedule: str = schema.key(
     "cosine",
     "of the learning rate: cosine and smooth_cosine per step, the others per "
-    "epoch; see training/schedules.py",
+    "epoch, see training/schedules.py",
     choices=SCHEDULES,
   )
   warmup_lr: float = schema.key(
-    0.0, "start of late_epoch_cosine, not scaled by the batch"
+    0.0, "initial rate of late_epoch_cosine, not scaled by the batch"
   )
   weight_decay: tuple[float, float] = schema.key(
-    (0.04, 0.4), "cosine from, to", low=0
+    (0.04, 0.4), "at the start and the end of a cosine", low=0
   )
   freeze_epochs: int = schema.key(
-    1, "epochs in which the prototype layer holds", low=0
+    1, "epochs in which the prototype layer is frozen", low=0
   )
 
   @classmethod
@@ -198,7 +198,7 @@ class Schedules:
     )
 
   def at(self, step: int) -> dict[str, np.generic]:
-    """What the compiled step takes: `values` in float32, and `frozen`."""
+    """Arguments of the compiled step: `values` in float32, and `frozen`."""
     scalars = {k: np.float32(v) for k, v in self.values(step).items()}
     epoch = step // self.steps_per_epoch
     return scalars | {"frozen": np.bool_(epoch < self.freeze_epochs)}

@@ -1,4 +1,4 @@
-"""A run as its config describes it: checked parts, nothing written yet."""
+"""Builds and checks the parts of a run from its config; writes nothing."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -25,29 +25,29 @@ Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
 
 @dataclasses.dataclass(frozen=True)
 class OnlineKeys(BankKeys, features.Keys):
-  """What is measured on the teacher during pretraining."""
+  """Evaluation of the teacher during pretraining."""
 
-  knn: bool = schema.key(True, "k-NN; needs labels")
+  knn: bool = schema.key(True, "evaluate k-NN; needs labels")
   eval_epochs: int = schema.key(
     20, "period; also before the first step and at the end", low=1
   )
   knn_ks: tuple[int, ...] = schema.key(
     (10, 20, 100, 200),
-    "neighbours that vote; knn/top1 is that of the first",
+    "numbers of neighbours; knn/top1 uses the first",
     low=1,
   )
   knn_temp: float = schema.inherit(SearchKeys, "knn_temp", 0.0)
   mask_images: int = schema.key(
-    8, "rows of figures/masks.png, 0 = no picture", low=0
+    8, "rows of figures/masks.png, 0 = no figure", low=0
   )
   overlap_images: int = schema.key(
-    200, "images for overlap/*, where objects are known", low=0
+    200, "images for overlap/*, if object masks are known", low=0
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyKeys:
-  """What is measured while a classifier trains."""
+  """Evaluation of a classifier during training."""
 
   eval_epochs: int = schema.key(1, "period; also at the end", low=1)
   mask_images: int = schema.inherit(OnlineKeys, "mask_images", 0)
@@ -55,7 +55,7 @@ class AccuracyKeys:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationKeys(inputs.Keys):
-  """What all evaluations have."""
+  """Settings of every evaluation."""
 
   name: str = schema.key("", "of the evaluation, see configs/evals.py")
 
@@ -66,7 +66,7 @@ RUN_KEYS = (
 OPTIM_KEYS = (
   optim.NameKeys, optim.Optimizer, schedules.RateKeys, schedules.Schedules
 )  # fmt: skip
-# The recipes of supervised training, the one of the defaults last.
+# Recipes of supervised training; the last one sets the defaults.
 SUPERVISED = (supervised.Supervised, supervised.CropFlip)
 
 
@@ -74,7 +74,7 @@ def classes(method: str, transform: str) -> Classes:
   """Dataclasses that declare the keys of a training run, by section.
 
   Raises:
-    InputError: there is no such method or transform.
+    InputError: an unknown method or transform.
   """
   schema.check("method", {"name": method}, methods.Keys)
   schema.check("data", {"transform": transform}, keys.BatchKeys)
@@ -103,7 +103,7 @@ def evaluation_classes(*own: type, trains: bool = False) -> Classes:
 
   Args:
     *own: those of its own settings, in the section `evals`.
-    trains: it trains a classifier, so its config has all that this needs.
+    trains: it trains a classifier, so its config also has the keys of one.
   """
   sections: Classes = {
     "": (run_config.WeightsKeys, run_config.FileKeys),
@@ -116,7 +116,7 @@ def evaluation_classes(*own: type, trains: bool = False) -> Classes:
     sections |= {
       "evals": (AccuracyKeys, *sections["evals"]),
       "method": training["method"],
-      # The network is that of the weights, and so are the images.
+      # Network and images default to those of the weights.
       "data": (*training["data"], *sections["data"]),
       "optim": training["optim"],
     }
@@ -146,7 +146,7 @@ def evaluation_config(
   Args:
     name: of the evaluation.
     *own: dataclasses of its own settings.
-    **settings: other values than their defaults.
+    **settings: values that differ from the defaults.
   """
   config = _sections(evaluation_classes(*own))
   config.evals.update(name=name, **settings)
@@ -156,7 +156,7 @@ def evaluation_config(
 def supervised_config(
   name: str, *own: type, **settings: Any
 ) -> ml_collections.ConfigDict:
-  """The config of an evaluation that trains a classifier, see there."""
+  """`evaluation_config` of an evaluation that trains a classifier."""
   config = _sections(evaluation_classes(*own, trains=True))
   config.method.name = "classify"
   config.data.transform = "crop_flip"
@@ -179,10 +179,10 @@ def defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def check(config: ml_collections.ConfigDict, sections: Classes) -> None:
-  """Compares a config with what its keys declare.
+  """Checks a config against the declarations of its keys.
 
   Raises:
-    InputError: the first value that is not as declared.
+    InputError: the first invalid value.
   """
   for name, declared in sections.items():
     schema.check(name, config[name] if name else config, *declared)
@@ -195,7 +195,7 @@ def _classes_of(config: ml_collections.ConfigDict) -> Classes:
 
 
 class Run(NamedTuple):
-  """What a config describes, checked and ready, before anything is written.
+  """Checked parts of a run, before anything is written.
 
   Attributes:
     config: the whole config.
@@ -206,7 +206,7 @@ class Run(NamedTuple):
     train_source: images to train on.
     val_source: images to evaluate on, or None.
     pipeline: batches of this process's rows.
-    evaluator: what is measured on the way.
+    evaluator: evaluation during training.
   """
 
   config: ml_collections.ConfigDict
@@ -224,7 +224,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   """Builds all parts of a run from its config; writes nothing.
 
   Raises:
-    InputError: the first value that cannot work, and what to do.
+    InputError: the first value that cannot work, with its remedy.
   """
   check(config, _classes_of(config))
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)

@@ -1,6 +1,6 @@
-"""Training of a linear probe or fine-tuning on pretrained weights: its config.
+"""Configs of linear probes and fine-tuning on pretrained weights.
 
-Both train on the loop of pretraining with the method `classify`.
+Both use the training loop of pretraining with the method `classify`.
 """
 
 import ml_collections
@@ -8,17 +8,17 @@ import ml_collections
 from attmask_jax import Params, data
 from attmask_jax.weights import classifier, loading
 
-MAX_GROUP = 150  # images that mixup pairs
+MAX_GROUP = 150  # largest mixup group, in images
 
 
 def complete(
   config: ml_collections.ConfigDict, source: loading.Weights
 ) -> ml_collections.ConfigDict:
-  """A whole training config: the architecture is that of the weights.
+  """Completes a training config with the architecture of the weights.
 
   Args:
     config: of an evaluation with a section `method`, data complete.
-    source: what is trained on.
+    source: pretrained weights.
   """
   config = ml_collections.ConfigDict(config.to_dict())
   pretrained, backbone = source.config.method, source.method.backbone
@@ -44,11 +44,11 @@ def complete(
 
 
 def mixup_group(batch_size: int) -> int:
-  """Images that exchange partners: an even divisor of the batch.
+  """Size of mixup groups: the largest even divisor of the batch up to 150.
 
-  The largest up to 150, which is what a device of the releases gets: 150 of
-  AttMask's 900, 128 of MAE's 1024. Never what a device of ours gets: a run
-  could not go on with another number of them.
+  The releases pair the images of a device: 150 of AttMask's 900, 128 of MAE's
+  1024. Ours does not depend on the devices: a run could not continue on another
+  number of them.
   """
   groups = range(2, min(batch_size, MAX_GROUP) + 1, 2)
   return max((g for g in groups if batch_size % g == 0), default=batch_size)
@@ -57,7 +57,7 @@ def mixup_group(batch_size: int) -> int:
 def start_values(
   config: ml_collections.ConfigDict, source: loading.Weights
 ) -> dict[str, Params]:
-  """Pretrained parameters in the place of initial ones, for `train.train`.
+  """Pretrained parameters that replace initial ones, for `train.train`.
 
   Args:
     config: see `complete`.

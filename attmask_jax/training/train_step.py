@@ -28,7 +28,7 @@ class TrainState(struct.PyTreeNode):
     step: [] int32, completed steps.
     params: what is trained.
     teacher: its moving average.
-    aux: centres and the like.
+    aux: other state, such as centres.
     opt: optimiser state.
   """
 
@@ -59,14 +59,14 @@ class TrainState(struct.PyTreeNode):
 
 
 def enumerate_leaves(tree: Any) -> list[tuple[str, jax.Array]]:
-  """Leaves with readable unique names that hold no slash."""
+  """Leaves with readable, unique names without slashes."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   name = lambda path: re.sub(r"\W+", ".", jax.tree_util.keystr(path)).strip(".")
   return [(name(path), leaf) for path, leaf in leaves]
 
 
 class StepResult(NamedTuple):
-  """What the loop reads of one optimiser step.
+  """Result of one optimiser step.
 
   Attributes:
     state: the next state.
@@ -102,7 +102,7 @@ def abstract_state(
   *,
   seed: int,
 ) -> TrainState:
-  """Shapes, types and shardings of a state, without its memory."""
+  """Shapes, types and shardings of a state, without allocating it."""
   shapes = jax.eval_shape(_maker(method, tx, seed))
   place = lambda x, sharding: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=sharding
@@ -117,22 +117,22 @@ def init_state(
   *,
   seed: int,
 ) -> tuple[TrainState, TrainState]:
-  """Fresh state on the mesh, and the shardings it lives on."""
+  """Initial state on the mesh, and its shardings."""
   make = _maker(method, tx, seed)
   shardings = meshes.param_shardings(mesh, jax.eval_shape(make))
   return jax.jit(make, out_shardings=shardings)(), shardings
 
 
 def overlay(state: TrainState, start: dict[str, Params]) -> TrainState:
-  """Puts given values in the place of initial ones, on their shardings.
+  """Replaces initial values by given ones, with the same shardings.
 
   Args:
-    state: fresh.
+    state: initial state.
     start: trees below "params", "teacher" or "aux"; each leaf's path exists in
       the state, with the same shape.
   """
 
-  def one(tree: Params, given: Params) -> Params:
+  def replace(tree: Params, given: Params) -> Params:
     values = {trees.path_name(p): x for p, x in _leaves(given)}
 
     def place(name: str, old: jax.Array) -> jax.Array:
@@ -141,7 +141,7 @@ def overlay(state: TrainState, start: dict[str, Params]) -> TrainState:
       new = values.pop(name)
       if new.shape != old.shape:
         raise ValueError(f"{name}: {new.shape} given for {old.shape}")
-      # A copy: the state is donated, and the caller's arrays must live on.
+      # A copy: the state is donated, but the caller's arrays must not be.
       return jax.device_put(new, old.sharding, may_alias=False)
 
     tree = trees.map_named(place, tree)
@@ -149,12 +149,12 @@ def overlay(state: TrainState, start: dict[str, Params]) -> TrainState:
       raise ValueError(f"no such parameters: {sorted(values)}")
     return tree
 
-  parts = {name: one(getattr(state, name), x) for name, x in start.items()}
+  parts = {name: replace(getattr(state, name), x) for name, x in start.items()}
   return state.replace(**parts)
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
-  """The state with another count of completed steps."""
+  """The state with its count of completed steps set to `step`."""
   count = np.asarray(step, state.step.dtype)
   return state.replace(step=jax.device_put(count, state.step.sharding))
 
@@ -259,8 +259,8 @@ def _accumulate(
   """Means of gradients, statistics and metrics over micro-batches.
 
   Each micro-batch takes every n-th row, so the rows of a sharded batch stay on
-  their devices; contiguous ones would have to move. The compiler reduces the
-  gradients over the devices once per micro-batch.
+  their devices; contiguous slices would move between devices. The compiler
+  reduces the gradients over the devices once per micro-batch.
 
   Args:
     compute: rows -> gradients, output of the loss.
@@ -275,17 +275,17 @@ def _accumulate(
   )
   rows = jax.tree.map(split, batch)
 
-  def one(rows: Batch) -> tuple[Params, Batch]:
+  def micro_step(rows: Batch) -> tuple[Params, Batch]:
     grads, out = compute(rows)
     return (grads, out._replace(per_image={})), out.per_image
 
   zeros = jax.tree.map(
     lambda s: jnp.zeros(s.shape, s.dtype),
-    jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))[0],
+    jax.eval_shape(micro_step, jax.tree.map(lambda x: x[0], rows))[0],
   )
 
   def body(total: Params, rows: Batch) -> tuple[Params, Batch]:
-    part, per_image = one(rows)
+    part, per_image = micro_step(rows)
     return jax.tree.map(lambda a, b: a + b / n, total, part), per_image
 
   (grads, out), per_image = jax.lax.scan(body, zeros, rows)

@@ -1,7 +1,7 @@
 """Loads classifiers: a backbone with the linear layer trained on it.
 
-From the directory of a linear probe or fine-tuning that has finished, or from a
-file of another code base.
+From the directory of a finished linear probe or fine-tuning, or from a file of
+another code base.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class Classifier(NamedTuple):
     class_names: [C], of the images it was trained on.
     digest: of the parameters.
     where: its checkpoint.
-    crop: how its validation images were cut; None = the evaluation crop.
-    trained_here: epochs of a probe that was trained for this evaluation alone.
+    crop: how its validation images were cropped; None = the evaluation crop.
+    trained_here: epochs of a probe that was trained only for this evaluation.
   """
 
   method: Classify
@@ -62,7 +62,7 @@ def load(
     mesh: devices that get a copy.
 
   Raises:
-    InputError: no finished classifier there, or one of other weights.
+    InputError: there is no finished classifier, or it is of other weights.
   """
   if files.is_file(where):
     return _of_file(where, source, mesh)
@@ -99,7 +99,7 @@ def own(source: loading.Weights) -> Classifier:
   """Fine-tuned weights, ours or imported, as a classifier.
 
   Raises:
-    InputError: they are of a fine-tuning that has not come to its end.
+    InputError: their fine-tuning has not finished.
   """
   if source.run_dir is None or source.config.method.name == networks.NAME:
     return _imported(source)
@@ -114,7 +114,7 @@ def own(source: loading.Weights) -> Classifier:
 def _classifier(
   trained: loading.Weights, source: loading.Weights, record: dict[str, Any]
 ) -> Classifier:
-  """A linear layer of `trained` behind the network it was trained with.
+  """Joins a linear layer of `trained` and the network it was trained on.
 
   Args:
     trained: of a probe or of a fine-tuning.
@@ -146,7 +146,7 @@ def _classifier(
 def _of_file(
   where: str, source: loading.Weights, mesh: jax.sharding.Mesh
 ) -> Classifier:
-  """A classifier of another code base: whole, or the linear layer alone."""
+  """A classifier of another code base, or a linear layer of one on `source`."""
   if where == source.where:
     return _imported(source)
   file = files.read(where)
@@ -178,7 +178,7 @@ def _imported(source: loading.Weights) -> Classifier:
 
 
 def class_names(source: loading.Weights) -> tuple[str, ...]:
-  """Class names of fine-tuned weights; () where they are not known."""
+  """Class names of fine-tuned weights; () if they are unknown."""
   path = source.run_dir and source.run_dir / FILE
   if not path or not source.method.classifies or not path.exists():
     return ()
@@ -186,34 +186,34 @@ def class_names(source: loading.Weights) -> tuple[str, ...]:
 
 
 def numbered(classes: int) -> tuple[str, ...]:
-  """Class names of weights that do not know any: "0", "1", ..."""
+  """Class names of weights without any: "0", "1", ..."""
   return tuple(map(str, range(classes)))
 
 
 def pretrained_backbone(
   source: loading.Weights, section: ml_collections.ConfigDict
 ) -> Params:
-  """Parameters of the backbone that a classifier starts from or stays with.
+  """Parameters of the backbone that a classifier fine-tunes or freezes.
 
   Args:
     source: pretrained weights.
     section: `method` of the classifier; class_token and positions are read.
   """
-  own = dict(source.params["backbone"])
-  own.pop("mask_token", None)
-  theirs = source.method.backbone
+  params = dict(source.params["backbone"])
+  params.pop("mask_token", None)
+  network = source.method.backbone
   num_prefix_tokens = int(section.class_token == "input")
-  if section.class_token == "none":  # fine-tuning of ExtreMA drops its reader
-    own = {
+  if section.class_token == "none":  # fine-tuning of ExtreMA drops its readout
+    params = {
       name: x
-      for name, x in own.items()
+      for name, x in params.items()
       if name != "cls_token" and not name.startswith("readout_")
     }
   if section.positions == "learned":
-    own["pos_embed"] = positions.adapt(
-      own.get("pos_embed"), theirs, num_prefix_tokens=num_prefix_tokens
+    params["pos_embed"] = positions.adapt(
+      params.get("pos_embed"), network, num_prefix_tokens=num_prefix_tokens
     )
-  return own
+  return params
 
 
 def combine(
@@ -223,9 +223,9 @@ def combine(
 
   Args:
     backbone: parameters of the ViT.
-    head: kernel [J, F, C], bias [J, C], of J layers trained side by side,
-      and what else they share.
-    width: F that the backbone's features have.
+    head: kernel [J, F, C], bias [J, C], of J layers trained side by side, and
+      other parameters that they share.
+    width: F of the backbone's features.
     layer: which of the J.
 
   Raises:
@@ -237,17 +237,17 @@ def combine(
       f"the probe is for features of width {probe_width}, and these weights "
       f"give {width}: use the weights that the probe was trained on"
     )
-  one = {k: head[k][layer : layer + 1] for k in ("kernel", "bias")}
-  return {"backbone": backbone, "head": head | one}
+  selected = {k: head[k][layer : layer + 1] for k in ("kernel", "bias")}
+  return {"backbone": backbone, "head": head | selected}
 
 
 def crop_of(section: ml_collections.ConfigDict) -> Crop | None:
-  """How validation images of a classifier are cut; None = evaluation crop.
+  """How validation images of a classifier are cropped; None = as in evaluation.
 
   Args:
     section: `data` of its training.
   """
-  # As small images are trained on: whole.
+  # Small images are trained on whole.
   whole = section.transform == "supervised" and section.image_size <= 32
   return transforms.eval_whole if whole else None
 
@@ -257,7 +257,7 @@ def finish(
 ) -> None:
   """Marks the run as complete and records which of its layers to use.
 
-  Every process takes part; the first one writes.
+  Called by every process; the first one writes.
 
   Args:
     folder: run directory.
@@ -269,4 +269,4 @@ def finish(
     record = {"step": step, "layer": layer, "class_names": list(class_names)}
     with atomic.replaced(folder / FILE) as temporary:
       temporary.write_text(json.dumps(record) + "\n")
-  meshes.barrier(FILE)  # the others read it next
+  meshes.barrier(FILE)  # the others read it afterwards

@@ -53,21 +53,21 @@ def export(
 
   Args:
     path: .pth or .safetensors.
-    student: one network of the run.
-    teacher: the other one; the same where there is one. With "timm" and "hf",
-      the one network that these hold.
+    student: the student, or the only network.
+    teacher: the teacher, or the only network; the one that "timm" and "hf"
+      hold.
     format: one of FORMATS.
     dtype: one of DTYPES.
     backbone_only: leave heads, decoder and predictor out.
     centers: loss centres of AttMask, for "attmask".
-    epoch: completed epochs, for the formats that say it.
+    epoch: completed epochs, for the formats that store them.
     class_names: of a classifier, for the config.json of "hf".
 
   Returns:
     Names of the tensors written.
 
   Raises:
-    InputError: an unknown format, type or ending, or a network that the format
+    InputError: an unknown format, type or suffix, or a network that the format
       cannot hold.
   """
   file = pathlib.Path(path).expanduser()
@@ -77,8 +77,8 @@ def export(
     raise InputError(f'dtype "{dtype}" is unknown: use {", ".join(DTYPES)}')
   if file.suffix not in SUFFIXES:
     raise InputError(
-      f"{file} must end in {' or '.join(SUFFIXES)}: the ending picks the kind "
-      "of file"
+      f"{file} must end in {' or '.join(SUFFIXES)}: the suffix selects the "
+      "kind of file"
     )
   content = FORMATS[format](student, teacher, backbone_only)
   content = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), content)
@@ -91,29 +91,29 @@ def export(
   elif format == "mae":
     content["epoch"] = epoch - 1  # of the last epoch, counted from 0
   flat, notes = _flatten(content)
-  said = {"heads": teacher.method.backbone.num_heads}
+  heads = {"heads": teacher.method.backbone.num_heads}
   if isinstance(student.method, Mae):
-    said["decoder_heads"] = student.method.decoder.num_heads
+    heads["decoder_heads"] = student.method.decoder.num_heads
   if format == "hf":
     if file.name != "model.safetensors":
       logging.warning(
-        "transformers finds a file in a folder by its name: call %s "
-        "model.safetensors for from_pretrained",
+        "from_pretrained of transformers looks for model.safetensors in a "
+        "folder: rename %s",
         file.name,
       )
     hf_config.write(file.parent, teacher.method, flat, class_names)
   if file.suffix == ".safetensors":
-    notes |= {"format": "pt"} | {k: str(v) for k, v in said.items()}
+    notes |= {"format": "pt"} | {k: str(v) for k, v in heads.items()}
     tensors.write(file, flat, notes)
   else:
-    # Flat files hold tensors alone: timm and transformers expect nothing else.
+    # Flat files hold only tensors, as timm and transformers expect.
     wrapped = any(isinstance(value, dict) for value in content.values())
-    pth.write(file, content | (said if wrapped else {}))
+    pth.write(file, content | (heads if wrapped else {}))
   return list(flat)
 
 
 def _flatten(tree: dict[str, Any]) -> tuple[Flat, dict[str, str]]:
-  """One dict of tensors, "student.NAME" where there are several networks."""
+  """One dict of tensors, "student.NAME" for several networks, and notes."""
   flat: Flat = {}
   notes = {}
   for name, value in tree.items():
@@ -137,7 +137,7 @@ def _attmask(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
     return {"state_dict": _backbone(teacher)}
   _needs(teacher, "attmask", not teacher.method.classifies, bare_fits=True)
 
-  def one(weights: Weights) -> Flat:
+  def renamed(weights: Weights) -> Flat:
     head = weights.params["head"]
     separate = "last_layer2" in head
     layers = sum(name.startswith("layer_") for name in head["mlp"])
@@ -148,12 +148,12 @@ def _attmask(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
     )
     return names.to_theirs(weights.params, table)
 
-  wrapped = {f"module.{name}": x for name, x in one(student).items()}
-  return {"student": wrapped, "teacher": one(teacher)}
+  wrapped = {f"module.{name}": x for name, x in renamed(student).items()}
+  return {"student": wrapped, "teacher": renamed(teacher)}
 
 
 def _timm(student: Weights, teacher: Weights, bare: bool) -> Flat:
-  """timm's VisionTransformer: trunk, and a linear layer where there is one."""
+  """timm's VisionTransformer: trunk, and a linear layer if there is one."""
   del student
   if not teacher.method.classifies or bare:
     return _backbone(teacher)
@@ -183,52 +183,52 @@ def _hf(student: Weights, teacher: Weights, bare: bool) -> Flat:
       tree["decoder"] = params["decoder"]
     else:
       logging.warning(
-        "the decoder has no place in this format, whose decoders see the class "
-        "token and whose targets are in the official order: the encoder alone"
+        "this format cannot hold the decoder, since its decoders see the class "
+        "token and its targets have the official order: writing the encoder"
       )
   return names.to_theirs(tree, table, grid=grid)
 
 
 def _classifier(weights: Weights, format: str) -> Params:
-  """Trunk and linear layer of a network that timm or transformers can be.
+  """Trunk and linear layer of a classifier, as timm or transformers have them.
 
-  Theirs norm all tokens and take the class token, or take the mean patch and
-  norm that; ours say it in several ways. A batch norm becomes a part of the
-  linear layer.
+  Theirs normalise all tokens and take the class token, or take the mean patch
+  and normalise that; ours express this in several ways. A batch norm is folded
+  into the linear layer.
 
   Returns:
-    "backbone", and "head" with its norm where that belongs to the mean patch.
+    "backbone", and "head" with a norm if it applies to the mean patch.
 
   Raises:
     InputError: the classifier reads something else.
   """
   method, backbone = weights.method, _trunk(weights)
   head = dict(weights.params["head"])
-  normed = head.pop("norm", None)
+  norm = head.pop("norm", None)
   if method.head_norm == "batch":
     both = {**weights.aux, **weights.params}
     head = _folded(head, both["batch_norm"])
   means = method.pool == "mean"
-  # Features that no final norm has seen need the head's, and no others do.
+  # Features without the final norm need the head's norm, and no others do.
   fits = (
     len(head["kernel"]) == 1
     and (means or (method.last_blocks == 1 and method.pool == "cls"))
     and (means or method.backbone.class_token == "input")
-    and method.final_norm == (normed is None)
+    and method.final_norm == (norm is None)
   )
   _needs(weights, format, fits, bare_fits=True)
-  if normed is not None and means:
+  if norm is not None and means:
     return {
       "backbone": _without(backbone, ("norm",)),
-      "head": head | {"norm": normed},
+      "head": head | {"norm": norm},
     }
-  if normed is not None:
-    backbone["norm"] = normed
+  if norm is not None:
+    backbone["norm"] = norm
   return {"backbone": backbone, "head": head}
 
 
 def _folded(head: Params, batch_norm: Params) -> Params:
-  """A linear layer [1, F, C] that first does what a batch norm [F] does."""
+  """Folds a batch norm [F] into the linear layer [1, F, C] after it."""
   mean, var = (np.asarray(batch_norm[k], np.float64) for k in ("mean", "var"))
   kernel = np.asarray(head["kernel"], np.float64)
   kernel = kernel / np.sqrt(var + BN_EPS)[:, None]
@@ -251,7 +251,7 @@ def _mae(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
 
 
 def _official_decoder(weights: Weights) -> bool:
-  """Whether the decoder is one of the official MAE, not of MAE-priv.
+  """Whether the decoder is of the official MAE rather than MAE-priv.
 
   Raises:
     InputError: it is neither.
@@ -275,13 +275,13 @@ def _extrema(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
   _needs(student, "extrema", backbone.class_token == "readout")
   grid = (backbone.grid,) * 2
 
-  def one(weights: Weights) -> Flat:
+  def renamed(weights: Weights) -> Flat:
     tree = {"backbone": weights.params["backbone"]} if bare else weights.params
     table = tables.extrema(backbone.positions)
     return names.to_theirs(tree, table, grid=grid)
 
   joined = layouts.wrap_extrema(
-    {"student": one(student), "teacher": one(teacher)}
+    {"student": renamed(student), "teacher": renamed(teacher)}
   )
   return {"state_dict": joined}
 
@@ -301,19 +301,19 @@ def _backbone(weights: Weights) -> Flat:
 
 
 def _trunk(weights: Weights) -> Params:
-  """The backbone without what only we have; says what is left out.
+  """The backbone without parts that others lack; warns about the readout.
 
-  Fixed positions are written out, with a zero for the class token.
+  Fixed positions are written out, with zeros for the class token.
   """
   network, backbone = weights.method.backbone, weights.params["backbone"]
-  left = ["mask_token"]
+  dropped = ["mask_token"]
   if network.class_token == "readout":
-    left += ["cls_token", *(n for n in backbone if n.startswith("readout_"))]
+    dropped += ["cls_token", *(n for n in backbone if n.startswith("readout_"))]
     logging.warning(
-      "the class token of ExtreMA and the blocks that read the patches have "
-      "no place in this format: use the mean of the patch tokens"
+      "this format cannot hold the class token of ExtreMA and the blocks that "
+      "read the patches: use the mean of the patch tokens"
     )
-  backbone = _without(backbone, left)
+  backbone = _without(backbone, dropped)
   if network.positions != "learned":
     backbone["pos_embed"] = positions.adapt(
       None, network, num_prefix_tokens=network.num_prefix_tokens
@@ -338,11 +338,11 @@ def _needs(
       f"{method.last_blocks}, pool={method.pool}, "
       f"final_norm={method.final_norm}: it reads one normed class token"
       + " or the normed mean patch" * (format == "timm")
-      + "; train such a one"
+      + "; train such a layer"
       + ", or add --backbone_only" * bare_fits
     )
-  able = [name for name in ("timm", "hf", kind) if name in FORMATS]
-  others = " or ".join(name for name in able if name != format)
+  known = [name for name in ("timm", "hf", kind) if name in FORMATS]
+  others = " or ".join(name for name in known if name != format)
   raise InputError(
     f'format "{format}" cannot hold {weights.where} (method {kind}): choose '
     f"{others}" + ", or --backbone_only" * bare_fits

@@ -25,20 +25,20 @@ def as_batch(
   """Images as one array [B, H, W, 3].
 
   Args:
-    images: a uint8 array [B, H, W, 3] or [H, W, 3], which is taken as it is; a
+    images: a uint8 array [B, H, W, 3] or [H, W, 3], which is used as it is; a
       Pillow image or a path, which gets the evaluation crop of `size` pixels;
       or a list of these.
     size: side of the crop in pixels.
     patch_size: P; height and width must be multiples of it.
     resample: of the crop, one of `transforms.RESAMPLE`.
-    normalised: the images are floats that are normalised already, as
-      `vit.normalize_images` does it.
+    normalised: the images are floats, already normalised as by
+      `vit.normalize_images`.
 
   Returns:
     uint8, or float32 for normalised images.
 
   Raises:
-    InputError: something else, such as floats without `normalised`, another
+    InputError: anything else, such as floats without `normalised`, another
       number of channels, or images of several sizes.
   """
   single = isinstance(images, Image.Image | str | os.PathLike)
@@ -49,8 +49,8 @@ def as_batch(
     if len(shapes) != 1:
       raise InputError(
         f"images of several shapes ({', '.join(map(str, sorted(shapes)))}) are "
-        "no batch: give one shape at a time, or paths and Pillow images, which "
-        "are cropped alike"
+        "not a batch: give one shape at a time, or paths and Pillow images, "
+        "which are cropped to one size"
         if rows
         else "the list of images is empty: give at least one"
       )
@@ -79,10 +79,10 @@ def _row(image: Any, size: int, resample: str) -> np.ndarray:
 
 
 def _check(batch: np.ndarray, patch_size: int, normalised: bool) -> None:
-  """Refuses what is no batch of images."""
+  """Rejects anything but a batch of images."""
   if batch.ndim != 4:
     raise InputError(
-      f"an array of shape {batch.shape} is no batch of images: give {KINDS}"
+      f"an array of shape {batch.shape} is not a batch of images: give {KINDS}"
     )
   if batch.shape[-1] != 3:
     raise InputError(
@@ -98,16 +98,16 @@ def _check(batch: np.ndarray, patch_size: int, normalised: bool) -> None:
     )
   if normalised and not floats:
     raise InputError(
-      f"normalised=True goes with floats, and the images are {batch.dtype}: "
+      f"normalised=True is for floats, and the images are {batch.dtype}: "
       "leave it out"
     )
   if not normalised and batch.dtype != np.uint8:
     raise InputError(
-      f"images of type {batch.dtype} are unclear: give uint8 from 0 to 255"
+      f"images of type {batch.dtype} are ambiguous: give uint8 from 0 to 255"
     )
   height, width = batch.shape[1:3]
   if min(height, width) < 1 or height % patch_size or width % patch_size:
     raise InputError(
-      f"images of {height} x {width} pixels are no whole number of patches of "
-      f"{patch_size} pixels: crop or resize them"
+      f"images of {height} x {width} pixels are not a whole number of patches "
+      f"of {patch_size} pixels: crop or resize them"
     )

@@ -1,6 +1,6 @@
-"""Start values of a training run from other weights: `config.init_from`.
+"""Initialises a training run from other weights: `config.init_from`.
 
-Reads both networks with `loading.load` and keeps what the run has a place for.
+Reads both networks with `loading.load` and keeps the parameters that fit.
 """
 
 from collections.abc import Collection
@@ -23,7 +23,7 @@ Leaves = dict[str, Any]  # by path
 
 
 class Start(NamedTuple):
-  """Where a run begins.
+  """Initial values of a run.
 
   Attributes:
     trees: "params", "teacher", "aux" -> values, see `train_step.overlay`.
@@ -38,13 +38,13 @@ class Start(NamedTuple):
 def start(
   config: ml_collections.ConfigDict, method: Method, mesh: jax.sharding.Mesh
 ) -> Start:
-  """Values for `method` out of `config.init_from`; says what is not there.
+  """Initial values of `method` from `config.init_from`; logs what is missing.
 
   The student's values go to params and the teacher's to the teacher; weights
   with one network give it to both. Heads, decoders and predictors of another
-  shape keep their start values; a backbone of another shape is an error, but
-  for positions with `config.init_resample`. Fixed positions become the start
-  values of learned ones.
+  shape keep their own initial values; a backbone of another shape is an error,
+  except positions with `config.init_resample`. Fixed positions become the
+  initial values of learned ones.
 
   Raises:
     InputError: see `loading.load`; or a backbone that does not fit.
@@ -57,11 +57,11 @@ def start(
     "params": loading.load(where, network="student", **options),
     "teacher": loading.load(where, network="teacher", **options),
   }
-  wanted = jax.eval_shape(method.init, jax.random.key(0))
-  wanted = dict(zip(("params", "teacher", "aux"), wanted, strict=True))
+  expected = jax.eval_shape(method.init, jax.random.key(0))
+  expected = dict(zip(("params", "teacher", "aux"), expected, strict=True))
   chosen, fresh = {}, []
   for name, source in given.items():
-    shapes, values = trees.flat(wanted[name]), trees.flat(source.params)
+    shapes, values = trees.flat(expected[name]), trees.flat(source.params)
     if POSITIONS in shapes:
       values |= _positions(source, method, config.init_resample)
     fitting = _fitting(values, shapes, where)
@@ -69,12 +69,12 @@ def start(
     if name == "params":
       fresh = sorted(shapes.keys() - fitting.keys())
       _log_parts(
-        f"in {where}, of no use to this run", values.keys() - fitting.keys()
+        f"in {where}, not used by this run", values.keys() - fitting.keys()
       )
   if not chosen["params"]:
     raise InputError(f"{where} holds nothing that this run could start from")
-  epoch = _training_state(config, wanted["aux"], fresh, chosen)
-  _log_parts(f"not in {where}, at start values", fresh)
+  epoch = _training_state(config, expected["aux"], fresh, chosen)
+  _log_parts(f"not in {where}, at initial values", fresh)
   return Start({k: v for k, v in chosen.items() if v}, epoch)
 
 
@@ -86,10 +86,10 @@ def _log_parts(what: str, paths: Collection[str]) -> None:
 
 
 def _fitting(values: Leaves, shapes: Leaves, where: str) -> Leaves:
-  """The values that this run has a place for.
+  """The values that have a parameter of their shape in this run.
 
   Raises:
-    InputError: one of the backbone is of another shape.
+    InputError: one of the backbone has another shape.
   """
   fitting = {}
   for path, leaf in shapes.items():
@@ -98,7 +98,7 @@ def _fitting(values: Leaves, shapes: Leaves, where: str) -> Leaves:
       fitting[path] = np.asarray(jax.device_get(value))
     elif value is not None and path.startswith("backbone/"):
       raise InputError(
-        f"{where}: {path} has shape {tuple(value.shape)}, and this run's "
+        f"{where}: {path} has shape {tuple(value.shape)}, but this run's "
         f"{tuple(leaf.shape)}: set method.variant, method.patch_size and "
         "data.image_size to those of the weights"
       )
@@ -111,10 +111,10 @@ def _training_state(
   fresh: Collection[str],
   chosen: dict[str, Params],
 ) -> int:
-  """Takes up loss centres; the completed epochs of a whole checkpoint.
+  """Adds loss centres; returns the completed epochs of a whole checkpoint.
 
-  Only AttMask's says with its centres that it is one: of a file with the
-  networks of MAE or ExtreMA, nobody knows what the schedules were.
+  Only AttMask checkpoints count as whole, by their centres: the schedules of
+  files of MAE or ExtreMA are unknown.
   """
   if not files.is_file(config.init_from):
     return 0
@@ -131,8 +131,8 @@ def _training_state(
   lacking = sorted(aux.keys() - centers.keys())
   if lacking:
     logging.warning(
-      "%s has heads, but no loss centres of these sizes (%s): they start at "
-      "zero, and the epochs too",
+      "%s has heads, but no loss centres of these sizes (%s): centres and "
+      "epochs start at zero",
       config.init_from,
       ", ".join(lacking),
     )
@@ -142,28 +142,28 @@ def _training_state(
   if file.epoch >= config.optim.epochs:
     raise InputError(
       f"{config.init_from} has completed {file.epoch} epochs, and optim.epochs "
-      f"is {config.optim.epochs}: raise it, or start its schedules again with "
+      f"is {config.optim.epochs}: raise it, or restart its schedules with "
       "--config.init_epoch=False"
     )
   if file.epoch:
-    logging.info("going on after epoch %d, optimiser state apart", file.epoch)
+    logging.info("continuing after epoch %d, with a new optimiser", file.epoch)
   return file.epoch
 
 
 def _positions(
   source: loading.Weights, method: Method, resample: bool
 ) -> Leaves:
-  """Start values of learned positions: {path: table}, {} without any.
+  """Initial values of learned positions: {path: table}, or {}.
 
   Raises:
-    InputError: they are of another size, and may not be resampled.
+    InputError: they have another size, and may not be resampled.
   """
   theirs, ours = source.method.backbone, method.backbone
   old = source.params["backbone"].get("pos_embed")
   if old is None and theirs.positions == "learned":
     return {}
   if old is None:
-    logging.info("fixed positions are the start values of learned ones")
+    logging.info("fixed positions are the initial values of learned ones")
   old = positions.adapt(old, theirs, num_prefix_tokens=ours.num_prefix_tokens)
   tokens = ours.num_prefix_tokens + ours.grid**2
   if old.shape[1:] == (tokens, ours.width):
@@ -171,7 +171,7 @@ def _positions(
   if not resample or old.shape[2] != ours.width:
     raise InputError(
       f"{source.where} has positions for {old.shape[1]} tokens of width "
-      f"{old.shape[2]}, and this run {tokens} of width {ours.width}: set "
+      f"{old.shape[2]}, but this run {tokens} of width {ours.width}: set "
       "data.image_size and method.variant to those of the weights, or "
       "resample the positions with --config.init_resample=True"
     )

@@ -1,6 +1,6 @@
 """Loads weights from a run, checkpoint or file, with their network.
 
-The door to trained weights for evaluations, exports and users: `load` returns
+Evaluations, exports and users read trained weights here: `load` returns
 `Weights`, whose `features` and `attention` take images.
 """
 
@@ -27,12 +27,11 @@ from attmask_jax.weights import restore
 from attmask_jax.weights.images import as_batch
 from attmask_jax.weights.torch_io import files, networks
 
-# Which tree of a run; "untrained" is the one before the first step.
-NETWORKS = ("teacher", "student", "untrained")
+NETWORKS = run_config.NETWORKS
 
 
 class Weights(NamedTuple):
-  """One network and what is known of it.
+  """One trained network, and where it comes from.
 
   `features` and `attention` compute float32 products at the highest precision,
   as evaluations do by default.
@@ -43,7 +42,7 @@ class Weights(NamedTuple):
     aux: a classifier's batch norm, else {}.
     config: of the run that trained it.
     digest: 16 hex digits over names, shapes and values.
-    step: optimiser steps behind it.
+    step: completed optimiser steps.
     network: one of NETWORKS.
     where: the checkpoint that was read.
     run_dir: the run directory it belongs to, or None.
@@ -72,7 +71,7 @@ class Weights(NamedTuple):
 
     Args:
       images: uint8 [B, H, W, 3], Pillow images or paths, see `images.as_batch`.
-      last: class tokens of that many last blocks.
+      last: number of last blocks to take class tokens from.
       final_norm: apply the network's final LayerNorm.
       normalised: the images are normalised floats.
       batch_size: images on the device at a time.
@@ -83,7 +82,7 @@ class Weights(NamedTuple):
 
     Raises:
       InputError: see `images.as_batch`; or more blocks than there are, or a
-        linear probe alone.
+        linear probe without a network.
     """
     depth = self.method.backbone.depth
     if not 1 <= last <= depth:
@@ -96,8 +95,8 @@ class Weights(NamedTuple):
   ) -> np.ndarray:
     """Attention of the last block to each patch: [B, A, N] float32.
 
-    Of the class token or, without one, what patches receive on average; see
-    `features` for the arguments.
+    From the class token or, without one, the mean over patches; see `features`
+    for the arguments.
     """
     compiled = _compiled(self.method, 0, False)
     return self._in_batches(compiled, images, normalised, batch_size)
@@ -109,7 +108,7 @@ class Weights(NamedTuple):
     normalised: bool,
     batch_size: int,
   ) -> Any:
-    """Outputs on the host, of padded batches: one shape compiles once."""
+    """Outputs on the host; batches are padded so that one shape is compiled."""
     backbone, data = self.method.backbone, self.config.get("data", {})
     if "backbone" not in self.params:
       raise InputError(
@@ -168,10 +167,10 @@ def load(
       the teacher.
     mesh: devices that get a copy.
     num_heads: of a file's attention, 0 = by convention.
-    allow_missing: see `files.load`, of files.
+    allow_missing: see `files.load`, for files.
 
   Raises:
-    InputError: nothing there, no such network, or arrays that do not fit the
+    InputError: no weights, no such network, or arrays that do not fit the
       config beside them.
   """
   if network and network not in NETWORKS:
@@ -190,7 +189,7 @@ def load(
   run_dir, steps = _locate(pathlib.Path(where).expanduser())
   config = run_config.read_config(run_dir)
   method = method_of(config)
-  # The moving average of a short fine-tuning is nearly what it started from.
+  # The moving average of a short fine-tuning is still close to its start.
   network = network or ("student" if method.classifies else "teacher")
   shapes = _shapes(method, network)
   if network == "untrained":
@@ -237,8 +236,8 @@ def _of_file(
 ) -> Weights:
   """Weights of another code base's file."""
   network = network or "teacher"
-  wanted = "student" if network == "student" else "teacher"
-  loaded = files.load(file, wanted, **options)
+  name = "student" if network == "student" else "teacher"
+  loaded = files.load(file, name, **options)
   params, aux = loaded.params, loaded.aux
   if network == "untrained":
     rng = jax.random.key(0)
@@ -259,7 +258,7 @@ def _of_file(
 
 
 def _moved(mesh: jax.sharding.Mesh, tree: Params) -> Params:
-  """Puts a tree on the devices, and empties it: no two copies of the whole."""
+  """Moves a tree to the devices, emptying it: the host keeps no copy."""
   placed = {}
   for name in list(tree):
     value = tree.pop(name)
@@ -329,13 +328,13 @@ def _untrained(
   """The teacher (or, without one, the student) before the first step.
 
   Raises:
-    InputError: its start values were those of other weights.
+    InputError: the run was initialised from other weights.
   """
   where = config.get("init_from", "")
   if where or method.classifies:
     raise InputError(
-      "network=untrained is a network at its start values, and this run began "
-      f"with those of {where or 'other weights'}: evaluate these"
+      "network=untrained has random initial values, and this run began with "
+      f"those of {where or 'other weights'}: evaluate these"
     )
 
   def make() -> Params:
@@ -347,10 +346,9 @@ def _untrained(
 
 
 def load_centers(source: Weights) -> Params:
-  """The loss centres beside weights of AttMask: center, center_patch.
+  """The loss centres [K] saved with AttMask weights: center, center_patch.
 
-  Those that are there: files need not hold them, nor then what they are
-  imported to.
+  Imported checkpoints may lack them, as the files they come from may.
   """
   method, mesh = source.method, meshes.make_mesh()
   folder = source.run_dir / "checkpoints" / str(source.step) / "train"

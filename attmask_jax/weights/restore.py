@@ -42,15 +42,15 @@ def network(
     )
   reader = ocp.StandardCheckpointer()
   try:
-    # Of the handler: the checkpointer's own warns of a file we do not have.
+    # The checkpointer's own method warns about a file that we do not write.
     metadata = ocp.StandardCheckpointHandler().metadata(folder)
-    saved, wanted = trees.shapes(metadata.tree), trees.shapes(shapes)
-    for path in sorted(saved.keys() | wanted.keys()):
-      if saved.get(path) != wanted.get(path):
+    saved, expected = trees.shapes(metadata.tree), trees.shapes(shapes)
+    for path in sorted(saved.keys() | expected.keys()):
+      if saved.get(path) != expected.get(path):
         raise InputError(
           f"{folder} does not fit its config: {path} has shape "
-          f"{saved.get(path, 'absent')} there, and {run_dir}/config.json "
-          f"makes it {wanted.get(path, 'absent')}"
+          f"{saved.get(path, 'absent')} there, and "
+          f"{expected.get(path, 'absent')} by {run_dir}/config.json"
         )
     place = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=meshes.replicated(mesh)
@@ -87,13 +87,13 @@ def aux(
   place = lambda x: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=meshes.replicated(mesh)
   )
-  wanted = {"aux": jax.tree.map(place, {name: shapes[name] for name in names})}
+  target = {"aux": jax.tree.map(place, {name: shapes[name] for name in names})}
   with ocp.PyTreeCheckpointer() as reader:
     restored = reader.restore(
       run_dir / "checkpoints" / str(step) / "train",
       args=ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
       ),
     )

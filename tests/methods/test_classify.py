@@ -361,7 +361,7 @@ def test_positions_are_resampled_as_the_family_does(family, name, offset):
   [
     ("extrema", "linear", {}, "last_blocks 4 .*last_blocks=1.*linear_extrema"),
     ("extrema", "tokens", {"method.pool": "cls+mean", "method.last_blocks": 2},
-     "exists once"),
+     "only after the last"),
     ("mae", "linear_mae_lars_gap", {"method.lrs": (0.1, 0.2)},
      r"lrs \(0.1, 0.2\) with optim.optimizer=lars would share .*=sgd"),
     ("mae", "linear_mae_sgd_gap",

@@ -379,10 +379,10 @@ def from_config(**changes):
   "changes, match",
   [
     (dict(num_masks=5), "5 times 16 .* more than the 64 .* at most 4"),
-    (dict(mask_ratio=1.0), "mask_ratio 1.0 leaves no patch of 64"),
-    (dict(mask_ratio=0.99), "mask_ratio 0.99 leaves no patch"),
+    (dict(mask_ratio=1.0), "mask_ratio 1.0 leaves none of 64 patches"),
+    (dict(mask_ratio=0.99), "mask_ratio 0.99 leaves none"),
     (dict(mask_ratio=-0.1), "mask_ratio -0.1"),
-    (dict(mask_ratio=0.0), "mask_ratio 0 shows everything.*num_masks to 1"),
+    (dict(mask_ratio=0.0), "mask_ratio 0 hides nothing.*num_masks to 1"),
     (dict(mask_ratio=0.0, num_masks=1, mask="attmask_high"),
      "mask_ratio 0 leaves nothing for .*attmask_high"),
     (dict(mask="block"), '"block" is unknown: use random'),

@@ -321,7 +321,7 @@ def test_decoder_of_the_official_release_reads_the_class_token():
     (dict(variant="30x2x2"), "variant is 30: choose 28 or 32"),
     (dict(decoder_width=0), "decoder_width 0 must be at least 1"),
     (dict(decoder_width=30), "a decoder of width 30"),
-    (dict(decoder_num_heads=5), "5 heads cannot be"),
+    (dict(decoder_num_heads=5), "5 heads is impossible"),
     (dict(decoder_depth=0), "decoder_depth 0 must be at least 1"),
     (dict(decoder_class_token=True), "class_token is off"),
     (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),

@@ -349,11 +349,11 @@ def test_unknown_or_damaged_files_are_refused():
   tree = filled({"backbone": trees("attmask")[1]["backbone"]})
   tensors = names.to_theirs(tree, tables.backbone())
   assert layouts.recognise(tensors).num_heads == 1  # of 64 values each
-  with pytest.raises(InputError, match="does not divide over 3 heads"):
+  with pytest.raises(InputError, match="is not a multiple of 3 heads"):
     layouts.recognise(tensors, num_heads=3)
   for change, message in (
     ({"patch_embed.proj.weight": np.ones((64, 48))}, "and not 4 axes"),
-    ({"pos_embed": np.ones((1, 67, 64))}, "pos_embed has 67 slots"),
+    ({"pos_embed": np.ones((1, 67, 64))}, "pos_embed has 67 positions"),
   ):
     with pytest.raises(InputError, match=message):
       layouts.recognise(tensors | change)

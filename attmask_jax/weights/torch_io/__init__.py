@@ -1,14 +1,14 @@
-"""PyTorch weights in and out, without PyTorch.
+"""Reads and writes PyTorch weights without PyTorch.
 
-pth.py          .pth files as NumPy arrays, and back; runs nothing they ask for
-unpickling.py   the programs in them, read;  pickling.py  written
-tensors.py      the same for .safetensors;  lazy.py  tensors not read yet
-names.py        our parameter trees under the names of other code bases, and
-                back, from one table;  tables.py  the tables
-fixed.py        which position tables of files are fixed ones
-layouts.py      which code base a state dict is of;  sizes.py  its sizes
-networks.py     the network that belongs to it
-files.py        a file as such a network, by the parts above
+pth.py          .pth files to NumPy arrays and back, without running their code
+unpickling.py   reads the pickles in them;  pickling.py  writes them
+tensors.py      .safetensors files;  lazy.py  tensors that are read on demand
+names.py        converts between our parameter trees and the names of other
+                code bases, by one table;  tables.py  the tables
+fixed.py        recognises fixed position tables
+layouts.py      recognises the code base of a state dict;  sizes.py  its sizes
+networks.py     builds its network
+files.py        loads a file as such a network, with the modules above
 hf_config.py    config.json for transformers
 
 `export.py`, one level up, writes files from weights.

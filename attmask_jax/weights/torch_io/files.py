@@ -1,7 +1,7 @@
 """Reads weight files of other code bases as networks with our parameters.
 
-`read` opens a file, `load` converts one of its networks; `loading.load` puts
-that on the devices.
+`read` opens a file, `load` converts one of its networks; `loading.load` moves
+it to the devices.
 """
 
 import pathlib
@@ -30,9 +30,9 @@ from attmask_jax.weights.torch_io.lazy import ARRAYS, Tensor
 from attmask_jax.weights.torch_io.unpickling import quoted
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
-SHOWN = 5  # names in a message
-# Kinds that save the number of the last epoch, where others save how many are
-# completed.
+MAX_NAMES = 5  # in a message
+# Kinds that save the number of the last epoch; others save the number of
+# completed epochs.
 ZERO_BASED = ("mae", "facebook_mae", "mae_classifier", "extrema_classifier")
 
 
@@ -46,8 +46,8 @@ class File(NamedTuple):
   Attributes:
     path: of the file.
     networks: {"student" | "teacher" | "model": {name: tensor}}; a tensor is
-      read from the file each time it is asked for.
-    rest: what stands beside the networks; plain values, centres.
+      read from the file each time it is converted to an array.
+    rest: other contents of the file; plain values, centres.
   """
 
   path: pathlib.Path
@@ -56,11 +56,10 @@ class File(NamedTuple):
 
   @property
   def epoch(self) -> int:
-    """Completed epochs, 0 where the file does not say."""
+    """Completed epochs, 0 if the file does not say."""
     epoch = self.rest.get("epoch")
     if type(epoch) is not int:
       return 0
-    # Others say how many are completed, these the last one, counted from 0.
     return max(epoch + (kind_of(self) in ZERO_BASED), 0)
 
   def num_heads(self, key: str = "heads") -> int | None:
@@ -70,7 +69,7 @@ class File(NamedTuple):
 
   @property
   def centers(self) -> Params:
-    """The loss centres of AttMask and iBOT, or DINO's one, {} without."""
+    """Loss centres [K] of AttMask and iBOT, or DINO's; {} if there are none."""
     losses = self.rest.get("ibot_loss", self.rest.get("dino_loss"))
     if not isinstance(losses, dict):
       return {}
@@ -85,10 +84,10 @@ class Network(NamedTuple):
   """One network of a file.
 
   Attributes:
-    method: what evaluations ask, see `networks.build`.
+    method: interface for evaluations, see `networks.build`.
     params: float32, on the host.
     aux: a classifier's batch norm, else {}.
-    config: what is known of it.
+    config: see `networks.config_of`.
     name: "student", "teacher" or "model".
     layout: its code base and sizes.
   """
@@ -102,7 +101,7 @@ class Network(NamedTuple):
 
 
 def is_file(where: str) -> bool:
-  """Whether this names a weight file and not a directory of ours."""
+  """Whether this names a weight file rather than one of our directories."""
   path = pathlib.Path(where).expanduser()
   return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
@@ -117,12 +116,12 @@ def read(where: str) -> File:
   if path.suffix.lower() == ".safetensors":
     flat, notes = tensors.read(path, lazy=True)
     content: dict[str, Any] = _unflatten(flat)
-    said = {k: int(v) for k, v in notes.items() if _NUMBER.fullmatch(v)}
+    numbers = {k: int(v) for k, v in notes.items() if _NUMBER.fullmatch(v)}
   else:
-    content, said = pth.read(path, lazy=True), {}
+    content, numbers = pth.read(path, lazy=True), {}
   if not isinstance(content, dict):
     raise InputError(
-      f"{path} holds a {type(content).__name__} and no state dict: save the "
+      f"{path} holds a {type(content).__name__}, not a state dict: save the "
       "model's state_dict()"
     )
   try:
@@ -130,12 +129,12 @@ def read(where: str) -> File:
   except InputError as error:
     raise InputError(f"{path}: {error}") from error
   keys = ("student", "teacher", "model", "state_dict", "optimizer")
-  rest = {k: v for k, v in content.items() if k not in keys} | said
+  rest = {k: v for k, v in content.items() if k not in keys} | numbers
   return File(path, dict(unwrapped), rest)
 
 
 def _unflatten(flat: dict[str, Tensor]) -> dict[str, Any]:
-  """A .safetensors file of ours with several networks, as .pth has them."""
+  """Nests our .safetensors files with several networks, as in .pth files."""
   parts = ("student.", "teacher.", "ibot_loss.")
   if not any(name.startswith("student.") for name in flat):
     return flat
@@ -150,7 +149,7 @@ def _unflatten(flat: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def choose(file: File, network: str) -> str:
-  """The file's name of the network that was asked for."""
+  """The file's name for the requested network."""
   for name in (network, "model", "student", "teacher"):
     if name in file.networks:
       if name != network:
@@ -158,7 +157,7 @@ def choose(file: File, network: str) -> str:
           "%s has no %s: taking its %s", file.path.name, network, name
         )
       return name
-  raise InputError(f"{file.path} holds no network")  # `unwrap` found some
+  raise InputError(f"{file.path} holds no network")  # `unwrap` ensures one
 
 
 def load(
@@ -174,9 +173,9 @@ def load(
     file: of `read`.
     network: "teacher" or "student"; a file with one network gives that.
     num_heads: of its attention; 0 = by convention.
-    allow_missing: beginnings of tensor names, as "A,B" or a list, that may be
-      missing in the file or without a place in our network. Missing ones get
-      start values.
+    allow_missing: prefixes of tensor names, as "A,B" or a list, that may be
+      missing from the file or from our network. Parameters missing from the
+      file get initial values.
 
   Raises:
     InputError: an unknown code base, or anything but a full match.
@@ -189,14 +188,14 @@ def load(
       decoder_num_heads=file.num_heads("decoder_heads"),
     )
     method = networks.build(layout)
-    wanted = networks.shapes_of(method, layout, name)
+    shapes = networks.shapes_of(method, layout, name)
     converted = names.to_ours(
-      file.networks[name], layout.table, wanted, dtype=np.float32
+      file.networks[name], layout.table, shapes, dtype=np.float32
     )
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from error
   _check(file.path, converted, layout, schema.words(allow_missing))
-  params = _filled(method, wanted, converted.tree)
+  params = _filled(method, shapes, converted.tree)
   if layout.kind != "attmask":  # nothing else masks the input
     params["backbone"].pop("mask_token", None)
   _warn_of_nan(file.path, params)
@@ -219,7 +218,7 @@ def load_probe(file: File) -> Params:
   layout = layouts.recognise(flat)
   if layout.kind != "linear":
     raise InputError(
-      f"{file.path} holds a network ({layout.kind}), and no linear probe alone"
+      f"{file.path} holds a network ({layout.kind}), not only a linear probe"
     )
   shapes = {
     "head": {
@@ -240,7 +239,7 @@ def _check(
   layout: layouts.Layout,
   allowed: tuple[str, ...],
 ) -> None:
-  """Reports the match; anything but a full one must be allowed by name."""
+  """Logs the match; every difference must be allowed by name."""
   logging.info(
     "%s: %d tensors matched, %d missing, %d unexpected (%s)",
     path.name,
@@ -251,31 +250,32 @@ def _check(
   )
   for what, listed in (
     ("lacks", converted.missing),
-    ("holds what this network has no place for:", converted.unexpected),
+    ("holds tensors that this network lacks:", converted.unexpected),
   ):
     wrong = [n for n in listed if not (allowed and n.startswith(allowed))]
     if wrong:
-      listed = ", ".join(map(quoted, wrong[:SHOWN]))
-      more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+      listed = ", ".join(map(quoted, wrong[:MAX_NAMES]))
+      rest = len(wrong) - MAX_NAMES
+      more = f" and {rest} more" if rest > 0 else ""
       raise InputError(
         f"{path} ({layout.kind}) {what} {listed}{more}: if "
-        "that is right, name them (or how they begin) in "
+        "that is intended, list them (or prefixes of them) in "
         "--config.allow_missing=NAME,NAME"
       )
 
 
-def _filled(method: Method, wanted: Any, tree: Params) -> Params:
-  """The tree in float32; leaves that it lacks get their start values."""
+def _filled(method: Method, shapes: Any, tree: Params) -> Params:
+  """The tree in float32; leaves that it lacks get initial values."""
   given, start = trees.flat(tree), {}
-  if set(given) != set(trees.flat(wanted)):
-    logging.info("what is missing gets start values")
+  if set(given) != set(trees.flat(shapes)):
+    logging.info("missing tensors get initial values")
     made, _, aux = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
     start = trees.flat(made | aux)
   return trees.map_named(
     lambda name, leaf: np.asarray(
       given[name] if name in given else start[name], np.float32
     ),
-    wanted,
+    shapes,
   )
 
 

@@ -17,7 +17,7 @@ def square(tokens: int) -> tuple[int, int] | None:
 
 
 def order_of(array: np.ndarray) -> str:
-  """Its order, "yx" or "xy", if [1, T, D] is a fixed one, or "learned"."""
+  """Order of a fixed table [1, L, D], "yx" or "xy", or "learned"."""
   for order in ("yx", "xy"):
     if _distance(array, order) <= _tolerance(array):
       return order
@@ -49,7 +49,7 @@ def _distance(array: np.ndarray, order: str) -> float:
 
 
 def _tolerance(array: np.ndarray) -> float:
-  """Of values up to 1: sines in float32 differ, and files may be rounded."""
+  """For values up to 1: sines in float32 differ, and files may be rounded."""
   if not jnp.issubdtype(array.dtype, jnp.floating):
     return 0.0
   return max(2e-5, float(jnp.finfo(array.dtype).eps))

@@ -1,4 +1,4 @@
-"""config.json beside weights, as transformers reads it."""
+"""Writes the config.json of transformers beside weights."""
 
 import json
 import pathlib
@@ -21,12 +21,12 @@ def write(
 
   Args:
     folder: of the weights.
-    method: what they belong to.
+    method: of the weights.
     names: of the tensors that were written.
     class_names: of a classifier; () = their numbers.
 
   Raises:
-    InputError: another one is there, such as that of a run, or the folder
+    InputError: the folder has another config.json, such as that of a run, or
       cannot be written.
   """
   path = folder / "config.json"
@@ -69,7 +69,7 @@ def _content(
   if "classifier.weight" in names:
     return content | _classifier(class_names or range(method.num_classes))
   if backbone.class_token != "input":
-    # The only ViT of transformers without class token, and without its head.
+    # The only ViT of transformers without a class token; without its head.
     kind = dict(model_type="siglip_vision_model", vision_use_head=False)
     return content | kind | {"architectures": ["SiglipVisionModel"]}
   if "decoder.mask_token" in names:

@@ -1,7 +1,7 @@
-"""Which code base a state dict is of, and the sizes of its network.
+"""Recognises the code base of a state dict and the sizes of its network.
 
-Sizes are read off names and shapes, never off a stored config. Only the number
-of attention heads leaves no trace in a file.
+Sizes come from names and shapes, not from a stored config. Only the number of
+attention heads cannot be told from a file.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from attmask_jax.weights.torch_io.lazy import ARRAYS
 from attmask_jax.weights.torch_io.names import Table, Tensors
 from attmask_jax.weights.torch_io.unpickling import quoted
 
-# ExtreMA's two encoders, and the networks of ours that they are.
+# ExtreMA's two encoders -> our networks.
 _ENCODERS = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
 # Masked autoencoders; whether their decoders see the class token.
 DECODERS = {"mae": False, "facebook_mae": True, "hf_mae": True}
-# What transformers 5 calls otherwise in memory; it saves the names of version 4
-# but for the blocks of a decoder.
+# Names of transformers 5 in memory -> of version 4. It saves those of version 4
+# except for the blocks of a decoder.
 _TRANSFORMERS_5 = (
   (r"^(vit\.|)layers\.", r"\1encoder.layer."),
   (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
@@ -36,15 +36,14 @@ _TRANSFORMERS_5 = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """What `recognise` finds; 0, "" and None where a network has no such part.
+  """Result of `recognise`; 0, "" and None for parts that a network lacks.
 
   Attributes:
     kind: "backbone", "attmask" (with its head), "mae", "facebook_mae",
       "mae_classifier", "extrema", "extrema_probe", "extrema_classifier",
       "classifier" and "classifier_fc_norm" (timm), "official_probe" (of MAE),
-      "linear" (a probe alone),
-      "combined" (trunk and probe), "hf_vit", "hf_classifier", "hf_mae" or
-      "hf_patches".
+      "linear" (only a probe), "combined" (trunk and probe), "hf_vit",
+      "hf_classifier", "hf_mae" or "hf_patches".
     table: its names.
     width: D.
     depth: blocks.
@@ -55,22 +54,22 @@ class Layout:
     class_token: see `vit.ViT`.
     positions: see `vit.ViT`; "learned" unless the table is a fixed one.
     key_bias: keys have a bias.
-    mask_token: there is one in the backbone.
+    mask_token: the backbone has one.
     readout_layers: class-attention blocks.
     prototypes: see `tables.head`.
     out_dim: K of the head, or the width of ExtreMA's projector.
     patch_out_dim: prototypes of patches.
     head_hidden: width of its hidden layers.
-    head_bottleneck: C.
+    head_bottleneck: E.
     head_layers: linear layers.
     head_norm: "none" or "ln".
-    predictor: ExtreMA's student's.
+    predictor: it has the predictor of ExtreMA's student.
     decoder_width: of the decoder's tokens.
     decoder_depth: its blocks.
     decoder_num_heads: given, or by convention.
     decoder_class_token: its decoder sees the class token (official MAE).
     num_classes: of a classifier.
-    features: values that it reads.
+    features: F, width of its input.
     probe_norm: `head_norm` of `classify.Classify`.
   """
 
@@ -116,11 +115,11 @@ class Layout:
 def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
   """The networks of a checkpoint, by name.
 
-  Layouts: {student, teacher, ...}; {state_dict: ...}, {model: ...} with perhaps
-  {model_ema: ...}; a bare state dict. "module." and "_orig_mod." in front of
-  names are taken off (in front of an encoder's of ExtreMA too), and names of
+  Layouts: {student, teacher, ...}; {state_dict: ...}; {model: ...}, optionally
+  with {model_ema: ...}; a bare state dict. The prefixes "module." and
+  "_orig_mod." are removed (also for ExtreMA's encoders), and names of
   transformers 5 become those of version 4; "backbone.", "encoder." and heads
-  stay, and `recognise` knows them.
+  are kept for `recognise`.
 
   Returns:
     "student" and "teacher" (ExtreMA's base encoder with predictor and its
@@ -179,7 +178,7 @@ def recognise(
 
   Raises:
     InputError: an unknown file, a tensor of an impossible shape, or a width
-      that tells nothing about the heads.
+      without a conventional number of heads.
   """
   kind, table = _kind(tensors)
   known: dict[str, Any] = {}
@@ -205,7 +204,7 @@ def kind_of(tensors: Tensors) -> str:
 
 
 def _tensors(obj: Any) -> dict[str, Any]:
-  """The arrays of a state dict without prefixes of wrapped modules."""
+  """The arrays of a state dict, without the prefixes of wrapped modules."""
   if not isinstance(obj, Mapping):
     return {}
   renamed = {}
@@ -227,7 +226,7 @@ def _transformers_4(name: str) -> str:
 def _split(
   tensors: dict[str, Any],
 ) -> list[tuple[str, dict[str, Any]]]:
-  """ExtreMA's two encoders of one state dict, or the one model."""
+  """ExtreMA's two encoders in one state dict, or the only model."""
   if not any(name.startswith(tuple(_ENCODERS)) for name in tensors):
     return [("model", tensors)]
   networks: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
@@ -262,13 +261,13 @@ def _kind(tensors: Tensors) -> tuple[str, Table]:
     return "linear", tables.linear()
   listed = ", ".join(map(quoted, sorted(tensors)[:5]))
   raise InputError(
-    f"a state dict with the names {listed} ... is of no known code base: give "
-    "one of AttMask, iBOT, DINO, timm, MAE, ExtreMA or transformers ViTs"
+    f"a state dict with the names {listed} ... is of an unknown code base: "
+    "give one of AttMask, iBOT, DINO, timm, MAE, ExtreMA or transformers ViTs"
   )
 
 
 def _hf_kind(tensors: Tensors, prefix: str) -> tuple[str, Table]:
-  """Of transformers names."""
+  """`_kind` of a state dict with transformers names."""
   if "classifier.weight" in tensors:
     return "hf_classifier", tables.hf_classifier()
   order = sizes.order(tensors, f"{prefix}embeddings.position_embeddings")
@@ -279,7 +278,7 @@ def _hf_kind(tensors: Tensors, prefix: str) -> tuple[str, Table]:
 
 
 def _bare_kind(tensors: Tensors) -> tuple[str, Table]:
-  """Of a trunk without prefix."""
+  """`_kind` of a trunk without prefix."""
   order = sizes.order(tensors, "pos_embed")
   known = "yx" if order == "yx" else "xy"
   if "blocks_token.0.gamma_1" in tensors:
@@ -305,7 +304,7 @@ def _bare_kind(tensors: Tensors) -> tuple[str, Table]:
 
 
 def _attmask_table(tensors: Tensors, prefix: str) -> Table:
-  """The table of a head like this one."""
+  """The table for this kind of head."""
   known = sizes.prototypes(tensors)
   return tables.attmask(
     known["prototypes"],

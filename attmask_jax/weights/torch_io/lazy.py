@@ -1,4 +1,4 @@
-"""Tensors of a file that are read when their numbers are asked for."""
+"""Tensors of a file that are read on demand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Tensor:
-  """What stands for an array until `np.asarray` reads it; keeps nothing.
+  """Placeholder of an array, which `np.asarray` reads; caches nothing.
 
   Attributes:
     shape: of the array.
@@ -30,8 +30,8 @@ class Tensor:
     return len(self.shape)
 
   def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-    """Reads the numbers: InputError where the file is damaged."""
-    del copy  # what is read is new
+    """Reads the numbers; InputError if the file is damaged."""
+    del copy  # always a new array
     return np.asarray(self._read(), dtype)
 
 

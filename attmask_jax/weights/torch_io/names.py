@@ -1,11 +1,11 @@
 """Names of other code bases for our parameters, one table for both directions.
 
 A table is a tuple of rows. `Row` pairs a leaf of our tree with a tensor of
-theirs and says how its layout differs; `Constant` stands for a tensor that they
-store and we do not. `to_ours` and `to_theirs` walk the same rows.
+theirs and says how its layout differs; `Constant` is a tensor that they store
+and we do not. `to_ours` and `to_theirs` use the same rows.
 
 Our trees are those of the methods: "backbone/...", "head/...", "decoder/...",
-"predictor/..."; a classifier's holds its batch norm, too ("batch_norm/...").
+"predictor/..."; a classifier's also holds its batch norm ("batch_norm/...").
 
 Source: the state dicts of AttMask, iBOT, DINO, timm, MAE-priv, the official
 MAE, ExtreMA and transformers 4.
@@ -29,7 +29,7 @@ from attmask_jax.weights.torch_io.lazy import Tensor
 Tensors = Mapping[str, np.ndarray | Tensor]
 Change = Callable[[np.ndarray], np.ndarray]
 
-# What a tensor of theirs becomes in our tree, and back.
+# Conversions of a tensor of theirs to our tree, and back.
 KINDS: dict[str, tuple[Change, Change]] = {
   "same": (lambda x: x, lambda x: x),
   # (out, in) <-> (in, out)
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[Change, Change]] = {
   # (C, F) <-> (1, F, C), the weights of the first of several probes
   "probe": (lambda x: x.T[None], lambda x: x[0].T),
 }
-# Leaves of ours that they lack because nothing there uses them.
+# Leaves of ours that they lack because their networks do not use them.
 UNUSED = {"unused_ones": np.ones, "unused_zeros": np.zeros}
 
 
@@ -62,16 +62,16 @@ UNUSED = {"unused_ones": np.ones, "unused_zeros": np.zeros}
 class Row:
   """One leaf of ours and one tensor of theirs.
 
-  Two rows with one leaf and one part are two names of one tensor: both are
-  written, and must agree where both are read.
+  Two rows with the same leaf and part are two names of one tensor: both are
+  written, and must agree if both are read.
 
   Attributes:
-    ours: path of the leaf; "[i]" at its end says that it stacks the blocks
-      {i} of theirs; {j} is a number in both names.
+    ours: path of the leaf; a final "[i]" means that it stacks the blocks {i} of
+      theirs; {j} is a number in both names.
     theirs: name of the tensor; "" for the kinds in UNUSED.
     kind: one of KINDS or UNUSED.
-    part: third of our fused [q | k | v], along the last axis, that the tensor
-      is; a third without a row is 0 in our leaf, and left out of theirs.
+    part: index of the tensor in our fused [q | k | v], along the last axis; a
+      third without a row is 0 in our leaf, and not written.
   """
 
   ours: str
@@ -88,10 +88,10 @@ class Constant:
     theirs: its name; {j} stands for any number.
     kind: "yx" or "xy", a fixed position table, compared when it is read;
       "zero_token", an unused (1, 1, D), and "counter", an integer, written as
-      0; "dropped", accepted, of no use and never written.
+      0; "dropped", accepted, unused and never written.
     like: leaf of ours that must exist for it to be written, and has its width.
-    class_token: leaf of the class token, which has a zero slot in the table if
-      it exists.
+    class_token: leaf of the class token; if it exists, the table starts with
+      zeros.
   """
 
   theirs: str
@@ -104,15 +104,15 @@ Table = tuple[Row | Constant, ...]
 
 
 class Converted(NamedTuple):
-  """What `to_ours` returns.
+  """Result of `to_ours`.
 
   Attributes:
     tree: nested dict of the leaves that are complete.
     matched: tensors that were used or compared, sorted.
-    missing: tensors that the tree needs and the file lacks, sorted; leaves that
-      have no name there by their path in our tree.
-    unexpected: tensors of the file that were not used, sorted. The blocks that
-      are there of a leaf that lacks one are among them.
+    missing: tensors that the tree needs and the file lacks, sorted; leaves
+      without a name of theirs appear by their path in our tree.
+    unexpected: tensors of the file that were not used, sorted, including the
+      blocks of a leaf that lacks another block.
   """
 
   tree: Params
@@ -124,26 +124,26 @@ class Converted(NamedTuple):
 def to_ours(
   tensors: Tensors, table: Table, shapes: Any, *, dtype: Any = None
 ) -> Converted:
-  """Tensors of theirs as a tree of ours.
+  """Converts tensors of theirs to a tree of ours.
 
   Args:
-    tensors: {name: array}; one after another is read.
+    tensors: {name: array}; read one at a time.
     table: the names.
-    shapes: the tree that is wanted: leaves with `.shape`.
+    shapes: the expected tree: leaves with `.shape`.
     dtype: of all leaves; None = one that holds the values of the file.
 
   Raises:
     InputError: a tensor of another shape, two names of one tensor that
       disagree, or a position table that is not the fixed one.
   """
-  wanted = {k: tuple(leaf.shape) for k, leaf in trees.flat(shapes).items()}
-  used, missing, leaves = set(), set(wanted), {}
-  for path, pieces in _pieces(table, wanted).items():
+  expected = {k: tuple(leaf.shape) for k, leaf in trees.flat(shapes).items()}
+  used, missing, leaves = set(), set(expected), {}
+  for path, pieces in _pieces(table, expected).items():
     missing.remove(path)
     absent = {p.name for p in pieces} - tensors.keys() - {""}
     missing |= absent
     if not absent:
-      leaves[path] = _assemble(path, wanted[path], pieces, tensors, dtype)
+      leaves[path] = _assemble(path, expected[path], pieces, tensors, dtype)
       used |= {p.name for p in pieces}
   for row in table:
     if isinstance(row, Constant):
@@ -161,12 +161,12 @@ def to_ours(
 def to_theirs(
   tree: Params, table: Table, *, grid: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
-  """A tree of ours as tensors of theirs, C-contiguous, in its dtypes.
+  """Converts a tree of ours to tensors of theirs, C-contiguous, in its dtypes.
 
   Args:
     tree: arrays, on the host or a device.
-    table: the names; rows for leaves that the tree lacks are left out.
-    grid: patches per column and row, where a fixed position table is written.
+    table: the names; rows for leaves that the tree lacks are skipped.
+    grid: patches per column and row, if a fixed position table is written.
 
   Raises:
     InputError: a leaf without a name, or several linear layers in one leaf.
@@ -190,7 +190,7 @@ def to_theirs(
             "choose one of them"
           )
         value = KINDS[piece.row.kind][1](value)
-        # safetensors writes any other memory order wrongly, without a word.
+        # safetensors silently writes any other memory order wrongly.
         tensors[piece.name] = np.ascontiguousarray(value)
   for row in table:
     if isinstance(row, Constant) and row.like in leaves:
@@ -212,7 +212,7 @@ def name_of(table: Table, ours: str) -> str | None:
 
 
 class _Piece(NamedTuple):
-  """One tensor that a leaf consists of."""
+  """One tensor of a leaf."""
 
   row: Row
   layer: int | None
@@ -222,7 +222,7 @@ class _Piece(NamedTuple):
 def _pieces(
   table: Table, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[_Piece]]:
-  """{leaf path: the tensors that it consists of}, in the table's order."""
+  """{leaf path: its tensors}, in the table's order."""
   pieces: dict[str, list[_Piece]] = {}
   for row in table:
     if isinstance(row, Row):
@@ -246,7 +246,7 @@ def _expand(
 
 
 def _matching(template: str, names: Mapping[str, Any]) -> dict[str, str]:
-  """{name: its {j}} of the names that fit a template; {j} stands once."""
+  """{name: its {j}} of the names that match a template with at most one {j}."""
   if "{j}" not in template:
     return {template: ""} if template in names else {}
   pattern = re.escape(template).replace(r"\{j\}", r"(\d+)")
@@ -255,7 +255,7 @@ def _matching(template: str, names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _part(leaf: np.ndarray, piece: _Piece) -> np.ndarray:
-  """The view of a leaf that a tensor fills."""
+  """The part of a leaf that belongs to a tensor, as a view."""
   if piece.layer is not None:
     leaf = leaf[piece.layer]
   if piece.row.part is None:
@@ -271,10 +271,10 @@ def _assemble(
   tensors: Tensors,
   dtype: Any,
 ) -> np.ndarray:
-  """One leaf."""
+  """Reads the tensors of one leaf into an array of its shape."""
   if pieces[0].row.kind in UNUSED:
     return UNUSED[pieces[0].row.kind](shape, np.float32)
-  # Views of one value: shapes without memory.
+  # Broadcast from one value, so that it takes no memory.
   probe = np.broadcast_to(np.zeros((), bool), shape)
   for piece in pieces:
     expected = KINDS[piece.row.kind][1](_part(probe, piece)).shape
@@ -282,7 +282,7 @@ def _assemble(
     if given != expected:
       raise InputError(
         f"{piece.name} has shape {given}, and {path} of this network "
-        f"needs {expected}: the file is of a network of another size"
+        f"needs {expected}: the file has a network of another size"
       )
   if dtype is None:
     dtype = _common([tensors[piece.name].dtype for piece in pieces])
@@ -315,7 +315,7 @@ def _constant(
   num_prefix_tokens: int,
   grid: tuple[int, int] | None,
 ) -> np.ndarray:
-  """What is written for a constant."""
+  """The tensor that is written for a constant."""
   if row.kind == "counter":
     return np.zeros((), np.int64)
   width = like.shape[-1]

@@ -1,4 +1,4 @@
-"""The network that a recognised state dict belongs to, ready to be used."""
+"""Builds the network of a recognised state dict."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,8 +21,7 @@ from attmask_jax.models.positions import DINO_OFFSET
 from attmask_jax.weights.torch_io.layouts import Layout
 
 NAME = "imported"  # of the method, in the config of such weights
-# What a classifier reads: class token or mean patch, behind the final norm or
-# not.
+# Input of a classifier: class token or mean patch, with the final norm or not.
 _READS = {
   "classifier": dict(pool="cls", final_norm=True),
   "hf_classifier": dict(pool="cls", final_norm=True),
@@ -31,7 +30,7 @@ _READS = {
   "extrema_classifier": dict(pool="mean", final_norm=False),
   "extrema_probe": dict(pool="cls", final_norm=False),
 }
-# Code bases that resample positions plainly; the others add DINO's offset.
+# Code bases that resample positions without DINO's offset.
 _PLAIN = (
   *("mae", "mae_classifier", "facebook_mae", "hf_mae", "classifier_fc_norm"),
   *("extrema", "extrema_probe", "extrema_classifier"),
@@ -40,17 +39,17 @@ _PLAIN = (
 
 @dataclasses.dataclass(frozen=True)
 class Backbone(Method):
-  """A ViT of which nothing else is known: features and attention, no loss."""
+  """A bare ViT: features and attention, no loss."""
 
   @classmethod
   def from_config(
     cls, config: ml_collections.ConfigDict, *, steps_per_epoch: int
   ) -> Self:
-    """See the function of this name: the layout decides the method."""
+    """Not supported: the layout decides the method, see `from_config`."""
     raise TypeError("a bare backbone is built from its layout, see `build`")
 
   def init(self, rng: jax.Array) -> InitialState:
-    """Start values: params alone."""
+    """Initial params; no teacher or aux."""
     side = self.backbone.image_size
     images = jnp.zeros((1, side, side, 3))
     params = {"backbone": self.backbone.init(rng, images)["params"]}
@@ -65,12 +64,12 @@ class Backbone(Method):
     rng: jax.Array,
     scalars: Scalars,
   ) -> LossOutput:
-    """Nothing is known that could be trained."""
+    """Not supported: a bare backbone cannot be trained."""
     raise TypeError("a bare backbone has no loss: fine-tune it instead")
 
 
 def config_of(layout: Layout) -> ml_collections.ConfigDict:
-  """What is known of these weights, as a run's config says it."""
+  """What is known of these weights, in the form of a run's config."""
   fields = dataclasses.asdict(dataclasses.replace(layout, table=()))
   del fields["table"]
   return ml_collections.ConfigDict(
@@ -82,14 +81,14 @@ def config_of(layout: Layout) -> ml_collections.ConfigDict:
 
 
 def from_config(config: ml_collections.ConfigDict) -> Method:
-  """The network of a config of `config_of`."""
+  """Builds the network of a config by `config_of`."""
   known = {f.name for f in dataclasses.fields(Layout)}
   section = {k: v for k, v in config.method.items() if k in known}
   return build(Layout(table=(), **section))
 
 
 def build(layout: Layout) -> Method:
-  """The network of a layout, with what evaluations ask of it.
+  """Builds the network of a layout, as a method for evaluations.
 
   Raises:
     InputError: a linear layer without a network.
@@ -169,7 +168,7 @@ def _mae(layout: Layout, backbone: vit.ViT) -> Mae:
 
 
 def _classifier(layout: Layout, backbone: vit.ViT) -> Classify:
-  """A network with a linear layer, which reads what its code base reads."""
+  """A network with a linear layer, whose input is that of its code base."""
   if layout.kind == "mae_classifier":
     pool = "mean" if layout.class_token == "none" else "cls"
     reads = dict(pool=pool, final_norm=False)
@@ -196,7 +195,7 @@ def probe_of(backbone: vit.ViT, features: int, classes: int) -> Classify:
   """A network with a linear probe of AttMask, iBOT or DINO.
 
   It reads n class tokens or, as published for base and large networks, one and
-  the mean patch: the number of features tells.
+  the mean patch, depending on the number of features.
 
   Raises:
     InputError: no number of tokens gives so many features.
@@ -224,7 +223,7 @@ def probe_of(backbone: vit.ViT, features: int, classes: int) -> Classify:
 def shapes_of(
   method: Method, layout: Layout, network: str
 ) -> Mapping[str, Any]:
-  """The tree that a network's tensors fill: leaves with `.shape`.
+  """Shapes of the tree of a network's tensors: leaves with `.shape`.
 
   Args:
     method: of `build`.

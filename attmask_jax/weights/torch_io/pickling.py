@@ -1,6 +1,6 @@
-"""Pickle programs that make tensors in containers: the inverse of `unpickling`.
+"""Writes pickles of tensors in containers: the inverse of `unpickling`.
 
-Source: pickletools; what torch.save writes, read off its files.
+Source: pickletools, and files written by torch.save.
 """
 
 import math
@@ -16,12 +16,12 @@ NAMES = {dtype: name for name, dtype in STORAGES.items()}
 
 
 def dump(tree: Any) -> tuple[bytes, list[Any]]:
-  """A program that makes a tree, and its arrays: number i has the key "i".
+  """The pickle of a tree, and its arrays: number i has the key "i".
 
-  An array that occurs twice is one block, as torch does it.
+  An array that occurs twice is one block, as in torch.
 
   Raises:
-    Refused: something else than plain values and arrays.
+    Refused: anything but plain values and arrays.
   """
   writer = _Writer()
   try:
@@ -69,7 +69,7 @@ class _Writer:
     """A call of _rebuild_tensor_v2 on a block of numbers."""
     if id(array) not in self._keys:
       self._keys[id(array)] = str(len(self.arrays))
-      self.arrays.append(array)  # which also keeps its id from being reused
+      self.arrays.append(array)  # also keeps its id from being reused
     shape = tuple(int(n) for n in array.shape)
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     emit = self.emit

@@ -1,9 +1,9 @@
 """PyTorch's .pth files without PyTorch: NumPy arrays in plain containers.
 
-A .pth file is a zip archive: a pickle that describes the object (nothing of it
-is run, see `unpickling`), and one member per block of numbers.
+A .pth file is a zip archive: a pickle that describes the object (it is not run,
+see `unpickling`), and one member per block of numbers.
 
-Source: the layout that torch.save has written since 1.6, read off its files.
+Source: files written by torch.save since version 1.6.
 """
 
 import contextlib
@@ -25,34 +25,34 @@ from attmask_jax.weights.torch_io import pickling, unpickling
 from attmask_jax.weights.torch_io.unpickling import Refused, quoted
 
 Opaque = unpickling.Opaque
-MAX_PICKLE_BYTES = 2**24  # that of a ViT-G training state is a twentieth
-MAX_COPIED_BYTES = 2**26  # that a small file may unfold to
+MAX_PICKLE_BYTES = 2**24  # a ViT-G training state takes a twentieth of it
+MAX_COPIED_BYTES = 2**26  # that a small file may expand to
 MAX_DIMENSIONS = 16
 ALIGNMENT = 64  # bytes, as torch aligns the numbers, for memory maps
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 
 
 def read(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
-  """The object in a .pth file: containers, numbers, text and NumPy arrays.
+  """Reads the object in a .pth file: containers, numbers, text, NumPy arrays.
 
   Arrays are C-contiguous and may be read-only; bfloat16 is ml_dtypes'. Every
   block of numbers is read once, when the first tensor needs it, and contiguous
-  tensors share its memory: the whole takes little more than the file, and twice
-  the file if all tensors are transposed. What is no tensor, number, text or
-  container, such as a Namespace, becomes an `Opaque`.
+  tensors share its memory: in total little more than the file size, or twice
+  that if all tensors are transposed. Anything but tensors, numbers, text and
+  containers, such as a Namespace, becomes an `Opaque`.
 
   Args:
     path: file written by torch.save of version 1.6 or later, or by `write`.
-    lazy: give `lazy.Tensor`s, each of which reads its own numbers when it is
-      asked for them; everything else is checked now.
+    lazy: return `lazy.Tensor`s, each of which reads its own numbers on demand;
+      everything else is checked now.
 
   Raises:
     InputError: the file is missing, damaged, of another format, or asks for
-      something else than tensors in containers.
+      anything but tensors in containers.
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise InputError(f"{path} is no file: give a .pth checkpoint")
+    raise InputError(f"{path} is not a file: give a .pth checkpoint")
   with _one_sentence(path):
     # Lazy tensors keep the file open; it is closed with the last of them.
     archive = zipfile.ZipFile(path)
@@ -68,7 +68,7 @@ def read(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
 
 @contextlib.contextmanager
 def _one_sentence(path: pathlib.Path) -> Iterator[None]:
-  """Says what is wrong with a file that cannot be read, as InputError."""
+  """Turns errors of an unreadable file into an InputError."""
   try:
     yield
   except InputError:
@@ -80,8 +80,8 @@ def _one_sentence(path: pathlib.Path) -> Iterator[None]:
   except PermissionError as error:
     raise InputError(f"{path} may not be read: change its mode") from error
   except MemoryError as error:
-    raise InputError(f"{path} asks for more memory than there is") from error
-  except Exception as error:  # damage shows in a dozen kinds
+    raise InputError(f"{path} needs more memory than there is") from error
+  except Exception as error:  # damage causes many types
     reason = f"{type(error).__name__}: {quoted(error)}"
     raise InputError(
       f"{path} is damaged ({reason}): copy or download it again"
@@ -89,7 +89,7 @@ def _one_sentence(path: pathlib.Path) -> Iterator[None]:
 
 
 def _not_a_zip(path: pathlib.Path, error: Exception) -> str:
-  """A sentence for a file that is no zip archive."""
+  """Message for a file that is not a zip archive."""
   with path.open("rb") as file:
     head = file.read(64)
   if _OLD_MAGIC in head or head[:2] in (b"\x80\x02", b"\x80\x03"):
@@ -97,7 +97,7 @@ def _not_a_zip(path: pathlib.Path, error: Exception) -> str:
       f"{path} was saved by torch before 1.6, or in its old format: load it in "
       "torch once and save it again with torch.save"
     )
-  return f"{path} is no .pth file, or is damaged ({quoted(error)})"
+  return f"{path} is not a .pth file, or is damaged ({quoted(error)})"
 
 
 class _Archive:
@@ -106,7 +106,7 @@ class _Archive:
   def __init__(
     self, archive: zipfile.ZipFile, path: pathlib.Path, *, keep: bool
   ) -> None:
-    """`keep`: read all tensors now, and no block of numbers twice."""
+    """`keep`: read all tensors now, and each block of numbers only once."""
     self._archive, self._path, self._keep = archive, path, keep
     self._size = path.stat().st_size
     self._members = self._check_members(archive.infolist())
@@ -116,7 +116,7 @@ class _Archive:
   def _check_members(
     self, members: list[zipfile.ZipInfo]
   ) -> dict[str, zipfile.ZipInfo]:
-    """Members by name; refuses what torch never writes."""
+    """Members by name; rejects any that torch never writes."""
     by_name: dict[str, zipfile.ZipInfo] = {}
     for member in members:
       name = member.filename
@@ -124,8 +124,8 @@ class _Archive:
       drive = re.match("[A-Za-z]:", name)
       if name.startswith("/") or ".." in parts or drive:
         raise Refused(
-          f'holds a member outside it, "{quoted(name)}": take no '
-          "weights from where this came from"
+          f'holds a member outside it, "{quoted(name)}": do not use '
+          "weights from its source"
         )
       if name in by_name:
         raise Refused(
@@ -145,11 +145,11 @@ class _Archive:
     return by_name
 
   def load(self) -> Any:
-    """Reads the description, and with it the tensors."""
+    """Reads the pickle, and with it the tensors."""
     programs = [n for n in self._members if n.endswith("/data.pkl")]
     if len(programs) != 1:
       raise Refused(
-        "is a zip archive, but no .pth file: give one written by torch.save"
+        "is a zip archive, but not a .pth file: give one written by torch.save"
       )
     self._root = programs[0].removesuffix("data.pkl")
     script = (self._root + "constants.pkl", self._root + "code/")
@@ -166,7 +166,7 @@ class _Archive:
     return unpickling.load(program, self.tensor)
 
   def _small(self, name: str, default: bytes, limit: int) -> bytes:
-    """A member other than numbers."""
+    """Content of a member other than numbers."""
     member = self._members.get(self._root + name)
     if member is None:
       return default
@@ -185,31 +185,31 @@ class _Archive:
       raise Refused(
         f'lacks its member "data/{quoted(key)}": copy or download it again'
       )
-    wanted = storage.numel * storage.dtype.itemsize
-    if wanted > member.file_size:
+    size = storage.numel * storage.dtype.itemsize
+    if size > member.file_size:
       raise Refused(
-        f'claims {quoted(wanted)} bytes in its member "data/{key}", '
+        f'claims {quoted(size)} bytes in its member "data/{key}", '
         f"which has {member.file_size}: copy or download it again"
       )
     return member
 
   def block(self, storage: unpickling.Storage) -> np.ndarray:
-    """The numbers of a storage: [numel], not read twice in a row."""
+    """The numbers of a storage: [numel], cached for the next tensor."""
     key = storage.key
     if key not in self._blocks:
       raw = np.frombuffer(self._archive.read(self._member(storage)), np.uint8)
       # Tensors of one storage mostly follow each other.
       self._blocks = (self._blocks if self._keep else {}) | {key: raw}
     raw = self._blocks[key]
-    wanted = storage.numel * storage.dtype.itemsize
-    if storage.dtype == bool:  # bytes other than 0 and 1 are no bool to NumPy
-      return raw[:wanted] != 0
-    return raw[:wanted].view(storage.dtype)
+    size = storage.numel * storage.dtype.itemsize
+    if storage.dtype == bool:  # NumPy needs bytes 0 and 1
+      return raw[:size] != 0
+    return raw[:size].view(storage.dtype)
 
   def tensor(
     self, storage: unpickling.Storage, offset: Any, size: Any, stride: Any
   ) -> np.ndarray | laziness.Tensor:
-    """A tensor over a storage; a copy where it is not one contiguous piece."""
+    """A tensor over a storage; a copy if it is not contiguous."""
     if not _is_plain(offset, size, stride):
       raise TypeError("a tensor of an impossible shape")
     count = math.prod(size)
@@ -221,12 +221,12 @@ class _Archive:
         f"claims a tensor of size {quoted(tuple(size))} in "
         f"{quoted(storage.numel)} numbers: copy or download it again"
       )
-    self._member(storage)  # is there, and large enough
+    self._member(storage)  # checks that it exists and is large enough
     if not _is_contiguous(size, stride):
       self._copied += count * storage.dtype.itemsize
       if self._copied > max(2 * self._size, MAX_COPIED_BYTES):
         raise Refused(
-          "unfolds to more than twice its size: save contiguous tensors"
+          "expands to more than twice its size: save contiguous tensors"
         )
     if self._keep:
       return self._numbers(storage, offset, size, stride)
@@ -244,7 +244,7 @@ class _Archive:
     size: tuple[int, ...],
     stride: tuple[int, ...],
   ) -> np.ndarray:
-    """Reads a tensor that was checked."""
+    """Reads a checked tensor."""
     block = self.block(storage)
     if _is_contiguous(size, stride):
       return block[offset : offset + math.prod(size)].reshape(size)
@@ -254,7 +254,7 @@ class _Archive:
 
 
 def _is_plain(offset: Any, size: Any, stride: Any) -> bool:
-  """Whether these are numbers >= 0, few enough."""
+  """Whether these are numbers >= 0 of at most MAX_DIMENSIONS axes."""
   if not isinstance(size, tuple) or not isinstance(stride, tuple):
     return False
   if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
@@ -263,18 +263,18 @@ def _is_plain(offset: Any, size: Any, stride: Any) -> bool:
 
 
 def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-  wanted = 1
+  expected = 1
   for n, s in zip(reversed(size), reversed(stride), strict=True):
-    if n != 1 and s != wanted:
+    if n != 1 and s != expected:
       return False
-    wanted *= n
+    expected *= n
   return True
 
 
 def write(path: str | os.PathLike[str], tree: Any) -> None:
   """Writes a .pth file that torch.load reads with weights_only=True.
 
-  The file appears in one move; arrays go to the disk one after another.
+  The write is atomic; arrays are written one at a time.
 
   Args:
     path: the file; its folder is made if missing.
@@ -282,7 +282,7 @@ def write(path: str | os.PathLike[str], tree: Any) -> None:
       of `unpickling.STORAGES`.
 
   Raises:
-    InputError: something else in the tree, or the file cannot be written.
+    InputError: anything else in the tree, or the file cannot be written.
   """
   try:
     program, arrays = pickling.dump(tree)
@@ -306,9 +306,9 @@ def write(path: str | os.PathLike[str], tree: Any) -> None:
 
 def _member(archive: zipfile.ZipFile, name: str, content: Any) -> None:
   """Adds an uncompressed member whose content starts at a multiple of 64."""
-  info = zipfile.ZipInfo(name)  # of 1980: the same tree gives the same file
+  info = zipfile.ZipInfo(name)  # dated 1980, so equal trees give equal files
   info.file_size = len(content)
-  # zipfile's own condition for another 20 bytes in front of the content.
+  # zipfile's condition for another 20 bytes in front of the content.
   large = info.file_size * 1.05 > zipfile.ZIP64_LIMIT
   start = archive.fp.tell() + 30 + len(name) + 4 + (20 if large else 0)
   padding = -start % ALIGNMENT

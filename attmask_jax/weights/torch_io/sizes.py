@@ -27,8 +27,8 @@ def trunk(
   side, num_prefix_tokens = sides(tensors, table_name)
   readouts = _count(tensors, "blocks_token.{i}.gamma_1")
   token = "readout" if readouts else "input" if num_prefix_tokens else "none"
-  # Where no fixed table is expected, as in a fine-tuned network, one that was
-  # never moved is a learned one.
+  # If no fixed table is expected, as in a fine-tuned network, one that was not
+  # updated still counts as learned.
   known = any(isinstance(r, Constant) and r.theirs == table_name for r in table)
   return {
     "width": width,
@@ -90,18 +90,18 @@ def projector(tensors: Tensors) -> dict[str, Any]:
 def decoder(
   tensors: Tensors, table: Table, class_token: bool, num_heads: int | None
 ) -> dict[str, Any]:
-  """Sizes of a masked autoencoder's decoder, where there is one."""
+  """Sizes of a masked autoencoder's decoder, {} if there is none."""
   name = lambda ours: names.name_of(table, f"decoder/{ours}") or ""
   if name("embed/kernel") not in tensors:
     return {}
   width = _shape(tensors, name("embed/kernel"), 2)[0]
   if num_heads is None:
-    # The official decoders have 16 at any width, those of MAE-priv 64 wide.
+    # The official decoders have 16 heads, those of MAE-priv heads of width 64.
     num_heads = 16 if class_token else max(width // 64, 1)
   if width % num_heads or width % 4:
     raise InputError(
-      f"the decoder of these weights has width {width}, which does not divide "
-      f"by 4 and over {num_heads} heads: they are damaged or of an unknown kind"
+      f"the decoder of these weights has width {width}, not a multiple of 4 "
+      f"and of {num_heads} heads: they are damaged or of an unknown kind"
     )
   return {
     "decoder_width": width,
@@ -128,13 +128,13 @@ def classifier(tensors: Tensors, table: Table) -> dict[str, Any]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-  """hidden / width, such that the product with width is no less than hidden."""
+  """hidden / width, rounded so that ratio * width is at least hidden."""
   ratio = hidden / width
   return math.nextafter(ratio, np.inf) if ratio * width < hidden else ratio
 
 
 def _heads(width: int, num_heads: int | None) -> int:
-  """Given or by convention; must divide the width."""
+  """Number of heads, given or by convention; must divide the width."""
   if num_heads is None:
     num_heads = _HEADS.get(width, width // 64 if width % 64 == 0 else 0)
     if not num_heads:
@@ -144,14 +144,14 @@ def _heads(width: int, num_heads: int | None) -> int:
       )
   if num_heads < 1 or width % num_heads:
     raise InputError(
-      f"width {width} of these weights does not divide over {num_heads} heads: "
+      f"width {width} of these weights is not a multiple of {num_heads} heads: "
       "set --config.num_heads"
     )
   return num_heads
 
 
 def _count(tensors: Tensors, template: str) -> int:
-  """Blocks from 0 on."""
+  """Number of blocks, counted from 0."""
   count = 0
   while template.format(i=count) in tensors:
     count += 1
@@ -159,13 +159,13 @@ def _count(tensors: Tensors, template: str) -> int:
 
 
 def _depth(tensors: Tensors, template: str) -> int:
-  """The same where there must be at least one."""
+  """Number of blocks, at least one."""
   _shape(tensors, template.format(i=0), 1)
   return _count(tensors, template)
 
 
 def _equal(tensors: Tensors, *two: str) -> bool:
-  """Whether two tensors are there and hold the same values."""
+  """Whether two tensors exist and hold the same values."""
   if not all(name in tensors for name in two):
     return False
   return np.array_equal(*(np.asarray(tensors[name]) for name in two))
@@ -176,9 +176,11 @@ def _is(tensors: Tensors, name: str, ndim: int) -> bool:
 
 
 def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
-  """Shape of a tensor that must be there, without empty axes."""
+  """Shape of a tensor that must exist, without empty axes."""
   if name not in tensors:
-    raise InputError(f"{name} is missing from these weights: they are cut")
+    raise InputError(
+      f"{name} is missing from these weights: they are incomplete"
+    )
   shape = tuple(tensors[name].shape)
   if len(shape) != ndim or 0 in shape:
     raise InputError(
@@ -195,8 +197,8 @@ def sides(tensors: Tensors, name: str) -> tuple[int, int]:
   sizes = fixed.square(tokens)
   if sizes is None:
     raise InputError(
-      f"{name} has {tokens} slots, neither a square number of patches nor one "
-      "more for a class token: such networks are not supported"
+      f"{name} has {tokens} positions, neither a square number of patches nor "
+      "one more for a class token: such networks are not supported"
     )
   return sizes
 

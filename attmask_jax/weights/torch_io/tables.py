@@ -1,9 +1,9 @@
 """The name tables of the code bases, see `names`.
 
-Where files of one code base differ (a head with or without norms, positions in
-another order), a function makes the table. A position table has a `Row` and a
-`Constant`: a network with learned positions takes it, one with fixed positions
-compares it.
+If files of one code base differ (a head with or without norms, positions in
+another order), a function makes the table. A position table has a `Row`, which
+a network with learned positions reads, and a `Constant`, which one with fixed
+positions compares.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def _conv(ours: str, theirs: str) -> Rows:
 
 
 def _under(rows: Rows, ours: str, theirs: str) -> Rows:
-  """Rows with both names behind prefixes; "" belongs to no tensor."""
+  """Rows with prefixes before both names; "" stays as the name of none."""
   return tuple(
     dataclasses.replace(
       r, ours=ours + r.ours, theirs=r.theirs and theirs + r.theirs
@@ -46,14 +46,14 @@ def _under(rows: Rows, ours: str, theirs: str) -> Rows:
 
 
 def _stacked(rows: Rows, ours: str, theirs: str) -> Rows:
-  """Rows of one block as rows of all of them."""
+  """Rows of one block as rows of stacked blocks."""
   rows = _under(rows, f"{ours}/", f"{theirs}.{{i}}.")
   return tuple(dataclasses.replace(r, ours=f"{r.ours}[i]") for r in rows)
 
 
 _MLP: Rows = _linear("mlp/fc1", "mlp.fc1") + _linear("mlp/fc2", "mlp.fc2")
 _FUSED: Rows = _linear("attn/qkv", "attn.qkv")
-# A key's bias adds the same to all of a query's logits: nothing is lost.
+# A key bias adds the same to all logits of a query, so none is needed.
 _NO_KEY_BIAS: Rows = (
   Row("attn/qkv/kernel", "attn.qkv.weight", "linear"),
   Row("attn/qkv/bias", "attn.q_bias", part=0),
@@ -120,12 +120,12 @@ _MAE_TRUNK: Rows = _EMBED + _stacked(_block(_NO_KEY_BIAS), "blocks", "blocks")
 _READOUTS: Rows = _under(_READOUT, "readout_{j}/", "blocks_token.{j}.")
 _MASK: Rows = (Row("mask_token", "masked_embed", "row"),)
 _FINAL: Rows = _norm("norm", "norm")
-# The final norm is ours alone where a classifier reads features before it.
+# Classifiers that read features before the final norm do not store it.
 _NO_FINAL: Rows = (
   Row("norm/scale", "", "unused_ones"),
   Row("norm/bias", "", "unused_zeros"),
 )
-_EMBED_BIAS = "backbone/patch_embed/bias"  # what every trunk has
+_EMBED_BIAS = "backbone/patch_embed/bias"  # in every trunk
 
 
 def _positions(
@@ -238,7 +238,7 @@ def extrema(order: str = "xy") -> Table:
 
 
 def _probe(theirs: str) -> Rows:
-  """The one linear layer of a classifier."""
+  """The linear layer of a classifier."""
   return (
     Row("head/kernel", f"{theirs}.weight", "probe"),
     Row("head/bias", f"{theirs}.bias", "row"),
@@ -317,12 +317,12 @@ def official_probe() -> Table:
 
 
 def linear() -> Table:
-  """AttMask's linear probe alone."""
+  """AttMask's linear probe without a network."""
   return _probe("linear")
 
 
 def combined() -> Table:
-  """AttMask's trunk and linear probe in one file, unused heads left in it."""
+  """AttMask's trunk and linear probe in one file, perhaps with unused heads."""
   return (
     *backbone(),
     *linear(),

@@ -1,4 +1,4 @@
-"""Files of tensors by name: .safetensors, with the safetensors package."""
+"""Reads and writes .safetensors files, with the safetensors package."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from attmask_jax.weights.torch_io.unpickling import quoted
 
 
 def _package(path: str | os.PathLike[str]) -> types.ModuleType:
-  """safetensors, imported where it is used: .pth files need none."""
+  """safetensors, imported only here, since .pth files do not need it."""
   try:
     import safetensors.numpy
   except ImportError as error:
@@ -28,7 +28,7 @@ def _package(path: str | os.PathLike[str]) -> types.ModuleType:
   return safetensors
 
 
-# Of the format, as NumPy has them.
+# Types of the format -> of NumPy.
 _DTYPES = {
   "F64": np.float64, "F32": np.float32, "F16": np.float16,
   "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
@@ -44,34 +44,33 @@ def read(
 
   Args:
     path: of the file.
-    lazy: give `lazy.Tensor`s, each of which reads its own numbers when it is
-      asked for them.
+    lazy: return `lazy.Tensor`s, each of which reads its own numbers on demand.
 
   Raises:
     InputError: the file is missing or damaged, or the package is missing.
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise InputError(f"{path} is no file: give a .safetensors checkpoint")
+    raise InputError(f"{path} is not a file: give a .safetensors checkpoint")
   package = _package(path)
   try:
     with package.safe_open(path, framework="numpy") as file:
       notes = dict(file.metadata() or {})
-      if lazy:  # opened all the same: the package checks the header
+      if lazy:  # opened anyway, so that the package checks the header
         return _later(path), notes
       return {name: file.get_tensor(name) for name in file.keys()}, notes
-  except AttributeError as error:  # the package looks numpy.float8... up
+  except AttributeError as error:  # the package looks up numpy.float8...
     raise InputError(
       f"{path} holds a type that NumPy lacks ({error}): convert it to float32"
     ) from error
   except (package.SafetensorError, ValueError, OSError, TypeError) as error:
     raise InputError(
-      f"{path} is no .safetensors file, or is damaged ({quoted(error)})"
+      f"{path} is not a .safetensors file, or is damaged ({quoted(error)})"
     ) from error
 
 
 def _later(path: pathlib.Path) -> dict[str, Tensor]:
-  """Tensors that are not read yet, of a file whose header is right."""
+  """Lazy tensors of a file whose header is valid."""
   with path.open("rb") as file:
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
@@ -88,7 +87,7 @@ def _later(path: pathlib.Path) -> dict[str, Tensor]:
 def _tensor(
   path: pathlib.Path, kind: str, shape: tuple[int, ...], start: int
 ) -> Tensor:
-  """A tensor whose numbers lie at a place of a file."""
+  """A lazy tensor at an offset of a file."""
   dtype = np.dtype(_DTYPES[kind])
 
   def later() -> np.ndarray:
@@ -97,7 +96,8 @@ def _tensor(
       values = values.reshape(shape)
     except (OSError, ValueError) as error:
       raise InputError(
-        f"{path} has changed or gone while it was read ({error}): start again"
+        f"{path} was changed or removed while it was read ({error}): start "
+        "again"
       ) from error
     return values != 0 if kind == "BOOL" else values
 
@@ -109,13 +109,13 @@ def write(
   tensors: Mapping[str, np.ndarray],
   notes: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes tensors by name, in one move; makes the folder.
+  """Writes tensors by name, atomically; makes the folder.
 
   Raises:
     InputError: the file cannot be written, or the package is missing.
   """
   package = _package(path)
-  # The package writes the bytes of a view as they lie, whatever its strides.
+  # The package writes the bytes of a view without regard to its strides.
   plain = {
     name: np.ascontiguousarray(array) if np.ndim(array) else np.array(array)
     for name, array in tensors.items()

@@ -1,10 +1,10 @@
-"""Pickle programs of tensors in containers, read without running them.
+"""Reads pickles of tensors in containers without running them.
 
 A pickle is a program that may call anything. Python's own Unpickler can be kept
-from finding functions, but it still lets a file set attributes of whatever
-stands for them, fill memory, and crash by deep keys. So here is an interpreter
-of the few instructions that torch.save writes. It makes plain values, looks
-calls up in a fixed list, and calls nothing that the file brings.
+from importing functions, but a file could still set attributes of their
+placeholders, exhaust memory, or crash it with deep keys. So this is an
+interpreter of the few instructions that torch.save writes. It makes plain
+values, looks up calls in a fixed list, and calls nothing from the file.
 
 Source: pickletools, which documents and decodes the instructions.
 """
@@ -32,9 +32,9 @@ STORAGES = {
   "BoolStorage": np.dtype(np.bool_),
 }
 MAX_DEPTH = 64  # of containers in containers
-MAX_VALUES = 2**22  # in the object, counting shared ones again and again
+MAX_VALUES = 2**22  # in the object, counting each use of shared ones
 MAX_KEY_DEPTH, MAX_KEY_PARTS = 8, 1000  # of tuples that are keys
-MAX_MADE = 2**26  # characters and items that calls may make
+MAX_MADE = 2**26  # characters and items that calls may create
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset(
@@ -50,7 +50,7 @@ _BUILTINS = ("__builtin__", "builtins")  # of protocol 2 and of later ones
 _SETS = tuple(f"{b}.{name}" for b in _BUILTINS for name in ("set", "frozenset"))
 _BYTES = tuple(f"{b}.bytes" for b in _BUILTINS)
 _DICTS = ("collections.OrderedDict", "collections.defaultdict")
-# A defaultdict names one of these; ranges and the like stay what they are.
+# Factories of a defaultdict; also ranges and the like, which stay opaque.
 _TYPES = tuple(
   f"{b}.{name}"
   for b in _BUILTINS
@@ -63,7 +63,7 @@ _PATHS = tuple(
   for kind in ("", "Pure")
   for name in ("PosixPath", "WindowsPath", "Path")
 )
-# Any number type of torch's, as in model configs; no tensor has one of these.
+# Any torch dtype, as in model configs; tensors are not typed by them.
 _DTYPE = re.compile(
   r"torch\.(bool|bfloat16|(float|complex|q?u?int)\d+(x\d)?|float\d\w*|bits\w+)"
 )
@@ -82,21 +82,21 @@ _KNOWN = frozenset(
 
 
 _TOO_MUCH = (
-  "unfolds to more than any checkpoint needs: save only tensors, numbers and "
+  "expands to more than any checkpoint needs: save only tensors, numbers and "
   "text in it"
 )
 
 
 class Refused(ValueError):
-  """The rest of a sentence that starts with the name of the file."""
+  """Error message without its beginning, the name of the file."""
 
 
 class Opaque:
-  """A part of a file that is none of our business, such as its arguments.
+  """A part of a file that is not interpreted, such as its arguments.
 
   Attributes:
-    name: what the file calls its class.
-    state: what it would have been made of; plain values.
+    name: of its class in the file.
+    state: plain values that it would have been made from.
   """
 
   __slots__ = ("name", "state")
@@ -106,7 +106,7 @@ class Opaque:
 
 
 class Storage(NamedTuple):
-  """A block of numbers that a program names."""
+  """A block of numbers that a pickle refers to."""
 
   dtype: np.dtype
   key: str
@@ -120,7 +120,7 @@ def quoted(text: Any) -> str:
 
 
 def load(program: bytes, tensor: Callable[..., np.ndarray | Tensor]) -> Any:
-  """The object of a program: plain values, arrays and `Opaque`.
+  """The object of a pickle: plain values, arrays and `Opaque`.
 
   Args:
     program: bytes of the pickle.
@@ -128,8 +128,8 @@ def load(program: bytes, tensor: Callable[..., np.ndarray | Tensor]) -> Any:
       only the first is checked).
 
   Raises:
-    Refused: something else than tensors in containers, by name.
-    Exception: damage, of many kinds.
+    Refused: anything but tensors in containers, by name.
+    Exception: damage, of many types.
   """
   machine = _Machine(tensor)
   for opcode, argument, _ in pickletools.genops(program):
@@ -156,7 +156,7 @@ class _Machine:
     return self._stack.pop()
 
   def step(self, name: str, argument: Any) -> None:
-    """Carries out one instruction."""
+    """Executes one instruction."""
     if name in _LITERALS:
       self._stack.append(argument)
     elif name in _CONSTANTS:
@@ -192,7 +192,7 @@ class _Machine:
     return items
 
   def _container(self, name: str) -> bool:
-    """Carries out an instruction on containers; False for others."""
+    """Executes an instruction on containers; False for others."""
     made: dict[str, Callable[[], Any]] = {
       "EMPTY_TUPLE": tuple,
       "EMPTY_LIST": list,
@@ -205,7 +205,7 @@ class _Machine:
       "TUPLE3": lambda: tuple(self._last(3)),
     }
     if name in made:
-      value = made[name]()  # first: it may change what the stack is
+      value = made[name]()  # first, since it may replace the stack
       self._stack.append(value)
     elif name in ("APPEND", "APPENDS"):
       items = self._last(1) if name == "APPEND" else self._since_mark()
@@ -222,7 +222,7 @@ class _Machine:
     return True
 
   def _object(self, name: str, argument: Any) -> bool:
-    """Carries out an instruction on globals and objects; False for others."""
+    """Executes an instruction on globals and objects; False for others."""
     if name == "GLOBAL":
       self._stack.append(_global(*argument.split(" ", 1)))
     elif name == "STACK_GLOBAL":
@@ -246,7 +246,7 @@ class _Machine:
     return True
 
   def _call(self, what: Opaque, arguments: tuple[Any, ...]) -> Any:
-    """What torch would have made of a call that is known."""
+    """Result of a known call, as torch would have made it."""
     if what.name == _TENSOR:
       storage, offset, size, stride, *_ = arguments
       return self._tensor(_of(Storage, storage), offset, size, stride)
@@ -287,13 +287,13 @@ def _of(kind: Any, value: Any) -> Any:
 
 
 def _is_empty(name: str, arguments: tuple[Any, ...]) -> bool:
-  """Whether a call makes an empty dict: a defaultdict names what it makes."""
+  """Whether a call makes an empty dict; a defaultdict may have a factory."""
   factory = arguments if name == "collections.defaultdict" else ()
   return len(arguments) == len(factory) <= 1
 
 
 def _key(value: Any) -> Any:
-  """A value that may be a key: nothing deep, whose hash would be recursive."""
+  """The value, if it may be a key: hashing a deep one would recurse."""
   parts, count = [value], 0
   for _ in range(MAX_KEY_DEPTH):
     inner: list[Any] = []
@@ -314,17 +314,17 @@ def _key(value: Any) -> Any:
 def _check_key_part(part: Any) -> None:
   if not isinstance(part, str | bytes | int | float | Opaque | None):
     raise TypeError(f"a {type(part).__name__} as a key")
-  # Larger ones can all be made to have one hash.
+  # Larger ones can be chosen to have equal hashes.
   if isinstance(part, int) and abs(part) >= 2**63:
     raise ValueError("a key beyond 64 bits")
 
 
 def _global(module: Any, name: Any) -> Opaque:
-  """What stands for a name of the file."""
+  """Placeholder of a global name in the file."""
   full = f"{_of(str, module)}.{_of(str, name)}"
   if full not in _KNOWN and not _DTYPE.fullmatch(full):
     raise Refused(
-      f"asks for {quoted(full)}, which is not run: save only tensors, numbers "
+      f"refers to {quoted(full)}, which is not run: save only tensors, numbers "
       "and text in it"
     )
   return Opaque(full)
@@ -341,7 +341,7 @@ def _storage(pid: Any) -> Storage:
 
 
 def _scalar(dtype: Any, raw: Any = b"") -> Any:
-  """A NumPy number as a plain one; another kind stays opaque."""
+  """A NumPy number as a plain one; other types stay opaque."""
   state = dtype.state if isinstance(dtype, Opaque) else None
   try:
     (code, *_), (_, order, *_) = state
@@ -353,7 +353,7 @@ def _scalar(dtype: Any, raw: Any = b"") -> Any:
 
 
 def _check(result: Any) -> None:
-  """Refuses what is endless, or could not be walked through by a caller."""
+  """Rejects objects that are circular, or too deep or large to traverse."""
   level, count = [result], 0
   for _ in range(MAX_DEPTH):
     inner: list[Any] = []
@@ -365,7 +365,7 @@ def _check(result: Any) -> None:
       elif isinstance(value, Opaque):
         inner.append(value.state)
       elif isinstance(value, Storage):
-        raise Refused("holds a storage that is no tensor: save tensors only")
+        raise Refused("holds a storage that is not a tensor: save tensors only")
       if len(inner) > MAX_VALUES - count:
         raise Refused(_TOO_MUCH)
     count += len(inner)
