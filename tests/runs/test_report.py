@@ -98,7 +98,7 @@ def test_pictures_of_a_folder_used_again_are_not_shown(tmp_path):
   assert 'alt="figures/a.png"' in report.write(folder).read_text()
   (home / "results.json").write_text(json.dumps(told | {"date": "later"}))
   page = report.write(folder).read_text()
-  assert 'alt="figures/a.png"' not in page and "pictures are gone" in page
+  assert 'alt="figures/a.png"' not in page and "no longer available" in page
 
 
 def test_page_of_damaged_files_says_so(tmp_path):
