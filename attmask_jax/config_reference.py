@@ -1,4 +1,4 @@
-"""Prints docs/config.md, the tables of all config keys.
+"""Prints docs/config.md: every config key, from its declaration.
 
 python -m attmask_jax.config_reference > docs/config.md
 """
@@ -18,13 +18,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAD = """# Config keys
 
 Any key can be set on the command line as `--config.SECTION.KEY=VALUE`, lists as
-`A,B`. A recipe in [configs/](../configs) states what differs from the defaults
-below. This page is generated from the code that uses the keys:
+`A,B`. A recipe in [configs/](../configs) overrides some of the defaults below.
+This page is generated from the declarations of the keys:
 `python -m attmask_jax.config_reference > docs/config.md`.
 
-`method`, `data` and `optim` decide the result of a training run; `evals` what
-is measured during it; `run` how it is computed, and changes results by rounding
-at most.
+`method`, `data` and `optim` determine the result of a training run, `evals`
+what is measured during training, and `run` how it is computed, which changes
+results by rounding at most.
 """
 COLUMNS = ("key", "type", "default", "allowed", "meaning")
 

@@ -310,7 +310,10 @@ class Loop:
     evaluator = self._run.evaluator
     if evaluator.best in values:
       logging.info(
-        "step %d: %s %.1f %%", done, evaluator.shown, values[evaluator.best]
+        "step %d: %s %.1f %%",
+        done,
+        evaluator.best_label,
+        values[evaluator.best],
       )
     if values:
       self._writer.write(done, {prefix + k: v for k, v in values.items()})

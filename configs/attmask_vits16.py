@@ -4,13 +4,13 @@ Paper:     "What to Hide from Your Students: Attention-Guided Masked Image
            Modeling", ECCV 2022, arXiv:2203.12719.
 Command:   python main.py --config=configs/attmask_vits16.py:high_100 \\
                --workdir=runs/high_100 --config.data.path=/data/imagenet
-           (docs/data.md says how the folder is laid out; another argument
-           after the colon for another row of the table).
+           (docs/data.md describes the layout of the folder; the argument
+           after the colon selects a row of the table).
 Hardware:  published on 4 devices x 60 images, high_300 on 8 x 100, in float16
            with loss scaling; here data.batch_size=240 (800) over any number of
            devices that divides it, in bfloat16. Hours: not measured.
 Expected:  top-1 in percent on the validation set, of the frozen teacher. All
-           numbers are the authors'; none of these runs was repeated by us.
+           numbers are the authors'; we have not repeated any of these runs.
 
   argument       images per class  epochs  masks                 k-NN  linear
   hint_100       all               100     AttMask-Hint          72.8  76.1  a
@@ -28,18 +28,18 @@ Expected:  top-1 in percent on the validation set, of the frozen teacher. All
   block_5pct     65                100     block-wise (iBOT)     -     -     c
 
   a  README of the release; the settings are those of its commands.
-  b  slides of the ECCV talk, which give share, epochs and ratio. The rest is
-     taken over from the release's 20 % runs.
-  c  the slides show k-NN over 5, 10, 20 and 100 % of ImageNet, in a figure
-     without readable numbers. Settings as for 20 %, also not published.
+  b  slides of the ECCV talk, which give share, epochs and ratio. All other
+     settings are those of the release's 20 % runs.
+  c  the slides plot k-NN over 5, 10, 20 and 100 % of ImageNet, without readable
+     numbers. The settings, also unpublished, are those for 20 %.
 
-20 % as the release counts it: the first 260 of about 1281 images per class.
-The run logs its own k-NN on the same share of the training set as knn/top1,
-for k = 10; which k the published numbers belong to is not known to us.
+20 % as in the release: the first 260 of about 1281 images per class. The run
+logs k-NN on the same share of the training set as knn/top1, for k = 10; we do
+not know the k of the published numbers.
 
 A run shorter than the 30 epochs of method.temp_warmup_epochs is refused: to
-try 5 epochs, set --config.method.temp_warmup_epochs=5 and
---config.optim.warmup_epochs=1, too.
+try 5 epochs, also set --config.method.temp_warmup_epochs=5 and
+--config.optim.warmup_epochs=1.
 """
 
 import ml_collections
@@ -48,22 +48,21 @@ from attmask_jax.training import setup
 from configs import common
 
 # Attention masks: one ratio of 0.3 +- 0.2 per step; each view is masked with
-# probability 0.5. These are the defaults, too.
+# probability 0.5. These are also the defaults.
 _ATTENTION = dict(mask_ratio=(0.3,), mask_ratio_var=(0.2,), mask_prob=0.5)
 HIGH = dict(mask="attmask_high", **_ATTENTION)
 HINT = dict(mask="attmask_hint", show_max=0.1, **_ATTENTION)
 LOW = dict(mask="attmask_low", **_ATTENTION)
 
-# Other masks ignore mask_prob. iBOT's way to leave half of the views whole is
-# a second ratio, 0, drawn as often as the first.
+# Other masks ignore mask_prob. To leave half of the views unmasked, iBOT draws
+# the ratio from two values, one of which is 0.
 _HALF = dict(mask_ratio=(0.0, 0.3), mask_ratio_var=(0.0, 0.2))
 BLOCK = dict(mask="block", **_HALF)
 RANDOM = dict(mask="random", **_HALF)
-# Our reading: the slides say "75 %" where they say "10-50 %" of the rows
-# above, which is the ratio of the views that are masked. So only that ratio
-# changes, to a fixed one as in MAE, and half of the views stay whole. Masking
-# every view (mask_ratio=(0.75,), mask_ratio_var=(0.0,)) is as compatible with
-# the slides.
+# Our reading: the slides give "75 %" where the rows above have "10-50 %", which
+# is the ratio in masked views. So only this ratio changes, to a fixed one as in
+# MAE, and half of the views stay unmasked. Masking every view
+# (mask_ratio=(0.75,), mask_ratio_var=(0.0,)) would also agree with the slides.
 RANDOM_75 = dict(
   mask="random", mask_ratio=(0.0, 0.75), mask_ratio_var=(0.0, 0.0)
 )
@@ -96,7 +95,7 @@ PART = dict(
   optim=dict(epochs=100, teacher_momentum=0.99),
 )
 
-# masks, length, images per class (0 = all)
+# Argument: masks, schedule, images per class (0 = all).
 RUNS = {
   "hint_100": (HINT, FULL, 0),
   "high_100": (HIGH, FULL, 0),
@@ -115,7 +114,7 @@ RUNS = {
 
 
 def get_config(arg: str = "high_100") -> ml_collections.ConfigDict:
-  """One of RUNS; values not named here are the defaults."""
+  """The config of one of RUNS; keys not set here have their defaults."""
   masks, length, subset = common.choose(RUNS, arg)
   config = setup.default_config()
   config.method.update(

@@ -7,9 +7,9 @@ Command:   python main.py --config=configs/dino_vits16.py:100ep \\
 Hardware:  as configs/attmask_vits16.py: data.batch_size=240 over any number of
            devices that divides it. Hours: not measured.
 Expected:  top-1 in percent, from the slides of AttMask's ECCV talk; not
-           repeated by us. The slides do not give the settings of this run, and
-           DINO's own recipe has 65536 prototypes: here all settings are
-           AttMask's, so that only the masks and the patch loss are missing.
+           repeated by us. The slides do not give the settings of this run.
+           DINO's own recipe has 65536 prototypes; here all settings are
+           AttMask's, except that there are no masks and no patch loss.
 
   argument  images per class  epochs  k-NN  linear
   100ep     all               100     70.9  74.6
@@ -26,7 +26,7 @@ RUNS = {"100ep": "high_100", "20pct": "high_20pct"}
 
 
 def get_config(arg: str = "100ep") -> ml_collections.ConfigDict:
-  """One of RUNS: AttMask's run of that length, without masks."""
+  """The config of one of RUNS: that run of AttMask without masks."""
   config = attmask_vits16.get_config(common.choose(RUNS, arg))
   config.method.update(mask="none", patch_weight=0.0)
   return config

@@ -4,27 +4,27 @@ Command:   python main.py --mode=eval --config=configs/evals.py:NAME \\
                --config.weights=RUN --workdir=DIR
 Weights:   a run directory (its newest checkpoint) or a checkpoint inside one;
            --config.network=teacher|student|untrained.
-Data:      those of the weights' own run; --config.data.source and
-           --config.data.path name others.
+Data:      that of the run of the weights; --config.data.source and
+           --config.data.path select another data set.
 Writes:    DIR/results.json, DIR/report.html, pictures in DIR/figures/, and a
-           line in the weights' run, whose report.html then shows the result.
+           record in the run of the weights, whose report.html shows it, too.
 
-Names:     knn             weighted k-NN (knn_mae, knn_mae_cls: as MAE-priv does
-                           it, of the mean patch or the class token)
+Names:     knn             weighted k-NN (knn_mae, knn_mae_cls: as in MAE-priv,
+                           on the mean patch or the class token)
            fewshot         k-NN on 1, 5, 10, 20 images per class, five runs
            linear, finetune and their published variants: configs/supervised.py
            masked          a probe's accuracy with patches blacked out
              masked_30, masked_70 ...  one ratio (percent) instead of a list
            backgrounds     ImageNet-9 backgrounds challenge
-           clusters        prototypes against labels, without supervision
+           clusters        prototypes compared with labels
            attention       attention maps of images, a folder or a video
            masks           what each mask policy hides
-           overlap         attention and masks against object masks
-           pca             patch tokens as colours
-           reconstruct     what a masked autoencoder paints
-           rollout         attention through all blocks, or for a class
-           tokens          what a single patch token knows: k-NN, linear
-           token_clusters  patch tokens in clusters, as colours
+           overlap         attention and masks compared with object masks
+           pca             principal components of patch tokens
+           reconstruct     reconstructions of a masked autoencoder
+           rollout         attention rollout through all blocks, or for a class
+           tokens          accuracy of single patch tokens: k-NN, linear
+           token_clusters  clusters of patch tokens, as colours
            compare         curves of several runs in one plot
 
 Paper:     arXiv:2203.12719; protocols as in the AttMask release. Published
@@ -46,15 +46,15 @@ def _evaluation(name: str) -> ml_collections.ConfigDict:
 
 
 def knn() -> ml_collections.ConfigDict:
-  """Weighted k-NN, as published: k = 10, 20, 100, 200 at 0.07."""
+  """Weighted k-NN, as published: k = 10, 20, 100, 200, temperature 0.07."""
   return _evaluation("knn")
 
 
 def knn_mae(*, cls: bool = False) -> ml_collections.ConfigDict:
-  """As MAE-priv evaluates: no final norm, bilinear crops.
+  """k-NN as in MAE-priv: no final norm, bilinear crops.
 
   Args:
-    cls: compare class tokens (CLS mode), not mean patches (GAP mode).
+    cls: use class tokens (CLS mode), not mean patches (GAP mode).
   """
   config = knn()
   config.evals.update(pool="cls" if cls else "mean", final_norm=False)
@@ -68,16 +68,16 @@ def fewshot() -> ml_collections.ConfigDict:
 
 
 def _probed(name: str, **settings: object) -> ml_collections.ConfigDict:
-  """Needs a trained linear probe; without config.probe trains a short one."""
+  """Uses the probe config.probe, or trains a short one if it is empty."""
   config = supervised.probe(name, *evals.by_name(name).keys, **settings)
   config.method.last_blocks = 4
-  config.method.lrs = (0.005, 0.02, 0.1)  # the best on the validation set
+  config.method.lrs = (0.005, 0.02, 0.1)  # the best is kept
   config.optim.epochs = 3
   return config
 
 
 def masked(ratio: float | None = None) -> ml_collections.ConfigDict:
-  """Masked ImageNet: black patches chosen by a network's attention."""
+  """Masked ImageNet: blacked-out patches, selected by attention."""
   settings = {} if ratio is None else {"ratios": (ratio,)}
   return _probed("masked", **settings)
 
@@ -103,41 +103,41 @@ def masks() -> ml_collections.ConfigDict:
 
 
 def overlap() -> ml_collections.ConfigDict:
-  """Where attention and masks fall, against object masks."""
+  """Overlap of attention and masks with object masks."""
   return _evaluation("overlap")
 
 
 def pca() -> ml_collections.ConfigDict:
-  """The three main directions of patch tokens as red, green, blue."""
+  """Three principal components of patch tokens as red, green, blue."""
   return _evaluation("pca")
 
 
 def reconstruct() -> ml_collections.ConfigDict:
-  """What a masked autoencoder paints where patches are hidden."""
+  """Reconstructions of a masked autoencoder."""
   config = _evaluation("reconstruct")
   config.network = "student"  # it has the decoder
   return config
 
 
 def rollout() -> ml_collections.ConfigDict:
-  """Attention through all blocks; or what counts for a class."""
+  """Attention rollout through all blocks, or gradient rollout of a class."""
   return _probed("rollout")
 
 
 def tokens() -> ml_collections.ConfigDict:
-  """What a single patch token knows: k-NN and linear accuracy."""
+  """Accuracy of single patch tokens: k-NN and linear probe."""
   config = _probed("tokens")
   config.method.update(last_blocks=1, pool="mean", final_norm=False)
   return config
 
 
 def token_clusters() -> ml_collections.ConfigDict:
-  """Patch tokens in clusters, as colours over the pictures."""
+  """Clusters of patch tokens, drawn as colours."""
   return _evaluation("token_clusters")
 
 
 def compare() -> ml_collections.ConfigDict:
-  """k-NN and loss over epochs of several runs."""
+  """Accuracy and loss of several runs over epochs."""
   return _evaluation("compare")
 
 
@@ -166,5 +166,5 @@ NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
 
 
 def get_config(arg: str = "knn") -> ml_collections.ConfigDict:
-  """One of NAMES."""
+  """The config of one of NAMES."""
   return common.choose(NAMES, arg)()

@@ -8,7 +8,7 @@ Command:   python main.py --config=configs/extrema.py:80x5_colour \\
 Hardware:  published on 8 V100 in 46 to 56 hours, batch 2048, in float16; here
            any number of devices that divides the batch, in bfloat16 with
            --config.method.dtype=bfloat16. Hours here: not measured.
-Expected:  ImageNet-1k top-1 in percent of the release; none was repeated by us.
+Expected:  ImageNet-1k top-1 in percent, of the release; not repeated by us.
 
   argument          data           epochs  masks      colour  linear  fine-tuned
   80x5              ImageNet-1k       300  5 x 80 %   no        67.1        82.9
@@ -17,15 +17,15 @@ Expected:  ImageNet-1k top-1 in percent of the release; none was repeated by us.
   80x5_colour_22k   ImageNet-22k       30  5 x 80 %   yes       74.5        83.9
 
 Guided masks (ours): --config.method.mask=attmask_high|attmask_hint|attmask_low
-hide from all subsets together the patches that the policy names. M subsets of K
-patches show M * K of N, so N - M * K are hidden: at 5 x 80 % 1 of 196, where
-attention decides next to nothing and the log warns. Two subsets of 80 % hide
-118. What is seen is dealt out at random.
+hide the same patches from all subsets, by the policy. All subsets together show
+num_masks * M of the N patches, and the rest is hidden: at 5 x 80 % 1 of 196,
+which leaves attention next to nothing to select, and the log warns. Two subsets
+of 80 % hide 118. Visible patches are distributed over the subsets at random.
 
-The release gives the command of 80x5_colour; the other rows follow by changing
-masks, augmentation or data. The 4 epochs of warm-up of 80x5_colour_22k are our
-choice: its 40 are more than the whole run. With 22k images the run has no
-ImageNet-1k labels to evaluate on the way: --config.evals.knn=False.
+The release gives the command of 80x5_colour; the other rows differ in masks,
+augmentation or data. The 4 warm-up epochs of 80x5_colour_22k are our choice, as
+the usual 40 would exceed the run. With 22k images there are no ImageNet-1k
+labels to evaluate on during training: set --config.evals.knn=False.
 """
 
 import ml_collections
@@ -60,7 +60,7 @@ def extrema() -> ml_collections.ConfigDict:
 
 
 def get_config(arg: str = "80x5_colour") -> ml_collections.ConfigDict:
-  """One of RUNS."""
+  """The config of one of RUNS."""
   epochs, warmup, method, colour = common.choose(RUNS, arg)
   config = extrema()
   config.method.update(method)

@@ -7,8 +7,8 @@ Command:   python main.py --config=configs/ibot_vits16.py:100ep \\
 Hardware:  as configs/attmask_vits16.py: data.batch_size=240 over any number of
            devices that divides it. Hours: not measured.
 Expected:  top-1 in percent, from the slides of AttMask's ECCV talk; not
-           repeated by us. The slides do not give the settings of these runs:
-           here they are those of AttMask's, so that only the masks differ.
+           repeated by us. The slides do not give the settings of these runs;
+           here they are AttMask's, so that only the masks differ.
 
   argument  images per class  epochs  k-NN  linear
   100ep     all               100     71.5  74.4
@@ -26,7 +26,7 @@ RUNS = {"100ep": "high_100", "20pct": "high_20pct"}
 
 
 def get_config(arg: str = "100ep") -> ml_collections.ConfigDict:
-  """One of RUNS: AttMask's run of that length with iBOT's masks."""
+  """The config of one of RUNS: that run of AttMask with iBOT's masks."""
   config = attmask_vits16.get_config(common.choose(RUNS, arg))
   config.method.update(attmask_vits16.BLOCK)
   return config

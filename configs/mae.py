@@ -8,8 +8,8 @@ Command:   python main.py --config=configs/mae.py:small_100e_gap \\
 Hardware:  published on 8 devices x 512 images in float16; here a batch of 4096
            over any number of devices that divides it, in bfloat16 with
            --config.method.dtype=bfloat16. Hours: not measured.
-Expected:  top-1 in percent, of the release; none was repeated by us. Fine-tuned
-           for 50 epochs (base 100), linear probe, k-NN with k = 10.
+Expected:  top-1 in percent, of the release; not repeated by us. Fine-tuned for
+           50 epochs (base: 100), linear probe, k-NN with k = 10.
 
   argument          network      fine-tuned  linear  k-NN
   small_100e_gap    ViT-S/16       76.58      34.65  19.7
@@ -28,19 +28,20 @@ Expected:  top-1 in percent, of the release; none was repeated by us. Fine-tuned
   official_huge     ViT-H/14       86.93      77.2    -    1600 epochs
 
 The release has small_100e_gap twice (12 files, 11 recipes). The official
-recipes are with a class token in the encoder and the decoder. What still
-differs from that release:
-- start values: the patch convolution and the layer between encoder and decoder
-  keep PyTorch's default (official: Xavier, and the latter's bias 0); class and
-  mask token are normal values cut at one standard deviation (official: whole);
+recipes have a class token in the encoder and the decoder. Remaining differences
+from that release:
+- initialisation: the patch convolution and the layer between encoder and
+  decoder keep PyTorch's default (official: Xavier, and bias 0 for the latter);
+  class and mask token are normal, truncated at one standard deviation
+  (official: not truncated);
 - the mask token has no weight decay (official: it has);
 - visible patches are N - int(N * ratio) (official: int(N * (1 - ratio)), the
   same at 0.75);
 - fine-tuning and linear probes are MAE-priv's: configs/supervised.py.
 
-Any mask policy:
+All mask policies are available:
 --config.method.mask=random|block|grid|attmask_high|attmask_hint|attmask_low;
-the last three ask a moving average of the encoder.
+the last three use the attention of a moving average of the encoder.
 """
 
 import ml_collections
@@ -50,7 +51,7 @@ from configs import common
 
 
 def _decoder(width: int, depth: int, num_heads: int = 0) -> dict[str, int]:
-  """heads = 0: width / 64."""
+  """Keys of the decoder; num_heads 0 = width / 64."""
   return dict(
     decoder_width=width, decoder_depth=depth, decoder_num_heads=num_heads
   )
@@ -66,7 +67,7 @@ _OFFICIAL = dict(
   decoder_class_token=True,
   **_decoder(512, 8, 16),
 )
-# argument: epochs, warm-up epochs, method
+# Argument: epochs, warm-up epochs, method.
 RUNS = {
   "small_100e_gap": (100, 10, _SMALL),
   "small_100e_cls": (100, 10, dict(class_token=True, **_SMALL)),
@@ -95,7 +96,7 @@ def mae() -> ml_collections.ConfigDict:
   """MAE on ViT-S/16 without class token, as published for 100 epochs."""
   config = setup.default_config("mae", "crop_flip")
   config.method.drop_path = 0.0
-  # scale and resample of the official recipes: see get_config.
+  # get_config sets scale and resample of the official recipes.
   config.data.update(batch_size=4096, eval_resample="bilinear")
   config.optim.update(
     lr_per_256=1.5e-4,
@@ -111,7 +112,7 @@ def mae() -> ml_collections.ConfigDict:
 
 
 def get_config(arg: str = "small_100e_gap") -> ml_collections.ConfigDict:
-  """One of RUNS."""
+  """The config of one of RUNS."""
   epochs, warmup, method = common.choose(RUNS, arg)
   config = mae()
   config.method.update(method)

@@ -1,6 +1,6 @@
 """Pretraining on 64 px images, such as Tiny ImageNet, on one GPU or a laptop.
 
-Papers:    none trains at this size, so the values below are ours. Arguments:
+Papers:    none trains at this size; the values below are ours. Arguments:
              attmask  AttMask-High, arXiv:2203.12719
              hint     AttMask-Hint, the same paper
              ibot     block-wise masks, arXiv:2111.07832
@@ -19,16 +19,16 @@ Commands:  One GPU:
                  --config.data.batch_size=128 --config.optim.epochs=30
 Data:      any folder with train/CLASS/ and val/CLASS/ (docs/data.md). Images
            of any size will do: crops are scaled to 64 and 32 px.
-Hardware:  one GPU, or a CPU with patience. Hours: not measured yet.
-Expected:  not measured yet at this size. knn/top1 (k = 20) should leave its
-           value before the first step, which is that of random weights; a
-           smaller run that does is in docs/results.md.
+Hardware:  one GPU, or more slowly a CPU. Hours: not measured yet.
+Expected:  not measured yet at this size. knn/top1 (k = 20) should rise above
+           its value before the first step, which is that of random weights; it
+           does in the smaller run in docs/results.md.
 
 A ViT-Ti of 5.4 million parameters with patches of 8 px sees 8 x 8 patches,
-and 4 x 4 of a local crop. Heads and prototypes are smaller than published, as
-such data sets hold fewer classes. A run shorter than the 5 epochs of
-optim.warmup_epochs is refused, and one of attmask, hint, ibot or dino shorter
-than the 10 of method.temp_warmup_epochs: for 3 epochs set
+and 4 x 4 of a local crop. Heads are smaller and prototypes fewer than
+published, as such data sets have fewer classes. A run shorter than the 5 epochs
+of optim.warmup_epochs is refused, and one of attmask, hint, ibot or dino
+shorter than the 10 of method.temp_warmup_epochs: for 3 epochs set
 --config.optim.warmup_epochs=1 and, for these four,
 --config.method.temp_warmup_epochs=3. mae and extrema have no prototypes and no
 local crops; mae sees 16 of the 64 patches, extrema four times 16.
@@ -43,7 +43,7 @@ from configs import mae as mae_imagenet
 
 MASKS = {
   "attmask": attmask_vits16.HIGH,
-  # On 64 patches hints are few: 6 patches to choose from, 0 to 3 chosen.
+  # 64 patches leave few hints: 0 to 3, out of 6 candidates.
   "hint": attmask_vits16.HINT,
   "ibot": attmask_vits16.BLOCK,
   "dino": dict(mask="none", patch_weight=0.0),
@@ -51,14 +51,14 @@ MASKS = {
 
 
 def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
-  """One of MASKS, "mae" or "extrema"."""
+  """The config for one of MASKS, "mae" or "extrema"."""
   others = {"mae": mae, "extrema": extrema}
   choice = common.choose(MASKS | others, arg)
   return choice() if arg in others else attmask(choice)
 
 
 def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
-  """AttMask, iBOT and DINO."""
+  """The recipe of AttMask, iBOT and DINO."""
   config = setup.default_config()
   config.method.update(
     mask,
@@ -73,7 +73,7 @@ def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
     batch_size=256,
     image_size=64,
     local_size=32,
-    # Larger shares than at 224 px: a twentieth of such an image shows nothing.
+    # Larger crops than at 224 px: 5 % of so small an image shows too little.
     global_scale=(0.4, 1.0),
     local_crops=4,
     local_scale=(0.1, 0.4),
@@ -85,7 +85,7 @@ def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
   )
   config.evals.update(
     eval_epochs=10,
-    knn_ks=(20, 10),  # no more than small data sets hold
+    knn_ks=(20, 10),  # small data sets have few images
   )
   return config
 
@@ -120,7 +120,7 @@ def extrema() -> ml_collections.ConfigDict:
 def _small(
   config: ml_collections.ConfigDict, **data: object
 ) -> ml_collections.ConfigDict:
-  """Images and evaluations that MAE and ExtreMA share."""
+  """Settings of data and evals that MAE and ExtreMA share."""
   config.data.update(source="folder", batch_size=256, image_size=64, **data)
   config.evals.update(eval_epochs=10, knn_ks=(20, 10))
   return config

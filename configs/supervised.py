@@ -1,22 +1,22 @@
-"""Linear probes and fine-tuning, as the three releases do them.
+"""Linear probes and fine-tuning, as in the three releases.
 
 Command:   python main.py --mode=eval --config=configs/evals.py:NAME \\
                --config.weights=RUN --workdir=DIR
-           Another number of classes, image size or data set is taken from the
-           data: --config.data.source, --config.data.path.
+           The number of classes is that of the data:
+           --config.data.source, --config.data.path.
 Papers:    arXiv:2203.12719 (AttMask), arXiv:2111.06377 (MAE; recipes of
            MAE-priv), arXiv:2206.04667 (ExtreMA).
 Hardware:  published on 2 to 8 GPUs; here any number of devices that divides
            data.batch_size. Hours: not measured.
-Expected:  the tables in configs/attmask_vits16.py, mae.py and extrema.py; none
-           of these numbers was repeated by us.
+Expected:  the tables in configs/attmask_vits16.py, mae.py and extrema.py; not
+           repeated by us.
 
-Names:     linear            frozen features, SGD, as AttMask's defaults
+Names:     linear            frozen features, SGD: AttMask's defaults
              linear_vits16     its published command: n = 4, 2 x 1024 images
              linear_mae_sgd_gap, _cls, linear_mae_lars_gap, _cls
                                non-affine batch norm, 90 epochs, 4096 or 16384
              linear_extrema    batch norm, raw class token of the teacher
-           finetune          all weights, DeiT's recipe, as AttMask's defaults
+           finetune          all weights, DeiT's recipe: AttMask's defaults
              cifar10, cifar100, flowers   its published commands
              finetune_mae_50e_gap, _50e_gap_erasing, _50e_cls, _100e_gap
              finetune_extrema  layer decay 0.65, learned positions, mean patch
@@ -36,12 +36,12 @@ from attmask_jax.training import setup
 def probe(
   name: str, *own: type, **settings: object
 ) -> ml_collections.ConfigDict:
-  """Frozen features, SGD: what all linear probes start from.
+  """Frozen features, SGD: the base of all linear probes.
 
   Args:
     name: of the evaluation.
     *own: dataclasses of its own settings.
-    **settings: other values than their defaults.
+    **settings: values that differ from their defaults.
   """
   config = setup.supervised_config(name, *own, **settings)
   config.data.update(
@@ -111,10 +111,10 @@ def finetune() -> ml_collections.ConfigDict:
 
 
 def _published(source: str, epochs: int) -> ml_collections.ConfigDict:
-  """6 x 150 images, lr 7.5e-6 per 512.
+  """Published fine-tuning: 6 x 150 images, lr 7.5e-6 per 512.
 
-  differs: of the 2,040 images of flowers an epoch takes 2 batches, where the
-  release, which first cuts to a multiple of 256, takes 1.
+  differs: an epoch of flowers (2,040 images) has 2 batches; in the release,
+  which first truncates to a multiple of 256, it has 1.
   """
   config = finetune()
   config.data.update(source=source, image_size=224, batch_size=900)
@@ -125,8 +125,8 @@ def _published(source: str, epochs: int) -> ml_collections.ConfigDict:
 def linear_mae(optimizer: str, *, cls: bool) -> ml_collections.ConfigDict:
   """MAE-priv: mean patch or class token, batch norm, linear layer.
 
-  "lars" is real LARS. The release's never applies its trust ratio:
-  --config.optim.optimizer=lars_mae reproduces that.
+  "lars" is LARS as published. That of the release never applies its trust
+  ratio: --config.optim.optimizer=lars_mae reproduces this.
   """
   config = probe("linear")
   config.method.update(

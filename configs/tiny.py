@@ -3,14 +3,14 @@
 Command:   python main.py --config=configs/tiny.py --workdir=runs/tiny
 Hardware:  2 CPU cores, 2.5 minutes.
 Paper:     arXiv:2203.12719; images and sizes are ours.
-Expected:  k-NN at chance (12.5 %) before and after, see docs/results.md: it is
-           a run to see what happens, and too short to learn shapes.
+Expected:  k-NN at chance (12.5 %) before and after, see docs/results.md: the
+           run demonstrates the program and is too short to learn shapes.
 
 A ViT of width 64 and depth 4 learns from 32 px images of eight shape classes
 whose textures and colours say nothing about the class. The arguments `hint`,
 `low`, `random`, `ibot` and `dino` change the mask policy of `attmask`, the
-default. Half the views of `random` and `ibot` stay whole, as do those of the
-attention policies. `mae` and `extrema` run the other two methods
+default. `random` and `ibot` leave half of the views unmasked, as the attention
+policies do. `mae` and `extrema` run the other two methods
 (arXiv:2111.06377, arXiv:2206.04667).
 """
 
@@ -34,14 +34,14 @@ MASKS = {
 
 
 def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
-  """One of MASKS, "mae" or "extrema"."""
+  """The config for one of MASKS, "mae" or "extrema"."""
   others = {"mae": mae, "extrema": extrema}
   choice = common.choose(MASKS | others, arg)
   return choice() if arg in others else attmask(choice)
 
 
 def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
-  """AttMask, iBOT and DINO."""
+  """The recipe of AttMask, iBOT and DINO."""
   config = setup.default_config()
   config.method.update(
     variant="64x4x2",
@@ -50,7 +50,7 @@ def attmask(mask: dict[str, object]) -> ml_collections.ConfigDict:
     out_dim=512,
     head_hidden=256,
     head_bottleneck=64,
-    # With few prototypes the published 0.07 ends in a uniform teacher.
+    # With few prototypes the published 0.07 leads to a uniform teacher.
     teacher_temp=(0.025, 0.025),
     teacher_patch_temp=(0.03, 0.03),
     temp_warmup_epochs=1,
@@ -121,7 +121,7 @@ def extrema() -> ml_collections.ConfigDict:
 def _shapes(
   config: ml_collections.ConfigDict, **data: object
 ) -> ml_collections.ConfigDict:
-  """Images, evaluations and computing that MAE and ExtreMA share."""
+  """Settings of data, evals and run that MAE and ExtreMA share."""
   config.data.update(source="shapes", batch_size=64, image_size=32, **data)
   config.evals.update(eval_epochs=10, knn_ks=(20, 10))
   config.run.update(scan=False)

@@ -1,16 +1,15 @@
-"""Evaluations: from trained weights to named numbers, tables and figures.
+"""Evaluations: trained weights in; named numbers, tables and figures out.
 
-A module of NAMES is an evaluation: its last line, `EVAL = Eval(run, ...)`,
-describes it, see job.py. `run(job)` measures in --mode=eval and, on a job of
-the run, while a run trains (online.py, accuracy.py). The other modules are
-what evaluations share: `features.extract` runs a compiled function over padded
-batches (`images` [B, H, W, 3] uint8, `label`, `index` int32, `valid` bool,
-False = padding row) and returns the valid rows.
+Each module in NAMES is an evaluation and ends in `EVAL = Eval(run, ...)`, see
+job.py. --mode=eval calls `run(job)`; online.py and accuracy.py call it during
+training, with a job for the current state of the run. The other modules are
+shared: `features.extract` runs a compiled function over padded batches
+(`images` [B, H, W, 3] uint8, `label`, `index` int32, `valid` bool, False =
+padding row) and returns the valid rows.
 
 Counts are summed over every valid row of all batches and divided once: never a
-mean of means. Names of results are relative ("k10/top1"); the caller puts the
-evaluation's name in front when it logs them. No module here imports the
-training loop.
+mean of means. Result names are relative ("k10/top1"); the caller prepends the
+evaluation's name when it logs them. No module here imports the training loop.
 """
 
 import importlib
@@ -42,10 +41,10 @@ NAMES = (
 
 
 def by_name(name: str) -> "Eval":
-  """The evaluation of a module.
+  """The evaluation with this name.
 
   Raises:
-    InputError: there is none of this name.
+    InputError: there is none.
   """
   if name not in NAMES:
     raise InputError(f'evals.name "{name}" is unknown: use {", ".join(NAMES)}')

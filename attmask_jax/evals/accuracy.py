@@ -26,7 +26,7 @@ from attmask_jax.weights.classifier import Classifier, crop_of
 
 LogitsFn = Callable[[Params, dict[str, jax.Array]], jax.Array]
 Counter = Callable[[Params, Batch], dict[str, jax.Array]]
-TOP5_CLASSES = 5  # fewer classes have no top-5
+TOP5_CLASSES = 5  # least number of classes for top-5
 
 
 def counter(logits_fn: LogitsFn, mesh: jax.sharding.Mesh) -> Counter:
@@ -35,7 +35,7 @@ def counter(logits_fn: LogitsFn, mesh: jax.sharding.Mesh) -> Counter:
   Args:
     logits_fn: (weights, batch) -> [B, J, C]; the batch has "images"
       [B, H, W, 3] uint8 and "index" [B].
-    mesh: splits each batch over all of its devices.
+    mesh: each batch is split over all of its devices.
   """
   return jax.jit(
     functools.partial(_count, logits_fn),
@@ -53,17 +53,17 @@ def scores(
   """Scores of J classifiers that share their images.
 
   Args:
-    count: of `counter`.
-    weights: of the classifiers.
+    count: returned by `counter`.
+    weights: first argument of `count`.
     batches: padded batches, see `features.extract`.
-    mesh: that of `count`.
+    mesh: the one that `count` was built for.
 
   Returns:
     top1, top5 in percent and loss, [J] each (top5 only for 5 classes or
     more), and images, the number of valid rows [].
 
   Raises:
-    InputError: no valid row.
+    InputError: there is no valid row.
   """
   total: dict[str, np.ndarray] = {}
   for batch in batches:
@@ -91,7 +91,7 @@ def measure(job: Job) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=8)
 def _layers(method: Classify, mesh: jax.sharding.Mesh) -> Counter:
-  """`counter` of every linear layer; compiles once for equal methods."""
+  """`counter` of all linear layers; compiled once for equal methods."""
   return counter(
     lambda weights, batch: method.all_logits(weights, batch["images"]), mesh
   )
@@ -104,14 +104,14 @@ def _count(
   logits = logits_fn(weights, batch).astype(jnp.float32)  # [B, J, C]
   label, valid = batch["label"], batch["valid"][:, None]
   classes = logits.shape[-1]
-  own = jnp.take_along_axis(
+  true_logit = jnp.take_along_axis(
     logits, jnp.maximum(label, 0)[:, None, None], axis=-1
   )
-  # Equal logits go to the lower class, as arg-max has it.
+  # Equal logits are ranked by class, as in argmax.
   lower = jnp.arange(classes)[None] < label[:, None]
-  tied = (logits == own) & lower[:, None]
-  rank = jnp.sum((logits > own) | tied, axis=-1)  # [B, J]
-  # A comparison with NaN is false: it would be the best rank.
+  tied = (logits == true_logit) & lower[:, None]
+  rank = jnp.sum((logits > true_logit) | tied, axis=-1)  # [B, J]
+  # Comparisons with NaN are false, which would give the best rank.
   rank = jnp.where(jnp.isnan(logits).any(axis=-1), classes, rank)
   targets = jax.nn.one_hot(label, classes)[:, None]
   sums = {
@@ -138,8 +138,8 @@ def check(
   """Refuses data that a classifier cannot be measured on.
 
   Raises:
-    InputError: no labels, other classes in the validation set, or a period
-      that is not positive.
+    InputError: there are no labels, the classes of training and validation
+      set differ, or one has no validation images.
   """
   if val_source is None or not len(val_source.class_names):
     raise InputError(
@@ -152,14 +152,14 @@ def check(
 
 
 class Evaluator:
-  """Measures the classifier of a run as it trains, see `measure`.
+  """Measures the classifier of a run during training, see `measure`.
 
   Attributes:
-    best: the number whose maximum marks the best checkpoint.
-    shown: what the log calls it.
+    best: metric whose maximum marks the best checkpoint.
+    best_label: its name in the log.
   """
 
-  best, shown = "val/top1", "accuracy"
+  best, best_label = "val/top1", "accuracy"
 
   def __init__(
     self,
@@ -174,11 +174,11 @@ class Evaluator:
     self._job = Job(config, mesh, pathlib.Path(), sources=sources)
 
   def before(self, state: State) -> dict[str, float]:
-    """Nothing: an untrained linear layer has nothing to say."""
+    """No scores: the linear layer is not trained yet."""
     return {}
 
   def figures(self, state: State, folder: pathlib.Path) -> dict[str, float]:
-    """Nothing to draw."""
+    """Draws nothing."""
     return {}
 
   def scores(self, state: State) -> dict[str, float]:
@@ -207,7 +207,7 @@ class Evaluator:
 
 
 def _named(prefix: str, parts: dict[str, np.ndarray]) -> dict[str, float]:
-  """Scores for the log; those of the best layer stand under the prefix."""
+  """Scores for the log; the bare prefix is for those of the best layer."""
   layers, best = len(parts["top1"]), int(np.argmax(parts["top1"]))
   values = {k: v for k, v in parts.items() if k != "images"}
   named = {f"{prefix}/{k}": float(v[best]) for k, v in values.items()}

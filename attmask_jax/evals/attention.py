@@ -1,8 +1,8 @@
-"""Attention to patches as pictures: per head and averaged.
+"""Attention maps: per head and averaged over heads.
 
 Source: visualize_attention.py and video_generation.py of DINO and AttMask.
 Differs: the region is that of the mean over heads; pictures keep their aspect
-ratio; frames of one video share the scale of their colours.
+ratio; all frames of a video share one colour scale.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
 
 HEADS_PER_LINE = 6
-# By `ViT.class_token`.
+# Title of the figure, by `ViT.class_token`.
 TITLES = {
   "input": "Attention of the class token in the last block",
   "readout": "Attention of the class token, which reads the patches",
   "none": "Attention that patches receive in the last block",
 }
-FRAME_MS = 100  # how long an animation shows each frame
+FRAME_MS = 100  # duration of each frame of an animation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +50,31 @@ def run(job: Job) -> Result:
   Reads evals.images, count, every and keep.
 
   Returns:
-    entropy: of the mean attention over patches, in nats, mean over pictures.
-    entropy_uniform: what it would be if all patches got the same.
+    entropy: of the attention over patches, averaged over heads, in nats; mean
+      over pictures.
+    entropy_uniform: the entropy of uniform attention.
     kept: share of patches that together hold `evals.keep` of the attention,
       mean over pictures.
   """
   keep = job.config.evals.keep
-  params = pictures.one_copy(job)
+  params = pictures.params_on_one_device(job)
   if jax.process_index():
-    return pictures.NOTHING
-  selected, moving = pictures.given(job)
+    return pictures.EMPTY
+  selected, is_video = pictures.load(job)
   backbone = job.weights.method.backbone
   maps = pictures.attention(job, params, [p.image for p in selected])
   means = [heads.mean(axis=0) for heads in maps]
   kept = [keep_mask(mean, keep) for mean in means]
-  some = pictures.some(len(selected))
+  gallery = pictures.gallery_rows(len(selected))
   figures = [job.figure("attention.png")]
   _draw(
     figures[0],
-    [(selected[i], maps[i], kept[i]) for i in some],
+    [(selected[i], maps[i], kept[i]) for i in gallery],
     patch_size=backbone.patch_size,
     keep=keep,
     title=TITLES[getattr(backbone, "class_token", "input")],
   )
-  if moving:
+  if is_video:
     folder = job.figure("attention")
     figures += _animate(folder, selected, means, backbone.patch_size)
   return _result(selected, means, kept, keep, tuple(figures))
@@ -94,10 +95,10 @@ def keep_mask(attention: np.ndarray, keep: float) -> np.ndarray:
   """
   attention = np.asarray(attention, np.float64)
   order = np.argsort(-attention, axis=-1, kind="stable")
-  falling = np.take_along_axis(attention, order, axis=-1)
-  before = np.cumsum(falling, axis=-1) - falling
-  total = falling.sum(axis=-1, keepdims=True)
-  # Rounding of the sums must not add a patch to a share that is reached.
+  descending = np.take_along_axis(attention, order, axis=-1)
+  before = np.cumsum(descending, axis=-1) - descending
+  total = descending.sum(axis=-1, keepdims=True)
+  # Rounding must not add a patch once the share is reached.
   chosen = before < (keep - 1e-9) * total
   mask = np.zeros(attention.shape, bool)
   np.put_along_axis(mask, order, chosen, axis=-1)
@@ -118,7 +119,7 @@ def _result(
   keep: float,
   figures: tuple[pathlib.Path, ...],
 ) -> Result:
-  """Numbers of each picture (the first ones) and over all of them."""
+  """Values of the first pictures, and means over all of them."""
   numbers = [
     (entropy(mean), float(np.log(mean.size)), float(mask.mean()))
     for mean, mask in zip(means, kept, strict=True)
@@ -158,14 +159,14 @@ def _draw(
   keep: float,
   title: str,
 ) -> None:
-  """The gallery: image, mean, region, then the heads.
+  """Draws the gallery: image, mean, region, then the heads.
 
   Args:
     path: the PNG.
-    rows: of each picture: itself, attention [A, N], region [N] bool.
+    rows: picture, attention [A, N] and region [N] bool.
     patch_size: P.
     keep: share of the attention that the region holds.
-    title: whose attention it is.
+    title: of the figure.
   """
   num_heads = len(rows[0][1])
   lines = -(-num_heads // HEADS_PER_LINE)
@@ -215,12 +216,12 @@ def _animate(
   means: Sequence[np.ndarray],
   patch_size: int,
 ) -> list[pathlib.Path]:
-  """FOLDER.gif and its frames FOLDER/0001.png ...; gives the former.
+  """Writes FOLDER.gif and its frames FOLDER/0001.png, ...; returns [GIF].
 
   Args:
-    folder: of the numbered frames; those of an earlier run are removed.
-    shown: the frames, image beside heat map.
-    means: of each the attention [N], all in one scale of colours.
+    folder: of the numbered frames; those of an earlier run are deleted.
+    selected: pictures, each drawn beside its heat map.
+    means: attention [N] of each picture; they share one colour scale.
     patch_size: P.
   """
   bounds = min(m.min() for m in means), max(m.max() for m in means)

@@ -1,12 +1,12 @@
-"""How much a classifier hangs on the background: ImageNet-9 backgrounds.
+"""How much a classifier relies on the background: ImageNet-9 backgrounds.
 
-The same objects on other backgrounds; what the classifier says, one of its own
-classes, is mapped to the nine. BG-gap: accuracy on backgrounds of the same
-class less that on backgrounds of any class.
+The same objects on other backgrounds; the predicted class is mapped to one of
+the nine. BG-gap: accuracy on backgrounds of the same class minus accuracy on
+backgrounds of random classes.
 
 Source: evaluation of the backgrounds challenge (arXiv:2006.09994) in AttMask.
-differs: the variants are taken by name, where the reference drops the first
-folder; BG-gap is computed; base and large networks keep their final norm,
+differs: the variants are selected by name (the reference drops the first
+folder); BG-gap is computed; base and large networks keep their final norm,
 with which their probes were trained.
 """
 
@@ -38,7 +38,7 @@ def check(job: Job) -> None:
   """Refuses a wrong folder before a probe is trained.
 
   Raises:
-    InputError: no such folder, or another layout.
+    InputError: the folder does not exist or has another layout.
   """
   backgrounds.variants(job.config.evals.backgrounds)
 
@@ -47,7 +47,8 @@ def run(job: Job) -> Result:
   """Accuracy on every variant in `evals.backgrounds`, and BG-gap.
 
   Raises:
-    InputError: no such folder or another layout; classes that do not map.
+    InputError: the folder does not exist or has another layout, or classes
+      cannot be mapped.
   """
   classifier, size = job.classifier, job.config.data.image_size
   variants = backgrounds.variants(job.config.evals.backgrounds)
@@ -65,12 +66,12 @@ def run(job: Job) -> Result:
   for variant in variants:
     sizes: set[tuple[int, int]] = set()
 
-    def whole(image: Image.Image, size: int, sizes: set = sizes) -> Image.Image:
+    def crop(image: Image.Image, size: int, sizes: set = sizes) -> Image.Image:
       sizes.add(image.size)
       return transforms.eval_whole(image, size)
 
     name = variant.variant
-    with job.batches(variant, desc=name, crop=whole) as batches:
+    with job.batches(variant, desc=name, crop=crop) as batches:
       scores = accuracy.scores(count, classifier.params, batches, mesh=job.mesh)
     values[f"{name}/top1"] = float(scores["top1"][0])
     counts[f"{name} images"] = int(scores["images"])
@@ -83,7 +84,7 @@ def run(job: Job) -> Result:
 
 
 def vote(logits: jax.Array, mapped: np.ndarray, folders: int) -> jax.Array:
-  """One for the folder of the most probable class, zero elsewhere.
+  """One-hot vector of the folder that the predicted class is mapped to.
 
   Args:
     logits: [B, C].
@@ -91,11 +92,11 @@ def vote(logits: jax.Array, mapped: np.ndarray, folders: int) -> jax.Array:
     folders: number of folders.
 
   Returns:
-    [B, folders + 1]; the last stands for classes without a folder, so that
-    such an answer is wrong for every label.
+    [B, folders + 1]; the last is for classes without a folder, which makes
+    such a prediction wrong for every label.
   """
-  place = jnp.where(mapped < 0, folders, mapped)
-  return jax.nn.one_hot(place[jnp.argmax(logits, axis=-1)], folders + 1)
+  columns = jnp.where(mapped < 0, folders, mapped)
+  return jax.nn.one_hot(columns[jnp.argmax(logits, axis=-1)], folders + 1)
 
 
 def _table(values: dict[str, float]) -> Table:

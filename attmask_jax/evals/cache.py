@@ -1,4 +1,4 @@
-"""Features kept on disk, under a key that says all they depend on."""
+"""Cache of features on disk, keyed by everything that they depend on."""
 
 import dataclasses
 import hashlib
@@ -15,14 +15,14 @@ from attmask_jax import atomic, schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals.features import Features
 
-FORMAT = 1  # of the files; raise it when features are computed differently
+FORMAT = 1  # increment when features are computed differently
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """Features on disk."""
+  """Cache of features."""
 
-  cache: str = schema.key("", 'folder that keeps features, "" = none')
+  cache: str = schema.key("", 'folder to cache features in, "" = none')
 
 
 def key(*, config: Any, indices: np.ndarray | None, **parts: Any) -> str:
@@ -30,34 +30,34 @@ def key(*, config: Any, indices: np.ndarray | None, **parts: Any) -> str:
 
   Args:
     config: section `method` of the weights' run (architecture, dtype).
-    indices: [n] which images, None = all.
+    indices: [n] of the images, None = all.
     parts: weights' digest, data fingerprint, transform, feature kind.
   """
-  which = None
+  subset = None
   if indices is not None:
     array = np.ascontiguousarray(indices, np.int64)
-    which = hashlib.sha256(array.tobytes()).hexdigest()
-  said = parts | {
+    subset = hashlib.sha256(array.tobytes()).hexdigest()
+  content = parts | {
     "format": FORMAT,
-    "indices": which,
+    "indices": subset,
     "config": json.loads(config.to_json_best_effort()),
     "platform": jax.default_backend(),  # kernels round differently
   }
-  text = json.dumps(said, sort_keys=True, default=str)
+  text = json.dumps(content, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def read(folder: str, name: str) -> Features | None:
-  """Features of this key, or None; a damaged file counts as none.
+  """Features of this key, or None; a damaged file counts as missing.
 
-  Several processes read them together or not at all.
+  With several processes, either all of them get features or none does.
   """
   if not folder:
     return None
   cached = _read(folder, name)
   if jax.process_count() > 1:
-    there = multihost_utils.process_allgather(np.array(cached is not None))
-    cached = cached if np.all(there) else None
+    hits = multihost_utils.process_allgather(np.array(cached is not None))
+    cached = cached if np.all(hits) else None
   return cached
 
 
@@ -68,7 +68,7 @@ def _read(folder: str, name: str) -> Features | None:
   try:
     with np.load(path) as file:
       cached = Features(*(file[field] for field in Features._fields))
-  except Exception as error:  # zip, numpy and the disk have a dozen kinds
+  except Exception as error:  # zipfile, NumPy and the OS raise many types
     logging.warning("feature cache %s is damaged (%s): not used", path, error)
     return None
   logging.info("features from the cache: %s", path)
@@ -76,7 +76,7 @@ def _read(folder: str, name: str) -> Features | None:
 
 
 def write(folder: str, name: str, features: Features) -> None:
-  """Keeps features, in one move; process 0 writes.
+  """Writes features atomically, on process 0.
 
   Raises:
     InputError: the folder cannot be written.
@@ -85,7 +85,7 @@ def write(folder: str, name: str, features: Features) -> None:
     return
   path = pathlib.Path(folder).expanduser() / f"{name}.npz"
   try:
-    # A stream: np.savez would end the name of a path in .npz.
+    # An open file: np.savez appends .npz to the name of a path.
     with atomic.replaced(path) as temporary, temporary.open("wb") as file:
       np.savez(file, **features._asdict())
   except OSError as error:

@@ -15,10 +15,10 @@ from attmask_jax.methods import clustering
 
 
 def run(job: Job) -> Result:
-  """The prototype of each validation image against its class.
+  """Compares the prototype of each validation image with its class.
 
   Raises:
-    InputError: a network without prototypes, or images without labels.
+    InputError: the network has no prototypes, or the images no labels.
   """
   method, params = job.weights.method, job.weights.params
   if not method.assigns_prototypes:
@@ -29,12 +29,12 @@ def run(job: Job) -> Result:
   source = job.source("val")
   assign = jax.jit(method.assignments)
 
-  def column(images: jax.Array) -> jax.Array:
-    # Whole numbers below 2^24 go through float32 unharmed.
+  def prototypes(images: jax.Array) -> jax.Array:
+    # float32 is exact for whole numbers below 2^24.
     return assign(params, images)[:, None].astype(jnp.float32)
 
   with job.batches(source, desc="prototypes") as batches:
-    extracted = features.extract(column, batches, mesh=job.mesh)
+    extracted = features.extract(prototypes, batches, mesh=job.mesh)
   clusters = extracted.features[:, 0].astype(np.int64)
   values = clustering.cluster_scores(extracted.labels, clusters)
   values["accuracy"] = clustering.hungarian_accuracy(extracted.labels, clusters)

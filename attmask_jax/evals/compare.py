@@ -17,7 +17,7 @@ from attmask_jax.runs import config as run_config
 from attmask_jax.runs import metrics
 
 ACCURACIES = {"knn/top1": "k-NN top-1", "val/top1": "accuracy"}
-SHOWN_KEYS = 6  # differing config keys named in the notes
+MAX_NAMED_KEYS = 6  # differing config keys named in a note
 Curve = list[tuple[float, float]]  # (epoch, value)
 
 
@@ -27,19 +27,19 @@ class Keys:
 
   runs: str = schema.key("", "run directories: runs/a,runs/b")
   labels: str = schema.key(
-    "", 'A,B: their names in the plot; "" = the directories\''
+    "", 'A,B: names of the runs in the plot; "" = those of the directories'
   )
 
 
 class History(NamedTuple):
-  """What a run logged.
+  """Curves and config of a run.
 
   Attributes:
     label: its name in the plot.
-    kind: what `accuracy` is, of ACCURACIES.
-    accuracy: percent over epochs; empty where none was measured.
-    loss: mean of the epoch that ends there.
-    config: flat.
+    kind: of accuracy, a value of ACCURACIES.
+    accuracy: percent over epochs; empty if none was measured.
+    loss: mean over each epoch, at its end.
+    config: flat config.
   """
 
   label: str
@@ -50,10 +50,11 @@ class History(NamedTuple):
 
 
 def run(job: Job) -> Result:
-  """Reads `evals.runs`, draws figures/compare.png.
+  """Reads `evals.runs` and draws figures/compare.png.
 
   Raises:
-    InputError: no runs, a folder that is none, or labels that do not fit.
+    InputError: there are no runs, a folder holds none, or the labels are not
+      one different name for each.
   """
   histories = [
     read(pathlib.Path(folder).expanduser(), label)
@@ -65,8 +66,8 @@ def run(job: Job) -> Result:
   goal = max((v for _, v in histories[0].accuracy), default=None)
   values, rows = {}, []
   for history in histories:
-    found, row = _summary(history, goal)
-    values |= {f"{history.label}/{k}": v for k, v in found.items()}
+    numbers, row = _summary(history, goal)
+    values |= {f"{history.label}/{k}": v for k, v in numbers.items()}
     rows.append(row)
   headings = ("run", "epochs", "first %", "last %", "best %")
   if goal is not None:
@@ -122,7 +123,7 @@ def _named(evals: object) -> list[tuple[str, str]]:
   if len(labels) != len(runs) or len(set(labels)) < len(labels):
     raise InputError(
       f"evals.labels {labels} must name each of the {len(runs)} runs, "
-      "each differently"
+      "with different names"
     )
   return list(zip(runs, labels, strict=True))
 
@@ -130,7 +131,7 @@ def _named(evals: object) -> list[tuple[str, str]]:
 def _summary(
   history: History, goal: float | None
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-  """Numbers of one run, and its row."""
+  """Values and table row of one run."""
   accuracy, loss = history.accuracy, history.loss
   values = {}
   if accuracy:
@@ -145,14 +146,14 @@ def _summary(
     values["reached_epoch"] = reached
   if loss:
     values["loss"] = loss[-1][1]
-  shown = lambda key, form: format(values[key], form) if key in values else "-"
+  cell = lambda key, form: format(values[key], form) if key in values else "-"
   epochs = max((e for e, _ in accuracy + loss), default=0)
   row = (
     history.label,
     f"{epochs:g}",
-    *(shown(key, ".2f") for key in ("first", "last", "best")),
-    shown("reached_epoch", "g"),
-    shown("loss", ".4f"),
+    *(cell(key, ".2f") for key in ("first", "last", "best")),
+    cell("reached_epoch", "g"),
+    cell("loss", ".4f"),
   )
   return values, row
 
@@ -163,7 +164,7 @@ def _differences(histories: list[History]) -> tuple[str, ...]:
   kinds = {h.kind for h in histories if h.accuracy}
   if len(kinds) > 1:
     notes.append(
-      f"Top-1 is {' or '.join(sorted(kinds))}, and these do not compare."
+      f"Top-1 is {' or '.join(sorted(kinds))}, which cannot be compared."
     )
   for other in histories[1:]:
     keys = sorted(
@@ -176,9 +177,9 @@ def _differences(histories: list[History]) -> tuple[str, ...]:
       named = ", ".join(
         f"{key} ({first.config.get(key, 'absent')} and "
         f"{other.config.get(key, 'absent')})"
-        for key in keys[:SHOWN_KEYS]
+        for key in keys[:MAX_NAMED_KEYS]
       )
-      more = len(keys) - SHOWN_KEYS
+      more = len(keys) - MAX_NAMED_KEYS
       rest = f" and {more} more keys" if more > 0 else ""
       notes.append(f"{first.label} and {other.label} differ in {named}{rest}.")
   return tuple(notes)

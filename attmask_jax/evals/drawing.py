@@ -1,6 +1,6 @@
-"""Parts that all pictures share: the grid of cells, heat maps, outlines.
+"""Drawing helpers of all figures: the grid of cells, heat maps, outlines.
 
-matplotlib is imported where it is used, since training need not load it.
+matplotlib is imported where it is used, so that training does not load it.
 """
 
 import os
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-HIDDEN_GREY = 0.62  # not black: black is a colour many photographs have
+HIDDEN_GREY = 0.62  # not black, which is common in photographs
 CELL_INCHES, GAP_INCHES, DPI = 1.5, 0.06, 200
 LABEL_INCHES = 0.2
-# A row is at most that much higher than wide, however tall its picture.
+# Largest height over width of a cell; taller pictures are scaled to fit.
 MAX_ASPECT = 1.6
-FRAME_SIDE = 256  # least height of an animation's frames in pixels
+FRAME_SIDE = 256  # least height of animation frames, pixels
 
 
 def grid(
@@ -34,16 +34,16 @@ def grid(
   title: str = "",
   caption: str = "",
 ) -> "tuple[Figure, list[list[Axes]]]":
-  """Empty cells for pictures, with room for the text around them.
+  """A figure with a grid of empty cells, and the text around them.
 
   Args:
     aspects: height over width of the pictures of each row.
     columns: cells per row.
-    headings: row -> what stands above its cells, one text per column, two
-      lines at most.
-    labels: one per row, at its left; () = none.
-    title: above everything.
-    caption: below everything.
+    headings: row -> headings of its cells, one per column, of at most two
+      lines.
+    labels: one per row, to its left; () = none.
+    title: above the grid.
+    caption: below the grid.
 
   Returns:
     The figure and [rows][columns] axes without ticks and frames.
@@ -90,7 +90,7 @@ def grid(
 
 
 def _heading_inches(texts: Sequence[str]) -> float:
-  """Room above a row for its headings."""
+  """Height of the headings above a row."""
   if not texts:
     return 0.0
   return 0.11 + 0.145 * (1 + max(text.count("\n") for text in texts))
@@ -106,7 +106,7 @@ def _cell(figure: "Figure", box: tuple[float, ...]) -> "Axes":
 
 
 def shorten(text: str, length: int) -> str:
-  """The end of a long name: there its number stands."""
+  """The end of a long name, which holds its number."""
   return text if len(text) <= length else "…" + text[1 - length :]
 
 
@@ -123,8 +123,8 @@ def heat(
     image: [H, W, 3] uint8.
     attention: [h, w], any scale.
     patch_size: P; attention covers the first h * P by w * P pixels.
-    bounds: attention without colour and with full colour; None = least and
-      largest.
+    bounds: attention at which colour starts and is full; None = minimum and
+      maximum.
 
   Returns:
     [H, W, 3] uint8.
@@ -133,7 +133,7 @@ def heat(
 
   low, high = bounds or (float(attention.min()), float(attention.max()))
   share = np.clip((attention - low) / max(high - low, 1e-12), 0, 1)
-  # A pale image, and colour only where attention is: both stay readable.
+  # A pale image, coloured only where it is attended: both stay readable.
   pale = np.repeat(127 + image.mean(axis=2, keepdims=True) / 2, 3, axis=2)
   share = _enlarge(share, patch_size)[..., None]
   colours = 255 * matplotlib.colormaps["YlOrRd"](share[..., 0])[..., :3]
@@ -143,33 +143,35 @@ def heat(
   return np.clip(pale.round(), 0, 255).astype(np.uint8)
 
 
-def hide(image: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndarray:
+def grey_out(
+  image: np.ndarray, mask: np.ndarray, patch_size: int
+) -> np.ndarray:
   """Image [H, W, 3] uint8 with the patches of mask [h, w] in grey."""
   pixels = _enlarge(mask, patch_size)
-  shown = image.copy()
-  area = shown[: pixels.shape[0], : pixels.shape[1]]
+  output = image.copy()
+  area = output[: pixels.shape[0], : pixels.shape[1]]
   area[pixels] = round(255 * HIDDEN_GREY)
-  return shown
+  return output
 
 
 def dim(image: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndarray:
   """Image [H, W, 3] uint8, darker outside the patches of mask [h, w]."""
-  shown = 0.45 * image
+  output = 0.45 * image
   pixels = _enlarge(mask, patch_size)
   height, width = pixels.shape
-  shown[:height, :width][pixels] = image[:height, :width][pixels]
-  return shown.round().astype(np.uint8)
+  output[:height, :width][pixels] = image[:height, :width][pixels]
+  return output.round().astype(np.uint8)
 
 
 def outline(axis: "Axes", mask: np.ndarray) -> None:
-  """The edge of an object [H, W], readable on light and dark."""
+  """Outlines an object [H, W], visible on light and dark images."""
   if mask.any() and not mask.all():
     for colour, width in (("black", 2.0), ("white", 1.0)):
       axis.contour(mask, levels=[0.5], colors=colour, linewidths=width)
 
 
 def outline_patches(axis: "Axes", mask: np.ndarray, patch_size: int) -> None:
-  """The edges of the patches of mask [h, w], those at the border included."""
+  """Outlines the patches of mask [h, w], also at the border of the image."""
   from matplotlib.collections import LineCollection
 
   framed = np.pad(mask.astype(bool), 1)
@@ -209,7 +211,7 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
 
 
 def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
-  """Writes a PNG that is never half there; makes its folder."""
+  """Writes a PNG atomically; creates its folder."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
 
   FigureCanvasAgg(figure)

@@ -22,14 +22,16 @@ HostBatch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """Which features of a network are taken."""
+  """Which features of a network are used."""
 
   last_blocks: int = schema.key(
-    1, "class tokens of that many last blocks", low=1
+    1, "number of last blocks to take class tokens from", low=1
   )
-  pool: str = schema.key("cls", "tokens that are read", choices=embedding.POOLS)
+  pool: str = schema.key(
+    "cls", "tokens used as features", choices=embedding.POOLS
+  )
   final_norm: bool = schema.key(
-    True, "behind the backbone's final LayerNorm; MAE, ExtreMA: False"
+    True, "apply the backbone's final LayerNorm; False for MAE and ExtreMA"
   )
 
 
@@ -52,8 +54,8 @@ def check(
   """Refuses features that a network does not have.
 
   Args:
-    settings: pool and last_blocks are read.
-    depth: blocks of the network.
+    settings: pool and last_blocks.
+    depth: number of blocks of the network.
     class_token: of the network, see `vit.ViT`.
 
   Raises:
@@ -68,7 +70,8 @@ def check(
   if class_token == "readout" and blocks > 1:
     raise InputError(
       f"evals.last_blocks {blocks} asks for class tokens of several blocks, "
-      "and this network's reads the last one: set --config.evals.last_blocks=1"
+      "but this network has one only after the last block: set "
+      "--config.evals.last_blocks=1"
     )
   if class_token == "none" and pool != "mean":
     raise InputError(
@@ -85,7 +88,7 @@ def extract(
 ) -> Features:
   """Features of every valid row of `batches`.
 
-  The next batch is prepared and sent while the device works on the last one;
+  The next batch is prepared and sent while the device works on the current one;
   at most two batches are on the device.
 
   Args:
@@ -93,13 +96,14 @@ def extract(
     batches: padded batches, each `images` [B, H, W, 3] uint8, `label` [B]
       int32, `index` [B] int32, `valid` [B] bool. With several processes each
       yields its own rows, and all yield the same number of batches.
-    mesh: splits the batch over all of its devices; None = default device.
+    mesh: batches are split over all of its devices; None = default device.
 
   Returns:
-    The valid rows; with several processes those of all, on every process.
+    The valid rows of all processes, on every process.
 
   Raises:
-    InputError: no valid row, or a batch that does not divide over the devices.
+    InputError: there is no valid row, or a batch does not divide over the
+      devices.
   """
   parts: list[Features] = []
   pending: tuple[jax.Array, HostBatch] | None = None
@@ -125,7 +129,7 @@ def _place(rows: np.ndarray, mesh: Mesh | None) -> jax.Array:
   if len(rows) % devices:
     raise InputError(
       f"An evaluation batch of {len(rows)} rows does not divide over {devices}"
-      " devices: choose a batch size that is a multiple of it."
+      " devices: choose a multiple of the number of devices."
     )
   return jax.make_array_from_process_local_data(
     meshes.batch_sharding(mesh), rows
@@ -140,7 +144,7 @@ def _collect(
     name: batch[name] for name in ("label", "index", "valid")
   }
   if jax.process_count() > 1:
-    # Labels take the same road as the images: the order of rows in a global
+    # Labels are gathered as the features are: the order of rows in a global
     # array follows the mesh, which need not follow the process number.
     rows = {name: _place(array, mesh) for name, array in rows.items()}
     features, rows = multihost_utils.process_allgather(

@@ -1,4 +1,4 @@
-"""k-NN on a few images per class: mean and spread over several choices.
+"""k-NN on few images per class: mean and spread over several choices.
 
 Source: the few-shot protocol of AttMask eval_knn.py (--subset,
 --subset_starts).
@@ -22,7 +22,7 @@ class Keys(knn.SearchKeys, cache.Keys, features.Keys):
     (1, 5, 10, 20), "training images per class", low=1
   )
   knn_ks: tuple[int, ...] = schema.key(
-    (1, 20, 20, 20), "neighbours, one entry per entry of shots", low=1
+    (1, 20, 20, 20), "number of neighbours, one per entry of shots", low=1
   )
   starts: tuple[tuple[int, ...], ...] = schema.key(
     tuple(tuple(range(0, 5 * n, n)) for n in (5, 5, 10, 20)),
@@ -31,34 +31,36 @@ class Keys(knn.SearchKeys, cache.Keys, features.Keys):
 
 
 def run(job: Job) -> Result:
-  """Every entry of `evals.shots`, once per start.
+  """k-NN for every entry of `evals.shots`, once per start.
 
-  Run s of n shots takes the images s, ..., s + n - 1 of every class, in the
-  order of the data set. Features are extracted once.
+  A run of n shots with start s uses images s, ..., s + n - 1 of every class, in
+  the order of the data set. Features are extracted once.
 
   Raises:
-    InputError: lists of different length, or a class with too few images.
+    InputError: the lists differ in length, or a class has too few images.
   """
   evals = job.config.evals
   plan = _plan(evals)
   train, val = job.pair()
   for shots, k, _ in plan:
     knn.check(evals, k, shots * len(train.class_names))
-  places = _places(train, max(s + n for n, _, starts in plan for s in starts))
-  wanted = np.unique(
+  images = _per_class(
+    train, max(s + n for n, _, starts in plan for s in starts)
+  )
+  indices = np.unique(
     np.concatenate(
-      [places[:, s : s + n].ravel() for n, _, starts in plan for s in starts]
+      [images[:, s : s + n].ravel() for n, _, starts in plan for s in starts]
     )
   )
-  bank = job.embed(train, wanted, desc="bank")
+  bank = job.embed(train, indices, desc="bank")
   queries = job.embed(val, desc="queries")
   row_of = {int(index): row for row, index in enumerate(bank.index)}
   values, rows = {}, []
   for shots, k, starts in plan:
     tops = {"top1": [], "top5": []}
     for start in starts:
-      chosen = places[:, start : start + shots].ravel()
-      # A broken file is in no bank.
+      chosen = images[:, start : start + shots].ravel()
+      # Unreadable images are missing in the bank.
       picks = [row_of[int(i)] for i in chosen if int(i) in row_of]
       scores = nearest.knn(
         bank.features[picks],
@@ -72,9 +74,9 @@ def run(job: Job) -> Result:
         bank_chunk=evals.bank_chunk,
         query_chunk=evals.query_chunk,
       )
-      for name, found in tops.items():
-        found.append(scores[f"k{k}/{name}"])
-        values[f"shots{shots}/start{start}/{name}"] = found[-1]
+      for name, top in tops.items():
+        top.append(scores[f"k{k}/{name}"])
+        values[f"shots{shots}/start{start}/{name}"] = top[-1]
     spread = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else 0.0
     values[f"shots{shots}/top1"] = float(np.mean(tops["top1"]))
     values[f"shots{shots}/spread"] = spread(tops["top1"])
@@ -99,12 +101,12 @@ def run(job: Job) -> Result:
 
 
 def _plan(evals: object) -> list[tuple[int, int, tuple[int, ...]]]:
-  """(shots, k, starts) of every line of the table."""
+  """(shots, k, starts) for each row of the table."""
   shots, ks, starts = evals.shots, evals.knn_ks, evals.starts
   if not shots or not len(shots) == len(ks) == len(starts):
     raise InputError(
       f"evals.shots {tuple(shots)}, evals.knn_ks {tuple(ks)} and evals.starts "
-      f"need as many entries each, and starts has {len(starts)}"
+      f"must have equally many entries, and evals.starts has {len(starts)}"
     )
   if min(shots) < 1 or not all(s and min(s) >= 0 for s in starts):
     raise InputError(
@@ -117,15 +119,15 @@ def _plan(evals: object) -> list[tuple[int, int, tuple[int, ...]]]:
   ]
 
 
-def _places(source: data.Source, needed: int) -> np.ndarray:
-  """Where the first `needed` images of every class stand: [C, needed]."""
+def _per_class(source: data.Source, needed: int) -> np.ndarray:
+  """Indices of the first `needed` images of every class: [C, needed]."""
   labels = np.asarray(source.labels)
   counts = np.bincount(labels, minlength=len(source.class_names))
   scarce = int(np.argmin(counts))
   if counts[scarce] < needed:
     raise InputError(
       f"class {source.class_names[scarce]} of {source.name} has "
-      f"{counts[scarce]} images, and evals.starts with evals.shots go up to "
+      f"{counts[scarce]} images, but evals.starts and evals.shots go up to "
       f"image {needed}: lower them, or use a larger data set"
     )
   order = np.argsort(labels, kind="stable")

@@ -1,4 +1,4 @@
-"""Images of an evaluation: this process's rows of padded batches."""
+"""Input batches of an evaluation: padded, this process's rows."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from attmask_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """What all evaluations on images have."""
+  """Settings of all evaluations that read images."""
 
   batch_size: int = schema.key(256, "images over all devices", low=1)
 
@@ -29,7 +29,7 @@ def batches(
   *,
   crop: Callable[[Image.Image, int], Image.Image] | None = None,
 ) -> tuple[Generator[HostBatch, None, None], int]:
-  """Padded batches, as many on every process, and their number.
+  """Padded batches, the same number on every process, and this number.
 
   Close the generator when leaving it early.
 
@@ -37,7 +37,7 @@ def batches(
     source: images.
     config: evals.batch_size, data.image_size, data.eval_resample,
       data.max_broken, run.threads.
-    indices: which images, all by default.
+    indices: of the images, all by default.
     crop: (image, size) -> square, by default the evaluation crop.
   """
   resample = config.data.eval_resample
@@ -64,7 +64,7 @@ def batches(
 def spread(size: int, limit: int) -> np.ndarray:
   """A fixed random choice of indices, all of them for limit 0: [n] int64.
 
-  Random, since any regular stride may meet a data set's own period.
+  Random, because a regular stride may coincide with a period of the data.
   """
   if not limit or limit >= size:
     return np.arange(size)
@@ -75,7 +75,7 @@ def same_classes(train: data.Source, val: data.Source) -> None:
   """Refuses splits whose classes differ.
 
   Raises:
-    InputError: names a class that is in one of them only.
+    InputError: names a class that only one of them has.
   """
   one_sided = set(val.class_names) ^ set(train.class_names)
   if one_sided:
@@ -86,10 +86,10 @@ def same_classes(train: data.Source, val: data.Source) -> None:
 
 
 def every_class(source: data.Source) -> None:
-  """Refuses labelled images with a class that none of them shows.
+  """Refuses a labelled data set in which a class has no images.
 
   Raises:
-    InputError: names one.
+    InputError: names such a class.
   """
   counts = np.bincount(source.labels, minlength=len(source.class_names))
   empty = np.flatnonzero(counts == 0)
@@ -97,5 +97,5 @@ def every_class(source: data.Source) -> None:
     raise InputError(
       f"{source.name} has no images of class {source.class_names[empty[0]]} "
       f"({len(empty)} of {len(source.class_names)} classes are empty): an "
-      "accuracy over fewer classes would be another number; add images"
+      "accuracy over fewer classes is not comparable; add images"
     )

@@ -1,4 +1,4 @@
-"""The shape of every evaluation: a job goes in, a result comes out.
+"""The interface of all evaluations: a job goes in, a result comes out.
 
 An evaluation is a module of this package that ends in `EVAL = Eval(run, ...)`.
 Its `run(job) -> Result` asks the job for images, features and figure paths, and
@@ -30,7 +30,7 @@ Needs = Literal["none", "weights", "classifier"]
 
 
 class State(Protocol):
-  """What evaluations read of a run's `TrainState`."""
+  """The part of a run's `TrainState` that evaluations read."""
 
   params: Params
   teacher: Params
@@ -38,7 +38,7 @@ class State(Protocol):
 
 
 class Table(NamedTuple):
-  """What is printed: headings, and rows of as many cells."""
+  """The printed table: headings, and rows with as many cells."""
 
   headings: tuple[str, ...]
   rows: tuple[tuple[str, ...], ...]
@@ -49,10 +49,10 @@ class Result(NamedTuple):
 
   Attributes:
     values: metric -> number; relative names such as "k20/top1".
-    counts: what was counted: images, classes, ...
-    table: the numbers for people.
+    counts: numbers of images, classes, ...
+    table: the same numbers, formatted.
     figures: PNG files below the job's folder.
-    notes: sentences a reader must know, e.g. that a short probe was trained.
+    notes: caveats for the reader, e.g. that a short probe was trained.
   """
 
   values: dict[str, float]
@@ -67,16 +67,16 @@ class Job:
   """One evaluation of one network.
 
   Attributes:
-    config: sections evals (name and settings), data (complete: what the user
-      left open is that of the weights' own run) and run.
+    config: sections evals (name and settings), data (complete: keys that the
+      user left open are taken from the run of the weights) and run.
     mesh: all devices.
     folder: the evaluation's own directory.
     weights: what is evaluated; None where the evaluation needs none.
     classifier: backbone and trained probe, where the evaluation needs it.
-    sources: split -> images that a training run has built and checked already;
-      without an entry they are built from the config.
-    guide: network whose attention chooses the visible patches of a
-      reconstruction; None = the weights themselves.
+    sources: split -> images that a training run has already built and checked;
+      other splits are built from the config.
+    guide: weights whose attention selects the visible patches of a
+      reconstruction; None = the evaluated ones.
   """
 
   config: ml_collections.ConfigDict
@@ -130,13 +130,13 @@ class Job:
   ) -> Iterator[Iterator[features.HostBatch]]:
     """This process's rows of padded batches, behind a progress bar.
 
-    As a context, so that threads end when the evaluation stops early:
+    A context manager, so that threads end when the evaluation stops early:
     `with job.batches(source, desc="bank") as batches: ...`.
 
     Args:
       source: images.
-      indices: which of them, all by default.
-      desc: first word of the bar.
+      indices: of the images, all by default.
+      desc: label of the bar.
       crop: (image, size) -> square, by default the evaluation crop.
     """
     host, total = inputs.batches(source, self.config, indices, crop=crop)
@@ -146,7 +146,7 @@ class Job:
   def embed(
     self, source: data.Source, indices: np.ndarray | None = None, *, desc: str
   ) -> features.Features:
-    """Features as evals.last_blocks, pool, final_norm say; cached or not."""
+    """Features by evals.last_blocks, pool and final_norm; uses the cache."""
     evals, weights = self.config.evals, self.weights
     network = weights.method.backbone
     features.check(evals, depth=network.depth, class_token=network.class_token)
@@ -179,7 +179,7 @@ class Job:
     return extracted
 
   def figure(self, name: str) -> pathlib.Path:
-    """Where a picture goes: FOLDER/figures/NAME."""
+    """Path of a figure: FOLDER/figures/NAME."""
     return self.folder / "figures" / name
 
 
@@ -192,7 +192,7 @@ def _embed(
   params: Params,
   images: jax.Array,
 ) -> jax.Array:
-  """[B, H, W, 3] uint8 -> [B, F]; compiles once for equal methods."""
+  """[B, H, W, 3] uint8 -> [B, F]; compiled once for equal methods."""
   read = functools.partial(method.features, params)
   return embedding.embed(
     read, images, last=last, pool=pool, final_norm=final_norm
@@ -201,15 +201,15 @@ def _embed(
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """An evaluation as its module describes it.
+  """Declaration of an evaluation, at the end of its module.
 
   Attributes:
-    run: measures; all processes call it, and the result of the first counts.
+    run: measures; all processes call it, and the first one's result is used.
     check: refuses settings before a probe is trained or images are read.
     needs: what the job must hold: "weights", "classifier" (weights and a
       classifier on them) or "none"; or a function of the section evals.
-    trains: the weights are trained first, by the sections method and optim, in
-      the job's folder; `run` measures the checkpoints of that run.
+    trains: whether a run in the job's folder, by the sections method and optim,
+      comes first; `run` then measures its checkpoints.
     keys: dataclasses of the config keys in the section evals, see schema.py.
   """
 
@@ -220,5 +220,5 @@ class Eval:
   keys: tuple[type, ...] = ()
 
   def needed(self, evals: ml_collections.ConfigDict) -> Needs:
-    """`needs` with these settings."""
+    """`needs`, given these settings."""
     return self.needs(evals) if callable(self.needs) else self.needs

@@ -16,8 +16,8 @@ class SearchKeys:
 
   knn_temp: float = schema.key(
     0.07,
-    "temperature of the votes; 0 = the method's: 0.07, or the teacher's class "
-    "temperature of AttMask",
+    "temperature of the votes; 0 = the method's default: for AttMask the "
+    "teacher's class temperature, else 0.07",
     low=0,
   )
   bank_chunk: int = schema.key(
@@ -41,7 +41,7 @@ class Keys(BankKeys, SearchKeys, cache.Keys, features.Keys):
   """Weighted k-NN."""
 
   knn_ks: tuple[int, ...] = schema.key(
-    (10, 20, 100, 200), "neighbours that vote", low=1
+    (10, 20, 100, 200), "numbers of neighbours that vote", low=1
   )
 
 
@@ -52,7 +52,7 @@ def run(job: Job) -> Result:
   last_blocks, pool, final_norm and cache.
 
   Raises:
-    InputError: see `knn`; or images without labels.
+    InputError: see `nearest.knn`, or the images have no labels.
   """
   evals = job.config.evals
   train, val = job.pair()
@@ -90,20 +90,20 @@ def run(job: Job) -> Result:
 
 
 def check(evals: ml_collections.ConfigDict, k: int, bank: int) -> None:
-  """Refuses settings that would fail once all features are there.
+  """Refuses settings that would fail after all features are extracted.
 
   Args:
-    evals: knn_temp, bank_chunk and query_chunk are read.
-    k: the most neighbours asked for.
-    bank: rows of the bank.
+    evals: knn_temp, bank_chunk and query_chunk.
+    k: largest number of neighbours.
+    bank: number of images in the bank.
 
   Raises:
     InputError: names the setting.
   """
   if not 1 <= k <= bank:
     raise InputError(
-      f"evals.knn_ks asks for {k} neighbours, and the bank has {bank} images: "
-      "choose at least 1 and at most that many"
+      f"evals.knn_ks asks for {k} neighbours, but the bank has {bank} images: "
+      f"choose between 1 and {bank}"
     )
   if not evals.knn_temp >= 0:
     raise InputError(

@@ -1,7 +1,7 @@
 """Linear probe: accuracy of a linear layer trained on frozen features.
 
-The training is that of the method `classify`; here its checkpoints are
-measured. evals/finetune.py is the same with all weights trained.
+The method `classify` trains the layer; this module measures its checkpoints.
+evals/finetune.py does the same with all weights trained.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ def run(job: Job) -> Result:
 
   Returns:
     "last/top1", "best/top1", ... of the best layer, and "last/lr0.1/top1", ...
-    of the layer of each rate where there are several. Which epoch is best was
-    decided on the same validation images (as published).
+    of each layer if there are several learning rates. The best epoch is chosen
+    on the same validation images (as published).
   """
   last, best = _steps(job.folder)
   scores = {"last": _measure(job, last)}
@@ -60,7 +60,7 @@ def _measure(job: Job, step: int) -> Scores:
 
 
 def _steps(folder: pathlib.Path) -> tuple[int, int]:
-  """The last step and, of those kept, the one with the best accuracy."""
+  """The last step, and the one with the best accuracy among those kept."""
   kept = {
     int(entry.name)
     for entry in (folder / "checkpoints").iterdir()
@@ -71,7 +71,7 @@ def _steps(folder: pathlib.Path) -> tuple[int, int]:
     for line in metrics.read_metrics(folder / "metrics.jsonl")
     if "val/top1" in line and line["step"] in kept
   }
-  # As in the reference, of equal ones the later.
+  # Of equally good steps the later one, as in the reference.
   return max(kept), max(top1, key=lambda step: (top1[step], step))
 
 
@@ -82,13 +82,13 @@ def _result(
   layer: int,
   train_images: int,
 ) -> Result:
-  """Numbers of the last and the best epoch.
+  """Values, table and notes for the last and the best epoch.
 
   Args:
-    config: of the training.
-    scores: of "last" and "best".
-    steps: their steps.
-    layer: the best one.
+    config: of the training run.
+    scores: by epoch, "last" and "best".
+    steps: of these two epochs.
+    layer: index of the best layer.
     train_images: size of the training set.
   """
   steps_per_epoch = train_images // config.data.batch_size

@@ -1,7 +1,7 @@
-"""How much accuracy hangs on the attended patches.
+"""How much accuracy depends on the attended patches.
 
-Patches are blacked out in the images; the classifier sees the result. Which
-ones, the attention of a network on the clean image says.
+Patches are blacked out before the classifier sees the images. They are selected
+by the attention of a network to the clean image.
 
 Source: eval_linear.py of AttMask on "masked ImageNet". differs: the size of the
 patches is that of the guiding network (16 px in the reference); the guide is
@@ -33,24 +33,27 @@ class Keys:
   """Masked images."""
 
   ratios: tuple[float, ...] = schema.key(
-    (0.1, 0.3, 0.5, 0.7, 0.9), "shares of black patches", low=0, empty=True
+    (0.1, 0.3, 0.5, 0.7, 0.9),
+    "shares of patches that are blacked out",
+    low=0,
+    empty=True,
   )
   policies: tuple[str, ...] = schema.key(
     ("attmask_high", "random", "attmask_low"),
-    "which patches are black",
+    "which patches are blacked out",
     choices=POLICIES,
   )
   guide: str = schema.key(
-    "", 'weights whose attention chooses; "" = the evaluated ones'
+    "", 'weights whose attention selects them; "" = the evaluated ones'
   )
-  seed: int = schema.key(0, "of random patches", low=0)
+  seed: int = schema.key(0, "seed of random patches", low=0)
 
 
 def run(job: Job) -> Result:
   """Accuracy for every policy and ratio; draws figures/masked.png.
 
   Raises:
-    InputError: other classes in the images than the classifier knows.
+    InputError: the classes of images and classifier differ.
   """
   evals, classifier = job.config.evals, job.classifier
   source = job.source("val")
@@ -58,10 +61,10 @@ def run(job: Job) -> Result:
   # Imported classifiers only number their classes.
   if known not in (names, tuple(map(str, range(len(names))))):
     raise InputError(
-      f"the classifier {classifier.where} knows "
-      f"{len(classifier.class_names)} classes, and {source.name} has "
-      f"{len(source.class_names)}, or others: evaluate on the classes it was "
-      "trained on"
+      f"the classifier {classifier.where} has "
+      f"{len(classifier.class_names)} classes, but {source.name} has "
+      f"{len(source.class_names)}, or different ones: evaluate on the classes "
+      "it was trained on"
     )
   inputs.every_class(source)
   guide = job.weights
@@ -78,17 +81,17 @@ def run(job: Job) -> Result:
   def logits(trees: Params, batch: dict[str, jax.Array]) -> jax.Array:
     images = batch["images"]
     attention = guide.method.attention(trees["guide"], images)
-    hide = functools.partial(
+    select = functools.partial(
       _hidden, jnp.mean(attention, axis=1), batch["index"], seed=evals.seed
     )
-    found = [
+    outputs = [
       classifier.method.logits(
         trees["classifier"],
-        blacken(images, hide(policy, int(n)), p) if policy else images,
+        blacken(images, select(policy, int(n)), p) if policy else images,
       )
       for (policy, _), n in zip(cells, counts, strict=True)
     ]
-    return jnp.stack(found, axis=1)  # [B, J, C]
+    return jnp.stack(outputs, axis=1)  # [B, J, C]
 
   trees = {"guide": guide.params, "classifier": classifier.params}
   count = accuracy.counter(logits, job.mesh)
@@ -98,9 +101,9 @@ def run(job: Job) -> Result:
 
 
 def blacken(images: jax.Array, mask: jax.Array, p: int) -> jax.Array:
-  """Black where hidden: [B, H, W, 3] uint8, [B, N] bool -> uint8.
+  """Blacks out hidden patches: [B, H, W, 3] uint8, [B, N] bool -> uint8.
 
-  Patches have p pixels a side; those beyond the last whole patch stay.
+  Patches are p pixels wide; pixels beyond the last whole patch are kept.
   """
   b, height, width, _ = images.shape
   h, w = height // p, width // p
@@ -118,7 +121,7 @@ def _hidden(
   *,
   seed: int,
 ) -> jax.Array:
-  """[B, N] bool: random ones depend on the image and the seed alone."""
+  """Masks [B, N] bool; random ones depend only on the image and the seed."""
   if policy != "random":
     return masking.attention_mask(attention, policy=policy, n_mask=n_mask)
   keys = row_keys(jax.random.key(seed), index)
@@ -146,7 +149,7 @@ def _result(
   shares: np.ndarray,
   scores: dict[str, np.ndarray],
 ) -> Result:
-  """Named values, a table of policies by ratios, and the plot."""
+  """Values, a table of policies by ratios, and the plot."""
   kinds = [k for k in ("top1", "top5") if k in scores]
   values, by_policy = {}, {}
   for j, (policy, ratio) in enumerate(cells):
@@ -173,12 +176,12 @@ def _result(
 def _draw(
   path: pathlib.Path, curves: dict[str, list[tuple[float, float]]], clean: float
 ) -> None:
-  """Accuracy over the share that is black, a line per policy."""
+  """Plots accuracy over the share of black patches, a line per policy."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(5.6, 4.0), dpi=drawing.DPI, layout="constrained")
   axis = figure.subplots()
-  axis.axhline(clean, linestyle=":", color="gray", label="whole images")
+  axis.axhline(clean, linestyle=":", color="gray", label="clean images")
   for policy, points in curves.items():
     name = visualize.READABLE_NAMES.get(policy, policy)
     axis.plot(*zip(*points, strict=True), marker="o", label=f"{name} hidden")

@@ -1,4 +1,4 @@
-"""What every mask policy hides at given ratios, as a gallery."""
+"""Gallery of what each mask policy hides at given ratios."""
 
 import dataclasses
 
@@ -19,36 +19,36 @@ class Keys(pictures.MaskKeys, pictures.Keys):
 
   policies: tuple[str, ...] = schema.key(
     ("attmask_high", "attmask_hint", "attmask_low", "random", "block"),
-    "what is compared",
+    "policies to compare",
     choices=masking.POLICIES[:-1],
   )
   gallery: int = schema.key(
-    16, "pictures in the figure at most, 0 = no figure", low=0
+    16, "largest number of pictures in the figure, 0 = no figure", low=0
   )
 
 
 def run(job: Job) -> Result:
-  """Draws figures/masks_30.png for ratio 0.3, one picture per ratio.
+  """Draws figures/masks_30.png for ratio 0.3, one figure per ratio.
 
   Reads evals.images, count, every, ratios, show_max, policies and gallery.
 
   Returns:
-    "attmask_high_30/hidden": share of patches the policy hides, and where
-    objects are known "/precision", "/recall" and "/iou": see
-    `visualize.overlap_scores`; then also "object_share" of the pictures.
+    "attmask_high_30/hidden": share of patches the policy hides; if objects are
+    known, also "/precision", "/recall" and "/iou", see
+    `visualize.overlap_scores`, and "object_share", their share of the pictures.
   """
   evals, method = job.config.evals, job.weights.method
-  params = pictures.one_copy(job)
+  params = pictures.params_on_one_device(job)
   if jax.process_index():
-    return pictures.NOTHING
-  selected, _ = pictures.given(job)
+    return pictures.EMPTY
+  selected, _ = pictures.load(job)
   images = [picture.image for picture in selected]
   maps = pictures.attention(job, params, images)
   attention = [heads.mean(axis=0) for heads in maps]
-  some = pictures.some(len(selected), evals.gallery)
+  gallery = pictures.gallery_rows(len(selected), evals.gallery)
   patch_size = method.backbone.patch_size
-  token = method.backbone.class_token != "none"
-  whose = "of the class token" if token else "that patches receive"
+  has_token = method.backbone.class_token != "none"
+  whose = "of the class token" if has_token else "that patches receive"
   known = any(picture.object_mask is not None for picture in selected)
   caption = (
     "Colours run from the least to the most attended patch of each picture. "
@@ -63,16 +63,19 @@ def run(job: Job) -> Result:
   for ratio in evals.ratios:
     masks = _masks(job, images, attention, ratio)
     name = pictures.percent(ratio)
-    if len(some):
+    if len(gallery):
       figures.append(job.figure(f"masks_{name}.png"))
       visualize.mask_gallery(
         figures[-1],
-        [images[i] for i in some],
-        [attention[i] for i in some],
-        {policy: [hidden[i] for i in some] for policy, hidden in masks.items()},
+        [images[i] for i in gallery],
+        [attention[i] for i in gallery],
+        {
+          policy: [hidden[i] for i in gallery]
+          for policy, hidden in masks.items()
+        },
         patch_size=patch_size,
-        object_masks=[selected[i].object_mask for i in some],
-        labels=[selected[i].name for i in some],
+        object_masks=[selected[i].object_mask for i in gallery],
+        labels=[selected[i].name for i in gallery],
         title=f"Attention {whose}, and what each policy hides at {name} %",
         caption=caption,
         network=job.weights.network.capitalize(),
@@ -96,7 +99,7 @@ def _masks(
   attention: list[np.ndarray],
   ratio: float,
 ) -> dict[str, list[np.ndarray]]:
-  """policy -> n times [N] bool, for pictures of any sizes."""
+  """Masks by policy, n times [N] bool, for pictures of any size."""
   evals, method = job.config.evals, job.weights.method
   patch_size = method.backbone.patch_size
   grids: dict[tuple[int, int], list[int]] = {}
@@ -126,7 +129,7 @@ def _masks(
 def _scores(
   selected: list[pictures.Picture], hidden: list[np.ndarray], patch_size: int
 ) -> dict[str, float]:
-  """Share hidden, and overlap over the pictures whose objects are known."""
+  """Share hidden, and overlap for the pictures with known objects."""
   scores = {"hidden": float(np.concatenate(hidden).mean())}
   masks = [
     mask
@@ -143,7 +146,7 @@ def _scores(
 def _covers(
   selected: list[pictures.Picture], patch_size: int
 ) -> list[np.ndarray]:
-  """Share of each patch that is object, [N], where objects are known."""
+  """Share of each patch that the object covers, [N], where it is known."""
   covers = []
   for picture in selected:
     if picture.object_mask is not None:
@@ -156,7 +159,7 @@ def _covers(
 def _table(
   rows: list[tuple[str, float, dict[str, float]]], scores: dict[str, str]
 ) -> Table:
-  """A line per policy and ratio."""
+  """One row per policy and ratio."""
   return Table(
     ("policy", "ratio", "hidden", *scores.values()),
     tuple(

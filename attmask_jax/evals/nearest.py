@@ -1,4 +1,4 @@
-"""Vote of the nearest neighbours among frozen features.
+"""Weighted k-NN classification of frozen features.
 
 Source: knn_classifier in AttMask eval_knn.py.
 differs: any number of queries, classes and devices; the bank is streamed, so
@@ -44,9 +44,10 @@ def knn(
   go to the lowest bank index, equal votes to the class with the nearer
   neighbour.
 
-  The bank crosses to the device once, at most two chunks being there at a
-  time, beside a block of similarities [query_chunk, bank_chunk] split over the
-  devices, the queries and their neighbours. Every process passes the same.
+  The bank is sent to the device once, at most two chunks at a time. The device
+  also holds the queries, their neighbours, and a block of similarities
+  [query_chunk, bank_chunk] split over the devices. Every process passes the
+  same arguments.
 
   Args:
     bank: [n, F] float32, host.
@@ -55,7 +56,7 @@ def knn(
     query_labels: [m] int, 0 to num_classes - 1.
     ks: numbers of neighbours, each 1 to n.
     temp: temperature, > 0.
-    num_classes: >= 2; only checks the labels.
+    num_classes: >= 2; only used to check the labels.
     mesh: queries are split over all of its devices; None = one device.
     bank_chunk: bank rows per step.
     query_chunk: queries per step, over all devices.
@@ -80,8 +81,8 @@ def knn(
   scores = {}
   for k in ks:
     hits = [
-      _count_hits(*found, true, np.float32(temp), k=k, mesh=mesh)
-      for found, true in zip(best, truth, strict=True)
+      _count_hits(*neighbours, true, np.float32(temp), k=k, mesh=mesh)
+      for neighbours, true in zip(best, truth, strict=True)
     ]
     top1, top5 = np.sum([np.asarray(h) for h in hits], axis=0)
     scores[f"k{k}/top1"] = 100.0 * float(top1) / len(queries)
@@ -182,13 +183,13 @@ def _search(
   bank_chunk = min(bank_chunk, len(bank))
   bank_chunk += -bank_chunk % mesh.size
   shape = len(queries[0]), k
-  nothing = (
+  initial = (
     _put(np.full(shape, -np.inf, np.float32), mesh, ROWS),
     _put(np.zeros(shape, np.int32), mesh, ROWS),
   )
-  best = [nothing] * len(queries)
+  best = [initial] * len(queries)
   for start in range(0, len(bank), bank_chunk):
-    # Split over the devices on its way to them, whole once it is there.
+    # Each device receives its share of the chunk; `_merge_rows` gathers them.
     chunk = _put(_unit(bank, start, bank_chunk), mesh, ROWS)
     labels = _put(_slice(bank_labels, start, bank_chunk), mesh, SAME)
     count = np.int32(min(bank_chunk, len(bank) - start))
@@ -196,8 +197,8 @@ def _search(
     # wait the whole bank would be queued on the device.
     jax.block_until_ready(best)
     best = [
-      _merge(*found, query, chunk, labels, count, mesh=mesh)
-      for found, query in zip(best, queries, strict=True)
+      _merge(*neighbours, query, chunk, labels, count, mesh=mesh)
+      for neighbours, query in zip(best, queries, strict=True)
     ]
   return best
 
@@ -222,10 +223,10 @@ def _merge_rows(
   bank_labels: jax.Array,
   count: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """The k best of those found so far and those of one more bank chunk.
+  """Updates the k nearest neighbours with one more bank chunk.
 
   Args:
-    best_sims: [Q, k] float32, falling; best_labels: [Q, k] int32.
+    best_sims: [Q, k] float32, descending; best_labels: [Q, k] int32.
     queries: [Q, F] float32, unit length.
     bank: [n / devices, F] float32, unit length, this device's share of the
       chunk; bank_labels: [n] int32, of all of it.
@@ -259,8 +260,8 @@ def _count_hits(
   """Queries whose class is voted first, and among the first five: [2] int32.
 
   Args:
-    sims: [Q, K] float32, falling, K >= k; labels: [Q, K] int32.
-    truth: [Q] int32, -1 = padding, counted nowhere.
+    sims: [Q, K] float32, descending, K >= k; labels: [Q, K] int32.
+    truth: [Q] int32, -1 = padding, not counted.
     temp: [] float32.
     k: neighbours that vote.
     mesh: the queries are split over all of its devices.
@@ -287,15 +288,15 @@ def _rank(
 ) -> jax.Array:
   """Rank of the true class among the classes voted for; k if it got no vote.
 
-  Compares neighbours in pairs: needs no array as long as the class list, and
+  Compares neighbours in pairs, which needs no array of length num_classes and
   no scatter, whose order of additions is not fixed on GPUs.
 
   Args:
-    sims: [k] float32, falling; labels: [k] int32.
+    sims: [k] float32, descending; labels: [k] int32.
     truth: [] int32; temp: [] float32.
   """
   (k,) = sims.shape
-  # Relative to the largest: exp overflows for no temp, and ranks are the same.
+  # Relative to the largest, so that exp never overflows; ranks are the same.
   votes = jnp.exp((sims - sims[0]) / temp)
   same = labels[:, None] == labels[None, :]  # [k, k]
   scores = jnp.sum(jnp.where(same, votes[None, :], 0.0), axis=1)  # [k]
@@ -305,5 +306,5 @@ def _rank(
   nearer = jnp.arange(k) < own
   ahead = (scores > scores[own]) | ((scores == scores[own]) & nearer)
   rank = jnp.sum(first & ahead)
-  # A query of padding, or with no neighbour of its class, is never a hit.
+  # Padding, or a query without a neighbour of its class, is never a hit.
   return jnp.where(jnp.any(right), rank, max(k, 5))

@@ -1,4 +1,4 @@
-"""What a pretraining run evaluates on itself: k-NN, masks, reconstructions."""
+"""Evaluations during pretraining: k-NN, masks, reconstructions."""
 
 import pathlib
 from typing import Any
@@ -22,15 +22,15 @@ from attmask_jax.evals.job import Job, Result, State
 from attmask_jax.methods import base, masking
 from attmask_jax.weights.loading import Weights
 
-POLICIES = (*masking.ATTENTION_POLICIES, "random")  # of masks.png
-# Settings of reconstruct: as in training.
+POLICIES = (*masking.ATTENTION_POLICIES, "random")  # columns of masks.png
+# Settings of `reconstruct`, as in training.
 _PICTURES = dict(images="", every=1, mask="", ratio=0.0, seed=0, target="")
 
 
 def enabled(
   config: ml_collections.ConfigDict, val_source: data.Source | None
 ) -> bool:
-  """Whether online k-NN runs: asked for, and the images have labels."""
+  """Whether online k-NN runs: it is requested and the images have labels."""
   return bool(
     config.evals.knn and val_source is not None and val_source.class_names
   )
@@ -45,7 +45,7 @@ def check(
   """Refuses evaluations that would fail after the first epoch.
 
   Raises:
-    InputError: k beyond the bank, or other classes in the validation set.
+    InputError: k exceeds the bank, or the validation set has other classes.
   """
   evals = config.evals
   network = method.backbone
@@ -69,16 +69,17 @@ def check(
 
 
 class Evaluator:
-  """Runs evaluations on the teacher of a pretraining run as it trains.
+  """Evaluates the teacher of a pretraining run during training.
 
-  Each is the function of --mode=eval on a job of the run. Compiles once.
+  Each evaluation is that of --mode=eval, given a job for the current state of
+  the run; it is compiled once.
 
   Attributes:
-    best: the number whose maximum marks the best checkpoint, "" = none.
-    shown: what the log calls it.
+    best: metric whose maximum marks the best checkpoint, "" = none.
+    best_label: its name in the log.
   """
 
-  shown = "k-NN top-1"
+  best_label = "k-NN top-1"
 
   def __init__(
     self,
@@ -97,7 +98,7 @@ class Evaluator:
       )
 
   def before(self, state: State) -> dict[str, float]:
-    """Of the untrained network: k-NN, see `scores`."""
+    """k-NN of the untrained network, see `scores`."""
     return self.scores(state)
 
   def scores(self, state: State) -> dict[str, float]:
@@ -119,12 +120,13 @@ class Evaluator:
     return {f"knn/{k}": v for k, v in values.items()}
 
   def figures(self, state: State, folder: pathlib.Path) -> dict[str, float]:
-    """Draws folder/masks.png and, of an autoencoder, reconstructions.png.
+    """Draws folder/masks.png and, for an autoencoder, reconstructions.png.
 
-    At every evaluation, so that a run shows what it does while it runs.
+    Called at every evaluation, so that the figures follow the run.
 
     Args:
-      state: of the run; its teacher, or without one the encoder, attends.
+      state: of the run; attention is that of the teacher, or of the encoder if
+        there is no teacher.
       folder: RUN/figures.
 
     Returns:
@@ -165,14 +167,14 @@ class Evaluator:
     figures: pathlib.Path = pathlib.Path("figures"),
     **settings: Any,
   ) -> Job:
-    """A job of the run as it is now.
+    """A job for the current state of the run.
 
     Args:
       name: of the evaluation.
       state: of the run. The student is evaluated where the decoder is needed
         or there is no teacher.
       figures: folder of the figures.
-      **settings: of the evaluation, besides the run's own in `evals`.
+      **settings: of the evaluation, added to `evals` of the run.
     """
     plain = self._config.to_dict()
     plain["evals"] = plain["evals"] | settings | {"name": name}
@@ -200,13 +202,13 @@ class Evaluator:
 
 
 def _rename(result: Result, path: pathlib.Path) -> None:
-  """Gives the one figure of a result, where it has one, another name."""
+  """Renames the figure of a result, if it has one."""
   for figure in result.figures:
     figure.replace(path)
 
 
 def _overlap(result: Result, percent: str) -> dict[str, float]:
-  """What a run logs of the evaluation masks; {} on other processes."""
+  """Values of evaluation `masks` to log; {} on all processes but the first."""
   if not result.values:
     return {}
   logged = {

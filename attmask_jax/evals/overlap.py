@@ -1,4 +1,4 @@
-"""Where attention and masks fall, against the objects of the images."""
+"""Overlap of attention and masks with the objects in the images."""
 
 import dataclasses
 import functools
@@ -40,8 +40,8 @@ class Keys(attention.KeepKeys, pictures.MaskKeys):
   ratios: tuple[float, ...] = schema.inherit(
     pictures.MaskKeys, "ratios", (0.3,)
   )
-  count: int = schema.key(0, "images, 0 = all", low=0)
-  seed: int = schema.key(0, "of hints, random and block-wise masks", low=0)
+  count: int = schema.key(0, "number of images, 0 = all", low=0)
+  seed: int = schema.key(0, "seed of hints, random and block-wise masks", low=0)
 
 
 def run(job: Job) -> Result:
@@ -55,18 +55,18 @@ def run(job: Job) -> Result:
     attention, "attmask_high_30/..." for each policy and ratio; of each
     "share" of the patches, "precision" (share of the region on the object),
     "recall" (share of the object in the region) and "iou". "object_share":
-    the object's share of the images, which is the precision of a region that
-    knows nothing.
+    the object's share of the images, which is the expected precision of a
+    random region.
 
   Raises:
     InputError: images without object masks, or a setting out of range.
   """
   evals = job.config.evals
   side = _side(job)
-  source = pictures.objects(job)
+  source = pictures.object_source(job)
   extracted = _attention(job, source)
   if jax.process_index():
-    return pictures.NOTHING
+    return pictures.EMPTY
   cover = _cover(source, extracted.index, job.config.data.image_size, side)
   regions = {"attention": attention.keep_mask(extracted.features, evals.keep)}
   panels = {}
@@ -119,7 +119,7 @@ def _attention(job: Job, source: data.Source) -> features.Features:
 def _cover(
   source: data.Source, indices: np.ndarray, size: int, side: int
 ) -> np.ndarray:
-  """Share of each patch that is object: [n, N] float64."""
+  """Share of each patch that the object covers: [n, N] float64."""
   return np.stack(
     [
       visualize.patch_cover(
@@ -143,13 +143,13 @@ def _table(
   readable: Mapping[str, str],
   share: float,
 ) -> Table:
-  """A line per region, and what a region that knows nothing would have."""
+  """One row per region, and the chance level."""
   headings = ("region", "patches", "IoU", "precision", "object covered")
   rows = [
     (readable[name], *(f"{100 * s[k]:.1f} %" for k in ("share", *BARS)))
     for name, s in scores.items()
   ]
-  rows.append(("knowing nothing", "", "", f"{100 * share:.1f} %", "as patches"))
+  rows.append(("chance level", "", "", f"{100 * share:.1f} %", "= patches"))
   return Table(headings, tuple(rows))
 
 
@@ -161,15 +161,15 @@ def _draw(
   share: float,
   images: int,
 ) -> None:
-  """Bars in percent, three to a region.
+  """Draws three bars per region, in percent.
 
   Args:
     path: the PNG.
     panels: title -> its regions; one panel below the other.
     scores: of each region, 0 to 1.
-    readable: region -> name.
-    share: of the images that is object, drawn as a line.
-    images: how many were counted.
+    readable: region -> displayed name.
+    share: of the images that the object covers, drawn as a line.
+    images: number of images.
   """
   from matplotlib.figure import Figure
 
@@ -209,14 +209,14 @@ def _draw(
 def _bars(
   axis: "Axes", scores: Sequence[dict[str, float]]
 ) -> "dict[str, Artist]":
-  """Three bars per region; what the legend shows of them."""
+  """Draws three bars per region; returns the legend's label -> handle."""
   places, handles = np.arange(len(scores)), {}
   for number, (key, (label, colour)) in enumerate(BARS.items()):
     heights = [100 * s[key] for s in scores]
     x = places + 0.27 * (number - 1)
     handles[label] = axis.bar(x, heights, 0.25, color=colour)
     texts = axis.bar_label(handles[label], fmt="%.0f", fontsize=7, padding=2)
-    for text in texts:  # readable where the dashed line passes
+    for text in texts:  # stays readable on the dashed line
       text.set_bbox(dict(facecolor="white", edgecolor="none", pad=0.4))
   return handles
 

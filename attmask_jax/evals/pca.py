@@ -1,4 +1,4 @@
-"""Patch tokens as colours: their three main directions as red, green, blue.
+"""PCA of patch tokens: three components as red, green and blue.
 
 Source: the idea of DINOv2 (arXiv:2304.07193, figure 1), without its removal
 of the background.
@@ -17,27 +17,27 @@ from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
 
 COMPONENTS = 3
-RANGE = (1, 99)  # percentiles that become black and full colour
+RANGE = (1, 99)  # percentiles mapped to black and to full colour
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys(pictures.Keys):
-  """Patch tokens as colours."""
+  """PCA of patch tokens."""
 
 
 def run(job: Job) -> Result:
-  """Draws figures/pca.png: image, three components, the first one alone.
+  """Draws figures/pca.png: image, three components, first component.
 
-  Reads evals.images, count and every. The tokens are those of the last block
-  after the final norm, of all pictures together.
+  Reads evals.images, count and every. Tokens are those of the last block after
+  the final norm; the components are common to all pictures.
 
   Returns:
-    component_1, component_2, component_3: share of the tokens' variance.
+    component_1, component_2, component_3: shares of the tokens' variance.
   """
-  params = pictures.one_copy(job)
+  params = pictures.params_on_one_device(job)
   if jax.process_index():
-    return pictures.NOTHING
-  selected, _ = pictures.given(job)
+    return pictures.EMPTY
+  selected, _ = pictures.load(job)
   method = job.weights.method
   tokens = pictures.forward(
     lambda weights, images: method.features(weights, images)[1],
@@ -49,11 +49,11 @@ def run(job: Job) -> Result:
   ends = np.cumsum([len(t) for t in tokens])[:-1]
   per_picture = np.split(colours, ends)
   path = job.figure("pca.png")
-  some = pictures.some(len(selected))
+  gallery = pictures.gallery_rows(len(selected))
   _draw(
     path,
-    [selected[i] for i in some],
-    [per_picture[i] for i in some],
+    [selected[i] for i in gallery],
+    [per_picture[i] for i in gallery],
     patch_size=method.backbone.patch_size,
     shares=shares,
   )
@@ -70,10 +70,10 @@ def run(job: Job) -> Result:
 
 
 def components(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Projections on the first three principal components.
+  """Projections onto the first three principal components.
 
-  A component points to where its largest loading is positive, so that the
-  same tokens have the same colours everywhere.
+  The sign of a component makes its largest loading positive, so that the same
+  tokens always have the same colours.
 
   Args:
     tokens: [T, D] with T and D of at least 3.
@@ -87,7 +87,7 @@ def components(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   tokens = np.asarray(tokens, np.float64)
   if min(tokens.shape) < COMPONENTS:
     raise InputError(
-      f"{tokens.shape[0]} patch tokens of width {tokens.shape[1]} have no "
+      f"{tokens.shape[0]} patch tokens of width {tokens.shape[1]} do not have "
       f"{COMPONENTS} components: give more or larger pictures"
     )
   centred = tokens - tokens.mean(axis=0)
@@ -101,7 +101,7 @@ def components(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stretch(scores: np.ndarray) -> np.ndarray:
-  """Each component from its 1st to its 99th percentile: [T, 3] in 0..1.
+  """Scales components from their 1st to 99th percentile: [T, 3] in 0..1.
 
   A component without any spread becomes 0.5.
   """
@@ -120,14 +120,14 @@ def _draw(
   patch_size: int,
   shares: np.ndarray,
 ) -> None:
-  """The gallery.
+  """Draws the gallery.
 
   Args:
     path: the PNG.
-    shown: n pictures.
+    selected: n pictures.
     colours: n times [N, 3] in 0..1.
     patch_size: P.
-    shares: [3] of the variance.
+    shares: [3], explained shares of the variance.
   """
   percent = ", ".join(f"{100 * share:.0f} %" for share in shares)
   figure, axes = drawing.grid(
@@ -135,7 +135,7 @@ def _draw(
     3,
     headings={0: ["Image", "Components\n1, 2, 3", "Component 1"]},
     labels=[picture.name for picture in selected],
-    title="Main directions of the patch tokens",
+    title="Principal components of the patch tokens",
     caption="Components 1, 2, 3 as red, green, blue, common to all pictures; "
     f"they explain {percent} of the variance.",
   )

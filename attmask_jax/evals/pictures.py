@@ -1,4 +1,4 @@
-"""What the picture evaluations share: which pictures, and what is computed."""
+"""Shared by evaluations that draw pictures: selection, attention, masks."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ from attmask_jax.evals.job import Job, Result, Table
 from attmask_jax.methods import masking
 from attmask_jax.rows import row_keys
 
-# Pictures that go through the network at a time: bounds memory for large ones.
+# Pictures per forward pass; bounds memory for large ones.
 CHUNK = 8
-GALLERY_ROWS = 16  # pictures that a gallery shows at most
+GALLERY_ROWS = 16  # largest number of pictures in a gallery
 POLICIES = tuple(p for p in masking.POLICIES if p != "none")
-TABLE_ROWS = 20  # pictures that a table lists at most
+TABLE_ROWS = 20  # largest number of pictures in a table
 
-# What processes other than the first answer; the first one does the work.
-NOTHING = Result({}, {}, Table((), ()))
+# Returned by all processes but the first, which does the work.
+EMPTY = Result({}, {}, Table((), ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Keys:
   images: str = schema.key(
     "", 'image, folder or video; "" = the run\'s validation images'
   )
-  count: int = schema.key(8, "pictures at most, 0 = all", low=0)
+  count: int = schema.key(8, "largest number of pictures, 0 = all", low=0)
   every: int = schema.key(1, "take every n-th frame or file", low=1)
 
 
@@ -58,7 +58,7 @@ class Picture(NamedTuple):
   """One picture as the network sees it.
 
   Attributes:
-    name: for people.
+    name: for display.
     image: [H, W, 3] uint8.
     object_mask: [H, W] bool, True = object, or None where unknown.
   """
@@ -68,7 +68,7 @@ class Picture(NamedTuple):
   object_mask: np.ndarray | None = None
 
 
-def given(job: Job) -> tuple[list[Picture], bool]:
+def load(job: Job) -> tuple[list[Picture], bool]:
   """The pictures that `evals.images` names, or validation images of the run.
 
   Sides are multiples of the patch size. Pictures given by path keep their
@@ -76,10 +76,10 @@ def given(job: Job) -> tuple[list[Picture], bool]:
   get the evaluation crop.
 
   Returns:
-    The pictures, and whether they are frames of one moving picture.
+    The pictures, and whether they are frames of a video.
 
   Raises:
-    InputError: nothing there, or nothing readable.
+    InputError: no picture exists, or none can be read.
   """
   evals, size = job.config.evals, job.config.data.image_size
   patch = job.weights.method.backbone.patch_size
@@ -97,12 +97,12 @@ def given(job: Job) -> tuple[list[Picture], bool]:
 
 
 def _source(job: Job) -> data.Source:
-  """Validation images, with or without labels; training images without any."""
+  """Validation images, with or without labels, or else training images."""
   return job.build("val") or job.build("train")
 
 
-def objects(job: Job) -> data.Source:
-  """The source of `data` where it knows its objects.
+def object_source(job: Job) -> data.Source:
+  """The data source, which must have object masks.
 
   Raises:
     InputError: it has no object masks.
@@ -117,14 +117,14 @@ def objects(job: Job) -> data.Source:
   return source
 
 
-def some(count: int, limit: int = GALLERY_ROWS) -> np.ndarray:
-  """Evenly spaced indices of what a gallery shows: [at most `limit`]."""
+def gallery_rows(count: int, limit: int = GALLERY_ROWS) -> np.ndarray:
+  """Evenly spaced indices of the pictures in a gallery: [<= limit]."""
   rows = min(count, limit)
   return np.linspace(0, count - 1, rows).round().astype(int)
 
 
 def notes(count: int, limit: int = GALLERY_ROWS) -> tuple[str, ...]:
-  """What a reader must know of a gallery of `count` pictures."""
+  """A note if the gallery leaves out some of `count` pictures."""
   if not 0 < limit < count:
     return ()
   return (f"The gallery shows {limit} of {count} pictures.",)
@@ -153,16 +153,16 @@ def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
 
 
 def object_crop(source: Any, index: int, size: int) -> np.ndarray:
-  """An image's object through the same crop as the image: [H, W] bool."""
+  """The object mask of an image, cropped as the image is: [H, W] bool."""
   shape = Image.fromarray(source.object_mask(index).astype(np.uint8) * 255)
   return np.asarray(transforms.eval_crop(shape, size)) > 127
 
 
 def fit(image: Image.Image, size: int, patch_size: int) -> np.ndarray:
-  """A whole picture as the network takes it, not squashed.
+  """Resizes a picture for the network, keeping its aspect ratio.
 
-  The shorter side becomes `size` (bicubic), then the middle is cut out whose
-  sides are multiples of the patch size.
+  The shorter side becomes `size` (bicubic); then a centre crop makes the sides
+  multiples of the patch size.
 
   Returns:
     [H, W, 3] uint8.
@@ -175,16 +175,16 @@ def fit(image: Image.Image, size: int, patch_size: int) -> np.ndarray:
   return np.asarray(image.crop((left, top, left + w, top + h)))
 
 
-def one_copy(job: Job) -> Params:
+def params_on_one_device(job: Job) -> Params:
   """The weights on one device, for the few pictures of a gallery.
 
-  Every process takes part; the first one then works alone.
+  All processes must call this; the first one then works alone.
   """
   return to_one_device(job.mesh, job.weights.params)
 
 
 def to_one_device(mesh: jax.sharding.Mesh, params: Params) -> Params:
-  """Parameters on this process's first device; all processes take part."""
+  """Parameters on this process's first device; all processes must call it."""
   whole = meshes.to_host(mesh, params)
   return jax.device_put(whole, jax.local_devices()[0])
 
@@ -195,7 +195,7 @@ def _compiled(
   params: Params,
   images: jax.Array,
 ) -> jax.Array:
-  """A function of batches; compiles once for each function and size."""
+  """Applies a function to a batch; compiled once per function and size."""
   return fn(params, images)
 
 
@@ -204,16 +204,16 @@ def forward(
   params: Params,
   images: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-  """A function of batches on pictures of any sizes; compiles once per size.
+  """Applies a function to pictures of any size; compiled once per size.
 
   Args:
-    fn: (params, [B, H, W, 3] uint8) -> [B, ...]. A method of the same object,
-      such as `attention` of a run's method, is not compiled again.
+    fn: (params, [B, H, W, 3] uint8) -> [B, ...]. A bound method of the same
+      object, such as `attention` of a run's method, is not compiled again.
     params: on one device.
     images: n times [H, W, 3] uint8.
 
   Returns:
-    n rows of what `fn` gives, in the order of the images.
+    n rows of the output of `fn`, in the order of the images.
   """
   shapes: dict[tuple[int, ...], list[int]] = {}
   for index, image in enumerate(images):
@@ -223,7 +223,7 @@ def forward(
     rows = min(CHUNK, len(indices))
     for start in range(0, len(indices), rows):
       chunk = indices[start : start + rows]
-      # The last chunk is filled up, or it would be compiled once more.
+      # The last chunk is padded, since another size would compile again.
       filled = [images[i] for i in (chunk + chunk[:1] * rows)[:rows]]
       out = np.asarray(_compiled(fn, params, np.stack(filled)))
       outputs |= dict(zip(chunk, out, strict=False))
@@ -233,12 +233,12 @@ def forward(
 def attention(
   job: Job, params: Params, images: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-  """Last attention to each patch: n times [A, N] float32."""
+  """Attention of the last block to each patch: n times [A, N] float32."""
   return forward(job.weights.method.attention, params, images)
 
 
 def percent(ratio: float) -> str:
-  """A ratio in names: 0.3 -> "30", 0.125 -> "12.5"."""
+  """A ratio as written in names: 0.3 -> "30", 0.125 -> "12.5"."""
   return f"{100 * ratio:g}"
 
 
@@ -253,7 +253,7 @@ def policy_masks(
   seed: int = 0,
   refill: bool = False,
 ) -> dict[str, np.ndarray]:
-  """What each policy would hide: policy -> [n, N] bool.
+  """Masks of each policy: policy -> [n, N] bool.
 
   Args:
     attention: [n, N] float32, mean over heads.
@@ -261,9 +261,9 @@ def policy_masks(
     ratio: share to hide, the same for all.
     show_max: share of most attended patches that hints come from.
     policies: of POLICIES.
-    rows: [n] identities of the images, which random draws depend on; 0 to n-1
-      by default.
-    seed: of the draws.
+    rows: [n] numbers of the images, which key the random draws; 0 to n-1 by
+      default.
+    seed: of the random draws.
     refill: see `Method.refills_hints`.
   """
   n, patches = attention.shape
@@ -272,12 +272,12 @@ def policy_masks(
   keys = row_keys(jax.random.key(seed), jnp.asarray(rows, jnp.int32))
   scores = jnp.asarray(attention)
 
-  def drawn(policy: str) -> np.ndarray:
+  def on_host(policy: str) -> np.ndarray:
     options = dict(grid=grid, views=1, ratios=(ratio,), variances=(0.0,))
-    one = lambda row: masking.host_masks(
+    mask = lambda row: masking.host_masks(
       policy, seeds=(seed, 0, int(row)), **options
     )
-    return np.concatenate([one(row) for row in rows])
+    return np.concatenate([mask(row) for row in rows])
 
   def ordered(policy: str) -> np.ndarray:
     options = dict(grid=grid, n_hidden=n_mask, show_max=show_max)
@@ -294,7 +294,7 @@ def policy_masks(
 
   by_attention = ordered if refill else ranked
   return {
-    policy: drawn(policy)
+    policy: on_host(policy)
     if policy in masking.HOST_POLICIES
     else by_attention(policy)
     for policy in policies

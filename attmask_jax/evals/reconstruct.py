@@ -1,9 +1,9 @@
-"""Reconstructions of a masked autoencoder as pictures.
+"""Pictures of the reconstructions of a masked autoencoder.
 
-Source: the visualisation tool of MAE-priv, as its authors meant it. differs:
-the evaluation crop in place of a random one; hidden patches are hidden in the
-second picture; normalised targets are scaled back with the statistics they
-were made with.
+Source: the visualisation tool of MAE-priv, as its authors intended it. differs:
+the evaluation crop instead of a random one; the second picture does hide the
+hidden patches; normalised targets are scaled back with the statistics that they
+were normalised with.
 """
 
 import dataclasses
@@ -34,31 +34,31 @@ HEADINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Keys(pictures.Keys):
-  """What a masked autoencoder paints."""
+  """Reconstructions of a masked autoencoder."""
 
   mask: str = schema.key(
     "",
-    'policy; "" = as in the run',
+    'mask policy; "" = as in the run',
     choices=("", *masking.VISIBLE_POLICIES),
   )
   ratio: float = schema.key(
-    0.0, "of hidden patches; 0 = as in the run", low=0, high=1
+    0.0, "share of hidden patches; 0 = as in the run", low=0, high=1
   )
-  seed: int = schema.key(0, "of masks", low=0)
+  seed: int = schema.key(0, "seed of the masks", low=0)
   target: str = schema.key(
     "",
-    'pixels that the decoder predicts; "" = as in the run. Files do not say: '
-    'normalised is assumed ("visualize" models are raw)',
+    'pixels that the decoder predicts; "" = as in the run. Weight files do not '
+    'say: normalised is assumed ("visualize" models are raw)',
     choices=("", *TARGETS),
   )
 
 
-class Painted(NamedTuple):
-  """What the decoder makes of pictures.
+class Reconstruction(NamedTuple):
+  """Output of the decoder for n pictures.
 
   Attributes:
     hidden: [n, h, w] bool.
-    pixels: [n, H, W, 3] uint8, visible patches painted, too.
+    pixels: [n, H, W, 3] uint8, predicted at visible patches, too.
     error: [n] mean squared error over the hidden patches, pixels in 0-1.
   """
 
@@ -68,7 +68,7 @@ class Painted(NamedTuple):
 
 
 def run(job: Job) -> Result:
-  """Draws figures/reconstruct.png: image, visible, painted, both together.
+  """Draws figures/reconstruct.png, with the columns in HEADINGS.
 
   Reads evals.images, count, every, mask, ratio, seed and target.
 
@@ -83,20 +83,21 @@ def run(job: Job) -> Result:
   if not source.method.reconstructs:
     raise InputError(
       f"weights of method {source.config.method.name} have no decoder, which "
-      "evaluation reconstruct needs: give those of an MAE pretraining"
+      "evaluation reconstruct needs: give those of an MAE pretraining run"
     )
   if "decoder" not in source.params:
     raise InputError(
       f"the {source.network} of {source.where} has no decoder: set "
       "--config.network=student"
     )
-  params, guide = pictures.one_copy(job), None
+  params, guide = pictures.params_on_one_device(job), None
   if job.guide:
-    # Other weights do not hold the encoder's average: they guide themselves.
+    # Other weights have no moving average of the encoder: they guide
+    # themselves.
     guide = pictures.to_one_device(job.mesh, job.guide)
   if jax.process_index():
-    return pictures.NOTHING
-  selected, _ = pictures.given(job)
+    return pictures.EMPTY
+  selected, _ = pictures.load(job)
   p = source.method.backbone.patch_size
   side = min(min(picture.image.shape[:2]) for picture in selected) // p * p
   images = np.stack([_square(picture.image, side) for picture in selected])
@@ -108,44 +109,44 @@ def run(job: Job) -> Result:
     norm_target=TARGETS.get(evals.target, source.method.norm_target),
   )
   guide = params if guide is None else guide
-  painted = paint(method, params, guide, images, seed=evals.seed)
+  output = reconstruct(method, params, guide, images, seed=evals.seed)
   path = job.figure("reconstruct.png")
-  some = pictures.some(len(selected))
+  gallery = pictures.gallery_rows(len(selected))
   draw(
     path,
-    images[some],
-    Painted(*(x[some] for x in painted)),
-    labels=[selected[i].name for i in some],
+    images[gallery],
+    Reconstruction(*(x[gallery] for x in output)),
+    labels=[selected[i].name for i in gallery],
     title=f"{method.n_hidden} of {method.num_patches} patches hidden, "
     f"{job.weights.network} network",
     note=note_of(method),
   )
-  result = _result([p.name for p in selected], painted, path)
+  result = _result([p.name for p in selected], output, path)
   notes = (note_of(method),) if note_of(method) else ()
   return result._replace(notes=result.notes + notes)
 
 
 def note_of(method: Mae) -> str:
-  """What must be known of the colours of a reconstruction; "" = nothing."""
+  """A caveat on the colours of a reconstruction; "" = none."""
   if not method.norm_target:
     return ""
   return (
-    "Each patch is painted with the true patch's own mean and contrast, which "
+    "Each patch is drawn with the mean and contrast of the true patch, which "
     "the decoder does not predict: even an untrained one gets these right."
   )
 
 
-def paint(
+def reconstruct(
   method: Mae, params: Params, guide: Params, images: np.ndarray, *, seed: int
-) -> Painted:
-  """Reconstructs pictures of the size that the method is trained on.
+) -> Reconstruction:
+  """Masks and reconstructs pictures of the size that the method is built for.
 
   Args:
-    method: as it is trained, for images of this size.
+    method: as in training, for images of this size.
     params: encoder and decoder, on one device.
-    guide: network whose attention chooses, for policies that need it.
+    guide: weights whose attention selects the patches, if the policy needs it.
     images: [n, H, W, 3] uint8.
-    seed: of masks.
+    seed: of the masks.
   """
   n = len(images)
   batch = {"position": jnp.arange(n)}
@@ -156,24 +157,24 @@ def paint(
   parts = []
   rows = min(n, pictures.CHUNK)
   for start in range(0, n, rows):
-    # The last chunk is filled up, or it would be compiled once more.
+    # The last chunk is padded, since another size would compile again.
     chosen = np.minimum(np.arange(start, start + rows), n - 1)
     chunk = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
     rng = jax.random.key(seed)
-    both = _paint(method, params, guide, images[chosen], chunk, rng)
-    parts.append([np.asarray(x)[: n - start] for x in both])
+    outputs = _reconstruct(method, params, guide, images[chosen], chunk, rng)
+    parts.append([np.asarray(x)[: n - start] for x in outputs])
   order, pixels = (np.concatenate(x) for x in zip(*parts, strict=True))
   hidden = masking.hidden_of(order, method.n_hidden)
   grid = method.backbone.grid
   hidden = hidden.reshape(n, grid, grid)
   where = _pixels(hidden, method.backbone.patch_size)[..., None]
-  wrong = np.square(pixels - images / 255) * where
-  error = wrong.sum(axis=(1, 2, 3)) / (3 * where.sum(axis=(1, 2, 3)))
-  return Painted(hidden, np.round(255 * pixels).astype(np.uint8), error)
+  squared = np.square(pixels - images / 255) * where
+  error = squared.sum(axis=(1, 2, 3)) / (3 * where.sum(axis=(1, 2, 3)))
+  return Reconstruction(hidden, np.round(255 * pixels).astype(np.uint8), error)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _paint(
+def _reconstruct(
   method: Mae,
   params: Params,
   guide: Params,
@@ -181,7 +182,7 @@ def _paint(
   batch: Batch,
   rng: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Order of patches [B, N] and painted images [B, H, W, 3], 0-1."""
+  """Order of patches [B, N] and reconstructions [B, H, W, 3], 0-1."""
   order = method.order(guide, images, batch, rng)
   return order, method.reconstruct(params, images, order)
 
@@ -189,36 +190,35 @@ def _paint(
 def draw(
   path: pathlib.Path,
   images: np.ndarray,
-  painted: Painted,
+  output: Reconstruction,
   *,
   labels: Sequence[str] = (),
   title: str = "",
   note: str = "",
 ) -> None:
   """Writes the gallery: a row per picture, columns as in HEADINGS."""
-  p = images.shape[1] // painted.hidden.shape[1]
-  where = _pixels(painted.hidden, p)[..., None]
-  pasted = np.where(where, painted.pixels, images)
+  p = images.shape[1] // output.hidden.shape[1]
+  where = _pixels(output.hidden, p)[..., None]
+  combined = np.where(where, output.pixels, images)
   figure, axes = drawing.grid(
     [1.0] * len(images),
     len(HEADINGS),
     headings={0: HEADINGS},
     labels=labels,
     title=title,
-    caption="The decoder is trained on hidden patches alone: what it paints at "
+    caption="The decoder is trained on hidden patches only: its output at "
     f"visible ones, in the third picture, means little. {note}".rstrip(),
   )
   for row, image in enumerate(images):
-    visible = drawing.hide(image, painted.hidden[row], p)
-    for axis, selected in zip(
-      axes[row], (image, visible, painted.pixels[row], pasted[row]), strict=True
-    ):
-      axis.imshow(selected, interpolation="nearest")
+    visible = drawing.grey_out(image, output.hidden[row], p)
+    cells = image, visible, output.pixels[row], combined[row]
+    for axis, cell in zip(axes[row], cells, strict=True):
+      axis.imshow(cell, interpolation="nearest")
   drawing.save(figure, path)
 
 
 def _square(image: np.ndarray, side: int) -> np.ndarray:
-  """The middle of a picture: [H, W, 3] -> [side, side, 3]."""
+  """Centre crop of a picture: [H, W, 3] -> [side, side, 3]."""
   top, left = ((length - side) // 2 for length in image.shape[:2])
   return image[top : top + side, left : left + side]
 
@@ -229,21 +229,21 @@ def _pixels(mask: np.ndarray, p: int) -> np.ndarray:
 
 
 def _result(
-  names: Sequence[str], painted: Painted, path: pathlib.Path
+  names: Sequence[str], output: Reconstruction, path: pathlib.Path
 ) -> Result:
-  psnr = -10 * np.log10(np.maximum(painted.error, 1e-12))
+  psnr = -10 * np.log10(np.maximum(output.error, 1e-12))
   rows = [
     (name, f"{e:.4f}", f"{d:.2f}")
-    for name, e, d in zip(names, painted.error, psnr, strict=True)
+    for name, e, d in zip(names, output.error, psnr, strict=True)
   ][: pictures.TABLE_ROWS]
-  mse, decibels = float(painted.error.mean()), float(psnr.mean())
+  mse, decibels = float(output.error.mean()), float(psnr.mean())
   rows.append(("mean", f"{mse:.4f}", f"{decibels:.2f}"))
   return Result(
     {"mse": mse, "psnr": decibels},
     {
       "pictures": len(names),
-      "hidden patches": int(painted.hidden[0].sum()),
-      "patches": int(painted.hidden[0].size),
+      "hidden patches": int(output.hidden[0].sum()),
+      "patches": int(output.hidden[0].size),
     },
     Table(("picture", "mse of hidden", "psnr, dB"), tuple(rows)),
     (path,),

@@ -22,15 +22,15 @@ def everywhere(result: Result) -> Result:
   """The result of the first process, on every process."""
   if jax.process_count() == 1:
     return result
-  share = multihost_utils.broadcast_one_to_all
+  broadcast = multihost_utils.broadcast_one_to_all
   content = np.frombuffer(pickle.dumps(result), np.uint8)
-  size = int(share(np.array(len(content))))
-  content = np.resize(content, size)  # others need the shape alone
-  return pickle.loads(np.asarray(share(content), np.uint8).tobytes())
+  size = int(broadcast(np.array(len(content))))
+  content = np.resize(content, size)  # other processes only need the shape
+  return pickle.loads(np.asarray(broadcast(content), np.uint8).tobytes())
 
 
 def write(job: Job, result: Result) -> None:
-  """results.json, the table on the terminal, and both report pages."""
+  """Writes results.json and both report pages; prints the table."""
   record = _record(job, result)
   path = job.folder / "results.json"
   _remove_figures(path, record["figures"])
@@ -43,13 +43,13 @@ def write(job: Job, result: Result) -> None:
       records.append(run_dir, record)
       report.write(run_dir)
     except OSError as error:  # someone else's run, read-only
-      logging.warning("%s is left as it is: %s", run_dir, error)
+      logging.warning("%s is not updated: %s", run_dir, error)
   page = report.write(job.folder)
-  logging.info("written: %s, %s", path, page)
+  logging.info("wrote %s and %s", path, page)
 
 
 def with_notes(job: Job, result: Result) -> Result:
-  """The result with what must be known of the job's classifier."""
+  """The result with a note if its classifier was trained for this job."""
   classifier = job.classifier
   if classifier is None or not classifier.trained_here:
     return result
@@ -61,7 +61,7 @@ def with_notes(job: Job, result: Result) -> Result:
 
 
 def _remove_figures(path: pathlib.Path, kept: list[str]) -> None:
-  """Deletes figures of the results that are replaced, but for those kept."""
+  """Deletes the figures of the replaced results, except those in `kept`."""
   if path.exists():
     for name in set(json.loads(path.read_text()).get("figures", ())):
       if name not in kept:
@@ -69,7 +69,7 @@ def _remove_figures(path: pathlib.Path, kept: list[str]) -> None:
 
 
 def _record(job: Job, result: Result) -> dict[str, Any]:
-  """What results.json holds; docs/evaluation.md describes it."""
+  """Content of results.json, see docs/evaluation.md."""
   config, source, classifier = job.config, job.weights, job.classifier
   return {
     "evaluation": config.evals.name,
@@ -101,12 +101,12 @@ def _record(job: Job, result: Result) -> dict[str, Any]:
 
 
 def _json(value: float) -> float | str:
-  """A number as strict JSON has it."""
+  """A number as a valid JSON value."""
   return float(value) if math.isfinite(value) else str(value)
 
 
 def _text(result: Result) -> str:
-  """The table in columns, the notes below."""
+  """The table in aligned columns, then the notes."""
   rows = [result.table.headings, *result.table.rows]
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = []

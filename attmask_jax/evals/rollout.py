@@ -1,9 +1,9 @@
-"""Attention and gradient rollout as pictures.
+"""Pictures of attention rollout and gradient rollout.
 
-What each patch counts for the token that is read, through all blocks; or for
-one class of a classifier. Source: the explanation tools of MAE-priv, see
-`attmask_jax.rollout`. Differs: any number of pictures in their own aspect
-ratio, normalised as the network was trained; networks without class token.
+The contribution of each patch, through all blocks, to the token that is read,
+or to one class of a classifier. Source: the explanation tools of MAE-priv, see
+models/rollout.py. Differs: any number of pictures in their own aspect ratio,
+normalised as in training; networks without class token.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ EXPLAINED = ("token", "class")
 
 @dataclasses.dataclass(frozen=True)
 class Keys(pictures.Keys):
-  """Attention through all blocks."""
+  """Attention rollout and gradient rollout."""
 
   explain: str = schema.key(
     "token",
@@ -36,40 +36,43 @@ class Keys(pictures.Keys):
     choices=EXPLAINED,
   )
   category: int = schema.key(
-    -1, "class that is explained, -1 = the most probable one", low=-1
+    -1, "class to explain, -1 = the most probable one", low=-1
   )
   fusions: tuple[str, ...] = schema.key(
     ("mean", "max", "min"),
-    'of the heads; explain "class" has its own',
+    "how heads are fused; not used with explain=class",
     choices=rollout.FUSIONS,
   )
   discard: float = schema.key(
-    0.9, "share of the weakest links of a block that is left out", low=0
+    0.9, "share of the weakest links of each block to discard", low=0
   )
-  layer: int = schema.key(-1, "the only block, from 0; -1 = all", low=-1)
+  layer: int = schema.key(
+    -1, "index of the only block to use, from 0; -1 = all blocks", low=-1
+  )
   row_sums: str = schema.key(
     "rows",
-    "how rows are normalised; reference is what the release computes",
+    "how rows are normalised; reference = as in the release",
     choices=rollout.ROW_SUMS,
   )
   pairing: str = schema.key(
     "blocks",
-    "gradients that go with a block; reference is what the release computes",
+    "how gradients are paired with blocks; reference = as in the release",
     choices=rollout.PAIRINGS,
   )
 
 
 def run(job: Job) -> Result:
-  """Draws figures/rollout.png: image, then a map for each way to fuse heads.
+  """Draws figures/rollout.png: image, then one map per head fusion.
 
   Reads evals.images, count, every, explain, category, fusions, discard, layer,
   row_sums and pairing.
 
   Returns:
-    entropy/FUSION: of the map over patches, in nats, mean over the pictures.
+    entropy/FUSION: entropy of the map over patches, in nats, mean over
+      pictures.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   evals = job.config.evals
   depth = job.weights.method.backbone.depth
@@ -77,14 +80,14 @@ def run(job: Job) -> Result:
   by_class = evals.explain == "class"
   if by_class and evals.category >= len(job.classifier.class_names):
     raise InputError(
-      f"evals.category {evals.category} is no class of the classifier: it has "
-      f"{len(job.classifier.class_names)}, counted from 0 (-1 = the most "
+      f"evals.category {evals.category} is not a class of the classifier: it "
+      f"has {len(job.classifier.class_names)}, counted from 0 (-1 = the most "
       "probable one)"
     )
-  params = pictures.one_copy(job)
+  params = pictures.params_on_one_device(job)
   if jax.process_index():
-    return pictures.NOTHING
-  selected, _ = pictures.given(job)
+    return pictures.EMPTY
+  selected, _ = pictures.load(job)
   images = [picture.image for picture in selected]
   if by_class:
     maps = {"gradient": _by_class(job, images)}
@@ -92,11 +95,11 @@ def run(job: Job) -> Result:
     maps = {f: _by_token(job, params, images, f) for f in evals.fusions}
   empty = _fill_empty(maps)
   path = job.figure("rollout.png")
-  some = pictures.some(len(selected))
+  gallery = pictures.gallery_rows(len(selected))
   _draw(
     path,
-    [selected[i] for i in some],
-    {name: [found[i] for i in some] for name, found in maps.items()},
+    [selected[i] for i in gallery],
+    {name: [values[i] for i in gallery] for name, values in maps.items()},
     patch_size=job.weights.method.backbone.patch_size,
     title=_title(job),
   )
@@ -104,8 +107,8 @@ def run(job: Job) -> Result:
   if not empty:
     return result
   note = (
-    f"In {empty} maps evals.discard {evals.discard} leaves no link to any "
-    "patch: they are empty; choose a smaller one, such as 0.5."
+    f"{empty} maps are empty, as evals.discard {evals.discard} leaves no link "
+    "to any patch: choose a smaller value, such as 0.5."
   )
   return result._replace(notes=(*result.notes, note))
 
@@ -153,7 +156,7 @@ def _by_class(job: Job, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _check(evals: object, depth: int) -> None:
-  """Refuses settings that mean nothing."""
+  """Refuses settings that are out of range."""
   if not 0 <= evals.discard < 1:
     raise InputError(
       f"evals.discard {evals.discard} must be at least 0 and below 1: it is "
@@ -161,8 +164,8 @@ def _check(evals: object, depth: int) -> None:
     )
   if not -1 <= evals.layer < depth:
     raise InputError(
-      f"evals.layer {evals.layer} is no block: use 0 to {depth - 1}, or -1 for "
-      "all"
+      f"evals.layer {evals.layer} is not a block: use 0 to {depth - 1}, or -1 "
+      "for all"
     )
   if evals.category < -1:
     raise InputError(
@@ -172,12 +175,12 @@ def _check(evals: object, depth: int) -> None:
 
 
 def _fill_empty(maps: dict[str, list[np.ndarray]]) -> int:
-  """Zeros where no link is left, and the map is nan; how many such maps."""
+  """Replaces maps that have no link left, and are NaN, by 0; their number."""
   count = 0
-  for found in maps.values():
-    for i, one in enumerate(found):
-      if not np.isfinite(one).all():
-        found[i] = np.zeros_like(one)
+  for values in maps.values():
+    for i, value in enumerate(values):
+      if not np.isfinite(value).all():
+        values[i] = np.zeros_like(value)
         count += 1
   return count
 
@@ -207,15 +210,15 @@ def _draw(
     headings={0: ("Image", *(name.capitalize() for name in maps))},
     labels=[p.name for p in selected],
     title=title,
-    caption="Colours run from the patch that counts least to the one that "
-    "counts most.",
+    caption="Colours run from the patch that contributes least to the one that "
+    "contributes most.",
   )
   for row, picture in enumerate(selected):
     height, width, _ = picture.image.shape
     grid = height // patch_size, width // patch_size
     axes[row][0].imshow(picture.image)
-    for axis, found in zip(axes[row][1:], maps.values(), strict=True):
-      heat = drawing.heat(picture.image, found[row].reshape(grid), patch_size)
+    for axis, values in zip(axes[row][1:], maps.values(), strict=True):
+      heat = drawing.heat(picture.image, values[row].reshape(grid), patch_size)
       axis.imshow(heat)
   drawing.save(figure, path)
 
@@ -226,21 +229,21 @@ def _result(
   path: pathlib.Path,
 ) -> Result:
   numbers = {
-    # Of an empty map there is none.
-    fusion: [attention.entropy(one) if one.any() else np.nan for one in found]
-    for fusion, found in maps.items()
+    # An empty map has no entropy.
+    f: [attention.entropy(v) if v.any() else np.nan for v in values]
+    for f, values in maps.items()
   }
   means = {
     f: float(np.nanmean(n)) if np.isfinite(n).any() else math.nan
     for f, n in numbers.items()
   }
   values = {f"entropy/{f}": mean for f, mean in means.items()}
-  shown_number = lambda x: f"{x:.3f}" if np.isfinite(x) else "-"
+  cell = lambda x: f"{x:.3f}" if np.isfinite(x) else "-"
   rows = [
-    (picture.name, *(shown_number(numbers[f][i]) for f in maps))
+    (picture.name, *(cell(numbers[f][i]) for f in maps))
     for i, picture in enumerate(selected)
   ][: pictures.TABLE_ROWS]
-  rows.append(("mean", *map(shown_number, values.values())))
+  rows.append(("mean", *map(cell, values.values())))
   headings = ("entropy in nats", *maps)
   return Result(
     values,
@@ -252,7 +255,7 @@ def _result(
 
 
 def _needs(evals: ml_collections.ConfigDict) -> Needs:
-  """A class is one of a classifier's."""
+  """Explaining a class needs a classifier."""
   return "classifier" if evals.explain == "class" else "weights"
 
 

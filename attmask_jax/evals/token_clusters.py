@@ -1,4 +1,4 @@
-"""Patch tokens in clusters, as colours over the pictures."""
+"""Clusters of patch tokens, drawn as colours."""
 
 import dataclasses
 import pathlib
@@ -13,43 +13,44 @@ from attmask_jax.evals import drawing, pictures
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
 
-COLOURS = "tab20"  # of matplotlib; as many clusters at most
-MOST = 20
+COLOURS = "tab20"  # of matplotlib; limits the number of clusters
+MAX_CLUSTERS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys(pictures.Keys):
-  """Patch tokens in clusters."""
+  """Clusters of patch tokens."""
 
   clusters: tuple[int, ...] = schema.key(
-    (3, 6, 12), "numbers of clusters", low=2, high=MOST
+    (3, 6, 12), "numbers of clusters", low=2, high=MAX_CLUSTERS
   )
-  seed: int = schema.key(0, "of k-means", low=0)
+  seed: int = schema.key(0, "seed of k-means", low=0)
 
 
 def run(job: Job) -> Result:
   """Draws figures/token_clusters.png: image, one column per cluster count.
 
-  Tokens of the last block, after the final norm and of length 1, of all
-  pictures together go through k-means; a colour is a cluster in all pictures.
-  Reads evals.images, count, every, clusters and seed.
+  k-means runs on the tokens of the last block, after the final norm and scaled
+  to length 1, of all pictures together: a colour is the same cluster in every
+  picture. Reads evals.images, count, every, clusters and seed.
 
   Returns:
     explained/K: share of the tokens' variance that lies between K clusters.
 
   Raises:
-    InputError: a number of clusters out of range.
+    InputError: a number of clusters is out of range.
   """
   evals = job.config.evals
-  wrong = [k for k in evals.clusters if not 2 <= k <= MOST]
-  if wrong or not evals.clusters:
+  invalid = [k for k in evals.clusters if not 2 <= k <= MAX_CLUSTERS]
+  if invalid or not evals.clusters:
     raise InputError(
-      f"evals.clusters {tuple(evals.clusters)} must be numbers from 2 to {MOST}"
+      f"evals.clusters {tuple(evals.clusters)} must be numbers from 2 to "
+      f"{MAX_CLUSTERS}"
     )
-  params = pictures.one_copy(job)
+  params = pictures.params_on_one_device(job)
   if jax.process_index():
-    return pictures.NOTHING
-  selected, _ = pictures.given(job)
+    return pictures.EMPTY
+  selected, _ = pictures.load(job)
   method = job.weights.method
   tokens = pictures.forward(
     lambda weights, images: method.features(weights, images)[1],
@@ -57,21 +58,21 @@ def run(job: Job) -> Result:
     [picture.image for picture in selected],
   )
   ends = np.cumsum([len(t) for t in tokens])[:-1]
-  found = {
+  clusterings = {
     k: cluster(np.concatenate(tokens), k, seed=evals.seed)
     for k in evals.clusters
   }
   path = job.figure("token_clusters.png")
-  some = pictures.some(len(selected))
-  by_picture = {k: np.split(ids, ends) for k, (ids, _) in found.items()}
+  gallery = pictures.gallery_rows(len(selected))
+  by_picture = {k: np.split(ids, ends) for k, (ids, _) in clusterings.items()}
   _draw(
     path,
-    [selected[i] for i in some],
-    {k: [ids[i] for i in some] for k, ids in by_picture.items()},
+    [selected[i] for i in gallery],
+    {k: [ids[i] for i in gallery] for k, ids in by_picture.items()},
     patch_size=method.backbone.patch_size,
   )
-  values = {f"explained/{k}": share for k, (_, share) in found.items()}
-  rows = [(str(k), f"{100 * s:.1f} %") for k, (_, s) in found.items()]
+  values = {f"explained/{k}": share for k, (_, share) in clusterings.items()}
+  rows = [(str(k), f"{100 * s:.1f} %") for k, (_, s) in clusterings.items()]
   return Result(
     values,
     {"pictures": len(selected), "tokens": int(sum(map(len, tokens)))},
@@ -88,11 +89,11 @@ def cluster(
 
   Args:
     tokens: [T, D].
-    k: clusters.
-    seed: of the start.
+    k: number of clusters.
+    seed: of the initial centres.
 
   Returns:
-    Cluster of each token [T], numbered by falling size, and the share of the
+    Cluster of each token [T], numbered by decreasing size, and the share of the
     variance that lies between clusters, 0 to 1.
 
   Raises:
@@ -122,7 +123,7 @@ def _draw(
   *,
   patch_size: int,
 ) -> None:
-  """The gallery; colours are common to all pictures of a column."""
+  """Draws the gallery; colours are common to all pictures of a column."""
   import matplotlib
 
   colours = matplotlib.colormaps[COLOURS].colors

@@ -1,9 +1,8 @@
-"""What a single patch token knows of its image: k-NN and linear accuracy.
+"""Accuracy of single patch tokens: k-NN and linear probe.
 
-ExtreMA learns tokens that stand for the whole image; this measures it for any
-network: every token votes alone, in a bank of single tokens, and a linear probe
-that was trained on the mean patch is asked about each token. The class token
-and the mean patch stand beside it.
+ExtreMA learns tokens that represent the whole image. This measures it for any
+network: k-NN among single tokens, and a linear probe of the mean patch that is
+applied to each token. The class token and the mean patch are for comparison.
 
 Source: the idea of distributed representations in ExtreMA (arXiv:2206.04667);
 no published protocol.
@@ -24,21 +23,21 @@ from attmask_jax.evals.job import Eval, Job, Result, Table
 
 @dataclasses.dataclass(frozen=True)
 class Keys(knn.SearchKeys):
-  """What a single patch token knows."""
+  """Accuracy of single patch tokens."""
 
   places: int = schema.key(
-    8, "tokens taken of an image, at the same random places", low=1
+    8, "tokens per image, at the same random places", low=1
   )
-  seed: int = schema.key(0, "of the places", low=0)
+  seed: int = schema.key(0, "seed of the places", low=0)
   final_norm: bool = schema.inherit(features.Keys, "final_norm", True)
-  knn_k: int = schema.key(20, "neighbours that vote", low=1)
+  knn_k: int = schema.key(20, "number of neighbours that vote", low=1)
 
 
 def check(job: Job) -> None:
   """Refuses settings before a probe is trained.
 
   Raises:
-    InputError: more places than patches.
+    InputError: there are more places than patches.
   """
   places = job.config.evals.places
   p = job.weights.method.backbone.patch_size
@@ -52,18 +51,18 @@ def check(job: Job) -> None:
 def run(job: Job) -> Result:
   """k-NN of class token, mean patch and single tokens; the probe's accuracy.
 
-  The same `evals.places` random places are taken of every image, of training
-  images for the bank and of validation images as queries.
+  Tokens are taken at the same `evals.places` random places of every image: of
+  training images for the bank, of validation images for the queries.
 
   Raises:
-    InputError: a probe of something else than the mean patch.
+    InputError: the probe was not trained on the mean patch.
   """
   evals, method = job.config.evals, job.weights.method
   probe = job.classifier.method
   if probe.pool != "mean":
     raise InputError(
       f"the probe {job.classifier.where} was trained with pool="
-      f"{probe.pool}, and single tokens need one trained on the mean patch: "
+      f"{probe.pool}, but single tokens need one trained on the mean patch: "
       "train it with --config.method.pool=mean"
     )
   grid = job.config.data.image_size // method.backbone.patch_size
@@ -99,9 +98,9 @@ def run(job: Job) -> Result:
 def _extract(
   job: Job, source: data.Source, places: np.ndarray, *, desc: str
 ) -> dict[str, features.Features]:
-  """Features by name, from one pass: class (where there is one), mean, token.
+  """Features by name, from one pass: class (if there is one), mean, token.
 
-  Tokens are rows of their own: T of each image, with its label.
+  Each token is a row: T rows per image, with its label.
   """
   weights, norm = job.weights, job.config.evals.final_norm
 
@@ -158,14 +157,14 @@ def _linear(
 
 
 def _table(values: dict[str, float], k: int) -> Table:
-  shown = lambda key: f"{values[key]:.2f}" if key in values else "-"
+  cell = lambda key: f"{values[key]:.2f}" if key in values else "-"
   names = {"class": "class token", "mean": "mean patch", "token": "one token"}
   rows = [
-    (text, shown(f"{name}/knn"), shown(f"{name}/linear"))
+    (text, cell(f"{name}/knn"), cell(f"{name}/linear"))
     for name, text in names.items()
     if f"{name}/knn" in values
   ]
-  return Table(("of", f"k-NN ({k}), %", "linear, %"), tuple(rows))
+  return Table(("features", f"k-NN ({k}), %", "linear, %"), tuple(rows))
 
 
 EVAL = Eval(run, check=check, needs="classifier", keys=(Keys,))

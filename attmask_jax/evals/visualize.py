@@ -1,5 +1,4 @@
-"""Masks in pictures and numbers: what each policy hides, and how much of it
-lies on the object."""
+"""Galleries of masks, and their overlap with objects."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -34,21 +33,21 @@ def mask_gallery(
   """Writes one PNG: a row per image, a column per mask policy.
 
   Columns: the image (with the object's outline), the attention as a heat map,
-  then the image with the patches each policy hides in grey, under the policy's
-  name and the share it hides over all images shown.
+  then the image with the patches each policy hides in grey, below the policy's
+  name and the share that it hides over all these images.
 
   Args:
-    path: the PNG; replaced in one move, its folder is created.
+    path: the PNG; replaced atomically, its folder is created.
     images: n times [H, W, 3] uint8; sizes may differ.
     attention: n times [N] float32, >= 0, any scale: each image has its own
-      colours. N = (H // P) * (W // P).
+      colour scale. N = (H // P) * (W // P).
     masks: policy name -> n times [N] bool, True = hidden.
     patch_size: P.
     object_masks: n times [H, W] bool, True = object.
-    labels: names of the images, at the left.
-    title: above everything.
-    caption: below everything.
-    network: whose attention it is.
+    labels: names of the images, to their left.
+    title: above the gallery.
+    caption: below the gallery.
+    network: name of the network that attends.
   """
   n = len(images)
   grids = [(i.shape[0] // patch_size, i.shape[1] // patch_size) for i in images]
@@ -77,14 +76,14 @@ def mask_gallery(
     axes[row][1].imshow(drawing.heat(image, scores, patch_size))
     for axis, arrays in zip(axes[row][2:], masks.values(), strict=True):
       mask = arrays[row].reshape(grid)
-      axis.imshow(drawing.hide(image, mask, patch_size))
+      axis.imshow(drawing.grey_out(image, mask, patch_size))
   drawing.save(figure, path)
 
 
 def mask_overlap(
   masks: np.ndarray, objects: np.ndarray, *, grid: tuple[int, int]
 ) -> dict[str, float]:
-  """How well the hidden area meets the objects: see `overlap_scores`.
+  """Overlap of the hidden area with the objects, see `overlap_scores`.
 
   Args:
     masks: [n, N] bool, True = hidden.
@@ -118,7 +117,7 @@ def patch_cover(objects: np.ndarray, *, grid: tuple[int, int]) -> np.ndarray:
 
 
 def overlap_scores(masks: np.ndarray, cover: np.ndarray) -> dict[str, float]:
-  """How well regions meet objects, all areas summed and then divided once.
+  """Overlap of regions with objects; areas are summed, then divided once.
 
   Args:
     masks: bool, True = in the region (hidden), of any shape.
@@ -129,20 +128,20 @@ def overlap_scores(masks: np.ndarray, cover: np.ndarray) -> dict[str, float]:
     recall: share of the objects that lies in the region.
     iou: area in both over area in either. All 0 to 1, nan for 0 / 0.
   """
-  both = float(cover[masks.astype(bool)].sum())
+  overlap = float(cover[masks.astype(bool)].sum())
   hidden, objects_area = float(masks.sum()), float(cover.sum())
   parts = {
     "precision": hidden,
     "recall": objects_area,
-    "iou": hidden + objects_area - both,
+    "iou": hidden + objects_area - overlap,
   }
   return {
-    name: both / whole if whole else float("nan")
+    name: overlap / whole if whole else float("nan")
     for name, whole in parts.items()
   }
 
 
 def _heading(name: str, masks: Sequence[np.ndarray]) -> str:
-  """A policy's readable name and the share n times [N] hide, on two lines."""
+  """A policy's readable name and the share its masks hide, on two lines."""
   share = sum(m.sum() for m in masks) / sum(m.size for m in masks)
   return f"{READABLE_NAMES.get(name, name)}\n{100 * share:.0f} % hidden"

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: Orbax behind save and restore.
+"""Checkpoints of a run: saved and restored with Orbax.
 
 A checkpoint holds the items params, teacher and train (step, aux, optimiser)
-as arrays on any mesh, epoch (what the epoch's scores are made of) and progress
-(running sums, as JSON). Evaluation restores one item and not the rest.
+as arrays on any mesh, epoch (arrays from which the epoch's scores are computed)
+and progress (running sums, as JSON). Evaluation restores single items.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
 
 
 def check_workdir(name: str) -> pathlib.Path:
-  """Creates the run directory if need be; its path.
+  """Creates the run directory if needed, and returns its path.
 
   Raises:
-    InputError: it cannot be made or written, or is no local path.
+    InputError: it cannot be created or written, or is not a local path.
   """
   if "://" in name:
     raise InputError(
@@ -139,7 +139,7 @@ class Checkpoints:
     policies: list[keep.PreservationPolicy] = [_LatestWhole(self.folder)]
     value = lambda metrics: metrics.get(best, -np.inf)
     if best:
-      # An earlier part of the run may have had k-NN off, hence no metrics.
+      # Earlier checkpoints may have no metrics, if k-NN was off then.
       policies.append(
         keep.BestN(
           get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False
@@ -151,8 +151,8 @@ class Checkpoints:
       self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(policies),
-        # Makes Orbax write the metrics down, so that a continued run knows its
-        # best; what is kept is up to the policies.
+        # Makes Orbax store the metrics, so that a resumed run knows its best
+        # step; the policies decide which checkpoints are kept.
         best_fn=value if best else None,
         cleanup_tmp_directories=alone,
         enable_async_checkpointing=True,
@@ -192,9 +192,9 @@ class Checkpoints:
 
     Args:
       step: completed steps.
-      items: one tree of global arrays per name of ARRAY_ITEMS.
-      progress: JSON-able.
-      metrics: what `best` is chosen by; None never is the best.
+      items: one tree of global arrays per name in ARRAY_ITEMS.
+      progress: values for JSON.
+      metrics: `best` is one of them; a step without metrics is never the best.
 
     Raises:
       SaveError: no room for it; or the save before failed.
@@ -216,7 +216,7 @@ class Checkpoints:
       )
 
   def preempted(self, step: int) -> bool:
-    """Whether the cluster told any process to stop; the same on all."""
+    """Whether the cluster asked any process to stop; the same on all."""
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:

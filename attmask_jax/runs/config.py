@@ -1,8 +1,8 @@
-"""The config of a run: keys of its own, config.json, and configs of old runs.
+"""Config of a run: top-level and run.* keys, config.json, older versions.
 
 config.json holds {"data.batch_size": 256, ...}: flat, for people and for
-`check_config`. Whatever reads one goes through `upgrade`, so that the rest of
-the program knows today's keys alone.
+`check_config`. Every reader applies `upgrade`, so that the rest of the program
+only knows the current keys.
 """
 
 import dataclasses
@@ -22,18 +22,19 @@ FREE_KEYS = (
   "run.", "evals.", "data.path", "data.eval_resample", "weights", "probe",
   "init_", "num_heads", "allow_missing",
 )  # fmt: skip
-IMAGES = "data.images"  # beside the config's own keys: size of the training set
+IMAGES = "data.images"  # size of the training set, in config.json only
 
-# Keys of version 0.1 under another name.
+# Keys that had another name in version 0.1.
 RENAMED = {
   "heads": "num_heads",
-  "method.heads": "method.num_heads",  # of imported weights
+  "method.heads": "method.num_heads",  # in imported weights
   "method.decoder_heads": "method.decoder_num_heads",
   "evals.ks": "evals.knn_ks",
   "evals.k": "evals.knn_k",
   "evals.temp": "evals.knn_temp",
 }
-POOLS = {0: "cls", 1: "mean", 2: "cls+mean", 3: "mean"}  # by its `avgpool`
+# By `avgpool` of version 0.1.
+POOLS = {0: "cls", 1: "mean", 2: "cls+mean", 3: "mean"}
 
 # Networks of a run; "untrained" is the one before the first step.
 NETWORKS = ("teacher", "student", "untrained")
@@ -51,29 +52,29 @@ class InitKeys:
 
   init_from: str = schema.key("", "weights to start from, see docs/pytorch.md")
   init_epoch: bool = schema.key(
-    True, "go on after their epoch: whole AttMask runs alone"
+    True, "continue after their epoch; only full AttMask checkpoints can"
   )
   init_resample: bool = schema.key(
-    False, "give their positions the size of our images"
+    False, "resample their positions to the size of the images"
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsKeys:
-  """Weights that are evaluated or moved."""
+  """Weights to evaluate, import or export."""
 
   weights: str = schema.key(
     "", "run directory, checkpoint, .pth or .safetensors file"
   )
   network: str = schema.key(
     "",
-    '"" = teacher, of a fine-tuning the student. reconstruct and '
-    "finetune_extrema take the student",
+    '"" = teacher, but the student for a fine-tuned network, reconstruct and '
+    "finetune_extrema",
     choices=("", *NETWORKS),
   )
   probe: str = schema.key(
     "",
-    "of a linear probe: masked, backgrounds, tokens, rollout with "
+    "linear probe for masked, backgrounds, tokens, rollout with "
     "evals.explain=class, and export",
   )
 
@@ -83,10 +84,10 @@ class FileKeys:
   """Weight files of other code bases."""
 
   num_heads: int = schema.key(
-    0, "of attention, where a weight file is of no known size", low=0
+    0, "attention heads of a weight file, 0 = by its width", low=0
   )
   allow_missing: str = schema.key(
-    "", "A,B: tensors of a weight file, or how they begin"
+    "", "A,B: names or prefixes of tensors that may be missing or left over"
   )
 
 
@@ -94,8 +95,8 @@ class FileKeys:
 class WandbKeys:
   """Weights & Biases."""
 
-  project: str = schema.key("", 'where to log; "" = off')
-  name: str = schema.key("", 'of the run there; "" = theirs')
+  project: str = schema.key("", 'project to log to; "" = off')
+  name: str = schema.key("", 'name of the run; "" = chosen by wandb')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +108,16 @@ class RunKeys:
   )
   accumulate: int = schema.key(1, "micro-batches per step", low=1)
   matmul_precision: str = schema.key(
-    "highest", "of float32 products; see JAX", choices=PRECISIONS
+    "highest", "of float32 matrix products; see JAX", choices=PRECISIONS
   )
-  compilation_cache: str = schema.key("", "folder that keeps compiled programs")
+  compilation_cache: str = schema.key("", "folder for compiled programs")
   distributed: bool = schema.key(False, "call jax.distributed.initialize()")
   log_steps: int = schema.key(10, "steps between lines of metrics.jsonl", low=1)
   save_steps: int = schema.key(
-    0, "steps between saves besides every epoch's end, 0 = none", low=0
+    0, "steps between saves, besides those after each epoch; 0 = none", low=0
   )
   keep_steps: int = schema.key(
-    0, "keep checkpoints at multiples of this for good, 0 = none", low=0
+    0, "keep checkpoints at multiples of this permanently, 0 = none", low=0
   )
   break_lock: bool = schema.key(
     False, "train in a directory that another process seems to train in"
@@ -154,11 +155,11 @@ def nested_config(flat: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def upgrade(flat: dict[str, Any]) -> dict[str, Any]:
-  """A flat config of any version with today's keys.
+  """Converts a flat config of any version to the current keys.
 
   `avgpool` 0, 1, 2 and 3 and `raw` of version 0.1 become `pool` and
-  `final_norm`: 1 was the mean of patches without the final norm whatever `raw`
-  said, 3 of patches with it.
+  `final_norm`: 1 was the mean patch without the final norm whatever `raw` said,
+  3 the mean patch with it.
   """
   new = {RENAMED.get(key, key): value for key, value in flat.items()}
   for section in ("method", "evals"):
@@ -173,7 +174,7 @@ def upgrade(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(run_dir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config of a run from its config.json, nested, with today's keys.
+  """The config of a run from its config.json, nested, with current keys.
 
   Raises:
     InputError: the file is missing or damaged.
@@ -203,8 +204,8 @@ def check_config(
     config: the new config.
     workdir: run directory, with or without a run.
     images: size of the training set, which `data.path` may have changed.
-    defaults: of the config's keys: what an older run does not know, and the
-      new config leaves at that, is no difference.
+    defaults: of all keys; a key that an older run lacks is no difference if the
+      new config leaves it at its default.
 
   Raises:
     InputError: names each differing key with both values.
@@ -240,13 +241,13 @@ def check_config(
 
 
 def _check_foreign(workdir: pathlib.Path) -> None:
-  """Refuses a directory of something else, or of a run that lost its config."""
+  """Refuses a directory of something else, or a run without its config."""
   if (workdir / "results.json").exists():
     raise InputError(f"{workdir} holds an evaluation: use another --workdir")
   if checkpoint.steps(workdir):
     raise InputError(
-      f"{workdir} holds checkpoints and no config.json, so that nobody knows "
-      "what made them: restore it, or use another --workdir"
+      f"{workdir} holds checkpoints but no config.json, so what made them is "
+      "unknown: restore it, or use another --workdir"
     )
 
 

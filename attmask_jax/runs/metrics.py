@@ -1,4 +1,4 @@
-"""Run logging: metrics.jsonl, TensorBoard, wandb; sums for means."""
+"""Logs of a run: metrics.jsonl, TensorBoard, wandb; running means."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
   `workdir/metrics.jsonl` holds one JSON object per call of `write`:
   {"step": s, "train/loss": ...}. Finite floats read back bit for bit; others
-  stand there as the strings "nan", "inf", "-inf", so every line is valid JSON.
+  are written as the strings "nan", "inf", "-inf", so every line is valid JSON.
   """
 
   def __init__(
@@ -45,7 +45,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
       wandb: arguments of `wandb.init` (project, name, ...); None = no wandb.
 
     Raises:
-      InputError: wandb asked for but missing, or a damaged metrics.jsonl.
+      InputError: wandb is requested but not installed, or metrics.jsonl is
+        damaged.
     """
     # On every process: a missing package must not stop process 0 alone.
     wandb_module = None if wandb is None else _import_wandb()
@@ -83,7 +84,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
   def write_image(
     self, step: int, name: str, path: str | os.PathLike[str]
   ) -> None:
-    """Shows an image file in TensorBoard and wandb; nothing in the JSONL."""
+    """Logs an image file to TensorBoard and wandb, not to metrics.jsonl."""
     if self._events is not None:
       with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
@@ -93,7 +94,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
       self._wandb.log({"step": int(step), name: image})
 
   def flush(self) -> None:
-    """Brings everything written so far to the disk, as before a checkpoint."""
+    """Flushes everything written so far to disk, e.g. before a checkpoint."""
     if self._file is not None:
       self._file.flush()
       os.fsync(self._file.fileno())
@@ -135,8 +136,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 class Averager:
   """Plain means of named floats, for example over the steps of an epoch.
 
-  Sums are Python floats added in call order, and `state` goes through JSON bit
-  for bit: a run that stops within an epoch and continues gives the same means.
+  Sums are Python floats added in call order, and JSON preserves `state` bit for
+  bit: a run that stops within an epoch and resumes gives the same means.
   """
 
   def __init__(self) -> None:
@@ -154,12 +155,12 @@ class Averager:
     return {name: s / self._counts[name] for name, s in self._sums.items()}
 
   def reset(self) -> None:
-    """Forgets everything."""
+    """Clears all sums and counts."""
     self._sums.clear()
     self._counts.clear()
 
   def state(self) -> dict[str, Any]:
-    """All there is to save, as strictly valid JSON values."""
+    """The state to save, as valid JSON values."""
     return {
       "sums": {name: _encode(total) for name, total in self._sums.items()},
       "counts": dict(self._counts),
@@ -167,7 +168,7 @@ class Averager:
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> Self:
-    """An averager that continues where `state` was taken."""
+    """An averager that continues from a saved `state`."""
     averager = cls()
     averager._sums = {k: decode(v) for k, v in state["sums"].items()}
     averager._counts = {k: int(v) for k, v in state["counts"].items()}
@@ -201,7 +202,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
-  """The intact lines of a metrics.jsonl, raw and parsed, without a cut tail."""
+  """Lines of a metrics.jsonl, raw and parsed, without a truncated last one."""
   lines = path.read_bytes().splitlines()
   parsed = [(line, _parse(line)) for line in lines]
   while parsed and parsed[-1][1] is None:
@@ -215,7 +216,7 @@ def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _trim(path: pathlib.Path, resume_step: int | None) -> None:
-  """Drops a cut tail and, if given, all lines after `resume_step`."""
+  """Drops a truncated last line and, if given, lines after `resume_step`."""
   kept = [
     line
     for line, record in _read_lines(path)
@@ -250,7 +251,7 @@ def _import_wandb() -> Any:
     return importlib.import_module("wandb")
   except ImportError:
     raise InputError(
-      "Logging to wandb was asked for but the package is not installed: run"
+      "Logging to wandb was requested but the package is not installed: run"
       " `pip install wandb` or switch it off."
     ) from None
 
@@ -262,7 +263,7 @@ def _open_wandb(module: Any, workdir: pathlib.Path, options: dict) -> Any:
     id_file.write_text(uuid.uuid4().hex[:12])
   run = {"id": id_file.read_text().strip(), "resume": "allow"}
   module.init(**{**run, "dir": os.fspath(workdir), **options})
-  # wandb's own step must never fall, ours does when a run goes back.
+  # wandb's own step must never decrease; ours does when a run resumes.
   module.define_metric("step")
   module.define_metric("*", step_metric="step")
   return module

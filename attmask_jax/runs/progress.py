@@ -1,4 +1,4 @@
-"""How far a run is and how fast: the progress line, and rates for the log."""
+"""Progress line of a run, and its speed for the log."""
 
 import collections
 import contextlib
@@ -14,14 +14,14 @@ from absl import logging
 
 T = TypeVar("T")
 
-SPEED_WINDOW_STEPS = 50  # steps over which the progress line measures speed
+SPEED_WINDOW_STEPS = 50  # steps over which speed is averaged
 
 
 class Progress(contextlib.AbstractContextManager):
-  """Where a run is: loss, images per second and the time left.
+  """Progress of a run: loss, images per second and the time left.
 
-  A tqdm line on a terminal, a log line now and then elsewhere; silent on all
-  processes but the first.
+  A tqdm bar on a terminal, otherwise a log line every `every_seconds`; silent
+  on all processes but the first.
   """
 
   def __init__(
@@ -37,9 +37,9 @@ class Progress(contextlib.AbstractContextManager):
 
     Args:
       total: steps at the end; initial: steps already done.
-      desc: first words of the line.
+      desc: label of the line.
       images_per_step: global batch size, for images/s.
-      every_seconds: least time between log lines where there is no terminal.
+      every_seconds: minimum time between log lines without a terminal.
     """
     self._total, self._desc = total, desc
     self._images_per_step = images_per_step
@@ -60,7 +60,7 @@ class Progress(contextlib.AbstractContextManager):
       )
 
   def update(self, step: int, loss: float) -> None:
-    """Shows that `step` steps are done in all, the last one with `loss`."""
+    """Reports that `step` steps are done, the last one with `loss`."""
     if self._silent:
       return
     now = time.monotonic()
@@ -87,7 +87,7 @@ class Progress(contextlib.AbstractContextManager):
     self.close()
 
   def close(self) -> None:
-    """Leaves the last state of the line on the terminal."""
+    """Closes the bar, leaving its last state on the terminal."""
     if self._bar is not None:
       self._bar.refresh()
       self._bar.close()
@@ -96,13 +96,13 @@ class Progress(contextlib.AbstractContextManager):
 def track(
   items: Iterable[T], total: int, desc: str, *, every_seconds: float = 30.0
 ) -> Iterator[T]:
-  """The items, with a bar on a terminal and a log line now and then elsewhere.
+  """Yields the items, with a bar on a terminal, otherwise with log lines.
 
   Args:
     items: passed on one by one.
     total: how many there are.
-    desc: first words of the line.
-    every_seconds: least time between log lines.
+    desc: label of the line.
+    every_seconds: minimum time between log lines.
   """
   if jax.process_index():
     yield from items
@@ -120,7 +120,7 @@ def track(
 class Clock:
   """Images per second and the share of time spent waiting for data.
 
-  Evaluations and saves do not count.
+  Evaluations and saves are excluded.
   """
 
   def __init__(self, batch_size: int) -> None:
@@ -137,13 +137,13 @@ class Clock:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves the time inside out."""
+    """Excludes the time inside."""
     begin = time.perf_counter()
     yield
     self._since += time.perf_counter() - begin
 
   def step(self) -> None:
-    """One more batch is done."""
+    """Counts one more batch."""
     self._steps += 1
 
   def lap(self) -> dict[str, float]:

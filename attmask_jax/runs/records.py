@@ -1,4 +1,4 @@
-"""Records of evaluations: results.json, and evals.jsonl of the measured run."""
+"""Evaluation records: results.json, and evals.jsonl of the evaluated run."""
 
 import json
 import pathlib
@@ -17,11 +17,12 @@ def read(
 ) -> list[dict[str, Any]]:
   """Records of evals.jsonl and results.json, in order of writing.
 
-  Of the same evaluation with the same settings on the same weights the last.
+  If an evaluation was repeated with the same settings on the same weights, only
+  the last record is returned.
 
   Args:
     folder: run or evaluation directory.
-    problems: gets a sentence for each damaged file or line.
+    problems: receives a sentence for each damaged file or line.
   """
   problems = [] if problems is None else problems
   entries = []
@@ -44,17 +45,17 @@ def read(
         record.get("config"),
       ]
     )
-    latest.pop(key, None)  # a later one moves to the end
+    latest.pop(key, None)  # a later record moves to the end
     latest[key] = record
   return list(latest.values())
 
 
 def read_json(path: pathlib.Path, problems: list[str]) -> dict[str, Any] | None:
-  """A JSON object, None where the file is missing or damaged.
+  """A JSON object, or None if the file is missing or damaged.
 
   Args:
     path: of the file.
-    problems: gets a sentence where it is damaged.
+    problems: receives a sentence if it is damaged.
   """
   if not path.is_file():
     return None

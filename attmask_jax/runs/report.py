@@ -1,8 +1,8 @@
-"""A run's own page: report.html, one file that opens from disk.
+"""Report of a run: report.html, one self-contained file.
 
-Numbers, curves, pictures and evaluations of a run directory. The page is a
-view: everything on it comes from other files of the directory, and a damaged or
-missing one is said on the page and stops nothing.
+Numbers, curves, pictures and evaluations of a run directory. All of it comes
+from other files of the directory. A damaged file is named on the page and does
+not keep it from being written.
 """
 
 import base64
@@ -21,10 +21,10 @@ from PIL import Image
 from attmask_jax import atomic
 from attmask_jax.runs import metrics, records
 
-MAX_POINTS = 500  # of a curve; longer ones are averaged in bins
+MAX_POINTS = 500  # per curve; longer ones are averaged in bins
 MAX_PICTURE_BYTES = 1_000_000  # larger pictures are shown as JPEG
-MAX_PICTURE_WIDTH = 2400  # pixels, of those
-# title: the metrics it shows, those a run does not have are left out.
+MAX_PICTURE_WIDTH = 2400  # pixels, of these JPEGs
+# Title: metrics of the plot; those that a run does not have are left out.
 CURVES = {
   "Loss": ("epoch/loss", "epoch/cls", "epoch/patch", "val/loss", "train/loss"),
   "k-NN and accuracy, %": (
@@ -62,7 +62,7 @@ details td { text-align: left; font-family: ui-monospace, monospace;
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
-  """Rewrites FOLDER/report.html in one move; its path."""
+  """Replaces FOLDER/report.html atomically; returns its path."""
   folder = pathlib.Path(folder)
   problems: list[str] = []
   config = records.read_json(folder / "config.json", problems) or {}
@@ -96,7 +96,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
 def _read_lines(
   path: pathlib.Path, problems: list[str]
 ) -> list[dict[str, Any]]:
-  """Metrics of the run; damaged lines are left out, and said."""
+  """Metrics of the run; damaged lines are left out and reported."""
   if not path.is_file():
     return []
   lines, damaged = [], 0
@@ -112,7 +112,7 @@ def _read_lines(
 
 
 def _steps_per_epoch(config: Mapping[str, Any]) -> int:
-  """0 where the config does not say."""
+  """Steps per epoch; 0 if the config does not say."""
   try:
     return int(config["data.images"]) // int(config["data.batch_size"])
   except (KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -125,8 +125,8 @@ def _head(
   lines: list[dict[str, Any]],
   per_epoch: int,
 ) -> str:
-  """Title, what it is, and the numbers that matter first."""
-  told = [
+  """Title, description and the main numbers."""
+  description = [
     config.get("evals.name") or config.get("method.name"),
     config.get("method.mask"),
     config.get("method.variant"),
@@ -152,7 +152,7 @@ def _head(
   )
   return (
     f"<h1>{_text(folder.resolve().name)}</h1>"
-    f'<p class="sub">{_text(" · ".join(str(t) for t in told if t))}</p>'
+    f'<p class="sub">{_text(" · ".join(str(d) for d in description if d))}</p>'
     f'<div class="facts">{cards}</div>'
   )
 
@@ -170,7 +170,7 @@ def _curves(lines: list[dict[str, Any]], per_epoch: int) -> str:
       ]
       if len(points) > 1:
         curves[key] = binned(points, MAX_POINTS)
-    if len(curves) > 1:  # per epoch is enough, where there is both
+    if len(curves) > 1:  # means per epoch suffice
       curves.pop("train/loss", None)
     if curves:
       image = _plot(title, curves, "epoch" if per_epoch else "step")
@@ -183,7 +183,7 @@ def _curves(lines: list[dict[str, Any]], per_epoch: int) -> str:
 def binned(
   points: list[tuple[float, float]], limit: int
 ) -> list[tuple[float, float]]:
-  """At most `limit` points: means of equal shares of neighbours."""
+  """At most `limit` points: means over equal bins of neighbours."""
   if len(points) <= limit:
     return points
   size = math.ceil(len(points) / limit)
@@ -195,7 +195,7 @@ def binned(
 def _plot(
   title: str, curves: Mapping[str, list[tuple[float, float]]], unit: str
 ) -> str:
-  """A data URI of an SVG."""
+  """A plot as the data URI of an SVG."""
   from matplotlib.backends.backend_svg import FigureCanvasSVG
   from matplotlib.figure import Figure
 
@@ -223,16 +223,16 @@ def _plot(
 
 
 def _scores(lines: list[dict[str, Any]], per_epoch: int) -> str:
-  """k-NN or accuracy of every evaluation on the way."""
-  found = [
+  """k-NN or accuracy at every evaluation during training."""
+  measured = [
     line for line in lines if any(k.startswith(("knn/", "val/")) for k in line)
   ]
   keys = [
     key
-    for key in dict.fromkeys(key for line in found for key in line)
+    for key in dict.fromkeys(key for line in measured for key in line)
     if key.startswith(("knn/", "val/", "ema/"))
   ]
-  if not found:
+  if not measured:
     return ""
   number = lambda x: f"{x:.2f}" if isinstance(x, (int, float)) else "-"
   rows = [
@@ -241,20 +241,20 @@ def _scores(lines: list[dict[str, Any]], per_epoch: int) -> str:
       str(line["step"]),
       *(number(line.get(key)) for key in keys),
     ]
-    for line in found
+    for line in measured
   ]
-  return "<h2>Evaluations on the way</h2>" + _table(
+  return "<h2>Evaluations during training</h2>" + _table(
     ["epoch", "step", *keys], rows
   )
 
 
 def _pictures(folder: pathlib.Path, problems: list[str]) -> str:
   """All PNGs of FOLDER/figures."""
-  shown = [
+  figures = [
     _figure(path, path.stem, problems)
     for path in sorted((folder / "figures").glob("*.png"))
   ]
-  return "<h2>Pictures</h2>" + "".join(shown) if shown else ""
+  return "<h2>Pictures</h2>" + "".join(figures) if figures else ""
 
 
 def _figure(path: pathlib.Path, caption: str, problems: list[str]) -> str:
@@ -274,16 +274,16 @@ def _figure(path: pathlib.Path, caption: str, problems: list[str]) -> str:
 
 
 def _images(config: Mapping[str, Any]) -> str:
-  """What an evaluation was measured on: "folder /data/pets, 128 px"."""
+  """Images of an evaluation: "folder /data/pets, 128 px"."""
   words = [config.get("data.source"), config.get("data.path")]
   if config.get("evals.images"):
     words = [config["evals.images"]]
-  told = " ".join(str(word) for word in words if word)
+  text = " ".join(str(word) for word in words if word)
   if config.get("data.subset"):
-    told += f", {config['data.subset']} training images per class"
-  if told and config.get("data.image_size"):
-    told += f", {config['data.image_size']} px"
-  return told
+    text += f", {config['data.subset']} training images per class"
+  if text and config.get("data.image_size"):
+    text += f", {config['data.image_size']} px"
+  return text
 
 
 def _smaller(png: bytes) -> str:
@@ -314,14 +314,14 @@ def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
     )
     home = pathlib.Path(record.get("folder", folder))
     figures = ""
-    if home.resolve() != folder.resolve():  # its own are shown above
-      # A later evaluation in that directory has drawn over these.
+    if home.resolve() != folder.resolve():  # else they are above
+      # A later evaluation in that directory may have replaced the pictures.
       if (records.read_json(home / "results.json", []) or {}) == record:
         figures = "".join(
           _figure(home / name, name, []) for name in record.get("figures", ())
         )
       else:
-        notes += '<p class="note">Its pictures are gone.</p>'
+        notes += '<p class="note">Its pictures are no longer available.</p>'
     return (
       f"<h2>{_text(record['evaluation'])}</h2>"
       f'<p class="sub">{_text(" · ".join(str(a) for a in about if a))}</p>'
@@ -330,12 +330,14 @@ def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
       + figures
     )
   except (KeyError, TypeError, AttributeError, ValueError) as error:
-    logging.warning("an evaluation of %s is damaged: %s", folder, error)
+    logging.warning(
+      "a record of an evaluation in %s is damaged: %s", folder, error
+    )
     return '<p class="note">The record of an evaluation is damaged.</p>'
 
 
 def _config(config: Mapping[str, Any]) -> str:
-  """The config, folded away."""
+  """The config, collapsed."""
   if not config:
     return ""
   rows = [[key, json.dumps(value)] for key, value in sorted(config.items())]

@@ -311,7 +311,7 @@ def test_settings_are_checked_before_the_work(trained, tmp_path, monkeypatch):
   forbid = lambda *_, **__: pytest.fail("features were extracted")
   monkeypatch.setattr(features, "extract", forbid)
   for changes, match in (
-    ({"evals.knn_ks": (65,)}, "65 neighbours, and the bank has 64"),
+    ({"evals.knn_ks": (65,)}, "65 neighbours, but the bank has 64"),
     ({"evals.knn_ks": ()}, "one whole number or several"),
     ({"evals.knn_temp": -1.0}, "knn_temp -1.0 must be at least 0"),
     ({"evals.bank_chunk": 0}, "bank_chunk 0 must be at least 1"),

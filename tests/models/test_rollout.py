@@ -195,7 +195,7 @@ def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
     ("reconstruct", {"evals.target": "x"}, "normalised, raw"),
     ("reconstruct", {"evals.images": "nowhere.png"}, "does not exist"),
     ("rollout", {"evals.discard": 1.0}, "discard 1.0"),
-    ("rollout", {"evals.layer": 2}, "layer 2 is no block: use 0 to 1"),
+    ("rollout", {"evals.layer": 2}, "layer 2 is not a block: use 0 to 1"),
     ("rollout", {"evals.fusions": ("sum",)}, "mean, max, min"),
     ("rollout", {"evals.explain": "x"}, "use token or class"),
   ],
@@ -212,7 +212,7 @@ def test_pictures_without_a_link_are_empty_and_said_so(
   monkeypatch.setattr(evaluation, "_by_token", lambda *_: list(maps))
   options = {"evals.count": 2, "evals.fusions": ("min",)}
   found = run("rollout", trained, tmp_path, **options)
-  assert "In 1 maps evals.discard 0.9 leaves no link" in found["notes"][-1]
+  assert "1 maps are empty, as evals.discard 0.9" in found["notes"][-1]
   assert [row[1] for row in found["table"]["rows"]] == ["-", "2.773", "2.773"]
   assert found["values"]["entropy/min"] == pytest.approx(np.log(16))
 
@@ -234,7 +234,7 @@ def test_errors_are_those_of_hidden_patches():
   method = Grey(**vars(whole))
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (11, 16, 16, 3)).astype(np.uint8)
-  found = reconstruct.paint(method, {}, {}, images, seed=3)
+  found = reconstruct.reconstruct(method, {}, {}, images, seed=3)
   assert found.hidden.shape == (11, 4, 4)
   assert np.all(found.hidden.sum(axis=(1, 2)) == 12)
   for i in range(11):

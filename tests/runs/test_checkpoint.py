@@ -54,7 +54,7 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path, whole):
   shutil.copytree(whole, folder)
   other = small.config({"method.variant": "24x2x2"})
   (folder / "config.json").unlink()
-  with pytest.raises(InputError, match="checkpoints and no config.json"):
+  with pytest.raises(InputError, match="checkpoints but no config.json"):
     train.train(other, str(folder))
   run_config.write_config(other, folder, images=64)
   before = contents(folder)

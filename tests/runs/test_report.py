@@ -98,7 +98,7 @@ def test_pictures_of_a_folder_used_again_are_not_shown(tmp_path):
   assert 'alt="figures/a.png"' in report.write(folder).read_text()
   (home / "results.json").write_text(json.dumps(told | {"date": "later"}))
   page = report.write(folder).read_text()
-  assert 'alt="figures/a.png"' not in page and "pictures are gone" in page
+  assert 'alt="figures/a.png"' not in page and "no longer available" in page
 
 
 def test_page_of_damaged_files_says_so(tmp_path):
@@ -165,7 +165,7 @@ def test_comparison_counts_epochs_and_what_differs(tmp_path):
   assert "epoch of 20.0 %" in found.table.headings
   tuned = write_run(tmp_path / "tuned", [{"step": 4, "val/top1": 50.0}])
   mixed = compare.run(job(tmp_path, (str(one), str(tuned))))
-  assert "Top-1 is accuracy or k-NN top-1, and these do not" in mixed.notes[0]
+  assert "Top-1 is accuracy or k-NN top-1, which cannot be" in mixed.notes[0]
   picture = np.asarray(Image.open(found.figures[0]))
   assert picture.shape[0] > 500 and len(np.unique(picture)) > 50
 
@@ -175,7 +175,7 @@ def test_comparisons_that_cannot_be_made(tmp_path):
   for runs, labels, match in (
     ((), (), "evals.runs is empty"),
     (f"{one},{one}", "a", "must name each of the 2 runs"),
-    ((one, one), ("a", "a"), "each differently"),
+    ((one, one), ("a", "a"), "with different names"),
     ((str(tmp_path),), (), "holds no run|config.json"),
   ):
     with pytest.raises(InputError, match=match):
