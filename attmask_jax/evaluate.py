@@ -7,6 +7,7 @@ such as linear, first run the training loop of pretraining.
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import ml_collections
@@ -155,18 +156,36 @@ def _check_folder(
     )
   if path.exists():
     try:
-      name = json.loads(path.read_text())["evaluation"]
+      record = json.loads(path.read_text())
+      name, weights = record["evaluation"], record["weights"] or {}
     except (ValueError, KeyError, TypeError):
-      name = "damaged"
+      name, weights = "damaged", {}
     if name != config.evals.name:
       raise InputError(
         f"{path} holds results of another evaluation ({name}): use another "
         "--workdir"
       )
+    if source is not None and weights and not _replaces(source, weights):
+      raise InputError(
+        f"{path} holds results of other weights (the {weights['network']} of "
+        f"{weights['where']}; these are the {source.network} of "
+        f"{source.where}): use another --workdir"
+      )
   elif (folder / "config.json").exists() and not evaluation.trains:
     raise InputError(
       f"workdir {folder} holds a training run: use another --workdir"
     )
+
+
+def _replaces(source: loading.Weights, old: dict[str, Any]) -> bool:
+  """Whether new results of `source` may replace those of older weights.
+
+  So may results of the same network of the same run, as it trains on.
+  """
+  run = lambda where: where.split("/checkpoints/")[0]
+  same = source.network == old["network"]
+  same = same and run(source.where) == run(old["where"])
+  return same and source.step >= old["step"]
 
 
 def _trained(job: Job) -> Job:

@@ -307,6 +307,21 @@ def test_results_of_another_evaluation_stay(trained, tmp_path):
   assert (tmp_path / "results.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+  "where, network",
+  [("", "untrained"), ("", "student"), ("checkpoints/8", "teacher")],
+)
+def test_results_of_other_weights_stay(trained, tmp_path, where, network):
+  few = {"evals.count": 2}
+  run("pca", trained, tmp_path, **few)
+  before = (tmp_path / "results.json").read_text()
+  with pytest.raises(InputError, match="results of other weights") as error:
+    run("pca", trained / where, tmp_path, network=network, **few)
+  assert "\n" not in str(error.value)
+  assert (tmp_path / "results.json").read_text() == before
+  run("pca", f"{trained}/checkpoints/16", tmp_path, **few)  # the same again
+
+
 def test_settings_are_checked_before_the_work(trained, tmp_path, monkeypatch):
   forbid = lambda *_, **__: pytest.fail("features were extracted")
   monkeypatch.setattr(features, "extract", forbid)
