@@ -38,12 +38,6 @@ POOLS = {0: "cls", 1: "mean", 2: "cls+mean", 3: "mean"}
 
 # Networks of a run; "untrained" is the one before the first step.
 NETWORKS = ("teacher", "student", "untrained")
-# Names that jax_default_matmul_precision takes: levels, other names of them,
-# and algorithms.
-PRECISIONS = (
-  *("highest", "high", "default", "float32", "tensorfloat32", "bfloat16"),
-  *(p.name for p in jax.lax.DotAlgorithmPreset if p.name != "DEFAULT"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +102,9 @@ class RunKeys:
   )
   accumulate: int = schema.key(1, "micro-batches per step", low=1)
   matmul_precision: str = schema.key(
-    "highest", "of float32 matrix products; see JAX", choices=PRECISIONS
+    "highest",
+    "of float32 matrix products: highest, high, default, or an algorithm of "
+    "jax.lax.DotAlgorithmPreset",
   )
   compilation_cache: str = schema.key("", "folder for compiled programs")
   distributed: bool = schema.key(False, "call jax.distributed.initialize()")
