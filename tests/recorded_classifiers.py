@@ -11,7 +11,7 @@ from attmask_jax.models import vit
 class Given(Classify):
   """Normalised images and soft targets from the batch, where it has them."""
 
-  def _mix(self, batch, rng, scalars):
+  def mixed_batch(self, batch, rng, scalars):
     targets = batch.get("targets")
     if targets is None:
       targets = mixup.soft_targets(

@@ -82,7 +82,10 @@ def run(job: Job) -> Result:
     images = batch["images"]
     attention = guide.method.attention(trees["guide"], images)
     select = functools.partial(
-      _hidden, jnp.mean(attention, axis=1), batch["index"], seed=evals.seed
+      hidden_patches,
+      jnp.mean(attention, axis=1),
+      batch["index"],
+      seed=evals.seed,
     )
     outputs = [
       classifier.method.logits(
@@ -113,7 +116,7 @@ def blacken(images: jax.Array, mask: jax.Array, p: int) -> jax.Array:
   return jnp.where(jnp.pad(pixels, rest)[..., None], 0, images)
 
 
-def _hidden(
+def hidden_patches(
   attention: jax.Array,
   index: jax.Array,
   policy: str,

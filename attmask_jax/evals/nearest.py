@@ -72,7 +72,9 @@ def knn(
   query_chunk = min(query_chunk, len(queries))
   query_chunk += -query_chunk % mesh.size
   starts = range(0, len(queries), query_chunk)
-  placed = [_put(_unit(queries, i, query_chunk), mesh, ROWS) for i in starts]
+  placed = [
+    _put(unit_rows(queries, i, query_chunk), mesh, ROWS) for i in starts
+  ]
   best = _search(placed, bank, bank_labels, max(ks), mesh, bank_chunk)
   truth = [
     _put(_slice(query_labels, i, query_chunk, fill=-1), mesh, ROWS)
@@ -81,7 +83,7 @@ def knn(
   scores = {}
   for k in ks:
     hits = [
-      _count_hits(*neighbours, true, np.float32(temp), k=k, mesh=mesh)
+      count_hits(*neighbours, true, np.float32(temp), k=k, mesh=mesh)
       for neighbours, true in zip(best, truth, strict=True)
     ]
     top1, top5 = np.sum([np.asarray(h) for h in hits], axis=0)
@@ -145,7 +147,7 @@ def _slice(
   return np.pad(rows.astype(dtype), padding, constant_values=fill)
 
 
-def _unit(features: np.ndarray, start: int, size: int) -> np.ndarray:
+def unit_rows(features: np.ndarray, start: int, size: int) -> np.ndarray:
   """L2-normalised rows start .. start + size - 1 of [n, F], 0 beyond n."""
   rows = _slice(features, start, size)
   norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -190,7 +192,7 @@ def _search(
   best = [initial] * len(queries)
   for start in range(0, len(bank), bank_chunk):
     # Each device receives its share of the chunk; `_merge_rows` gathers them.
-    chunk = _put(_unit(bank, start, bank_chunk), mesh, ROWS)
+    chunk = _put(unit_rows(bank, start, bank_chunk), mesh, ROWS)
     labels = _put(_slice(bank_labels, start, bank_chunk), mesh, SAME)
     count = np.int32(min(bank_chunk, len(bank) - start))
     # The copy above overlaps with the previous chunk's work; without this
@@ -248,7 +250,7 @@ def _merge_rows(
 
 
 @functools.partial(jax.jit, static_argnames=("k", "mesh"))
-def _count_hits(
+def count_hits(
   sims: jax.Array,
   labels: jax.Array,
   truth: jax.Array,

@@ -289,9 +289,9 @@ class Classify(Method):
       The loss, summed over independent linear layers; stats of the batch norm.
     """
     rng_erase, rng_drop = jax.random.split(rng)
-    images, targets = self._mix(batch, rng_erase, scalars)
+    images, targets = self.mixed_batch(batch, rng_erase, scalars)
     weights = self.assemble(params, aux)
-    x = self._embed(weights, images, batch, rng_drop)
+    x = self.embed(weights, images, batch, rng_drop)
     stats = {}
     if self.head_norm == "batch":
       stats = {"mean": jnp.mean(x, axis=0), "var": jnp.var(x, axis=0)}
@@ -357,7 +357,7 @@ class Classify(Method):
     )
     return self.classify(weights, x)
 
-  def _mix(
+  def mixed_batch(
     self, batch: Batch, rng: jax.Array, scalars: Scalars
   ) -> tuple[jax.Array, jax.Array]:
     """Normalised images [B, H, W, 3] and targets [B, C] float32."""
@@ -374,7 +374,7 @@ class Classify(Method):
       targets = mixup.mix_targets(targets, lam, group=group)
     return images, targets
 
-  def _embed(
+  def embed(
     self, weights: Params, images: jax.Array, batch: Batch, rng: jax.Array
   ) -> jax.Array:
     """Features in training, with drop path: [B, H, W, 3] -> [B, F]."""

@@ -159,7 +159,7 @@ class Mae(Method):
     visible = n - self.n_hidden + int(self.decoder.class_token)
     tokens = jnp.zeros((1, visible, self.backbone.width))
     decoder = self.decoder.init(
-      rng_decoder, tokens, jnp.arange(n)[None], self._grid
+      rng_decoder, tokens, jnp.arange(n)[None], self.grid
     )
     params = {"backbone": encoder, "decoder": decoder["params"]}
     teacher = {}
@@ -174,7 +174,7 @@ class Mae(Method):
     masks = masking.host_masks(
       "block",
       seeds=(self.seed, epoch, index),
-      grid=self._grid,
+      grid=self.grid,
       views=1,
       ratios=(self.mask_ratio,),
       variances=(0.0,),
@@ -237,7 +237,7 @@ class Mae(Method):
     return masking.visible_first(
       self.mask,
       keys=row_keys(rng, rows),
-      grid=self._grid,
+      grid=self.grid,
       n_hidden=self.n_hidden,
       scores=scores,
       masks=batch["masks"][:, 0] if "masks" in batch else None,
@@ -280,7 +280,7 @@ class Mae(Method):
     if not self.decoder.class_token:  # drop the encoder's, if it has one
       tokens = tokens[:, self.backbone.num_prefix_tokens :]
     return self.decoder.apply(
-      {"params": params["decoder"]}, tokens, order, self._grid
+      {"params": params["decoder"]}, tokens, order, self.grid
     )
 
   def target(self, images: jax.Array) -> jax.Array:
@@ -319,12 +319,12 @@ class Mae(Method):
       mean, std = self.statistics(patches)
       pixels = pixels * std + mean
     whole = unpatchify(
-      pixels, self.backbone.patch_size, self._grid, self.target_layout
+      pixels, self.backbone.patch_size, self.grid, self.target_layout
     )
     return jnp.clip(vit.denormalize_images(whole), 0, 1)
 
   @property
-  def _grid(self) -> tuple[int, int]:
+  def grid(self) -> tuple[int, int]:
     return self.backbone.grid, self.backbone.grid
 
 

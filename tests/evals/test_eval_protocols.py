@@ -243,7 +243,7 @@ def test_which_patches_turn_black():
   attention = jnp.asarray(RNG.permuted(np.tile(np.arange(9.0), (4, 1)), axis=1))
   index = jnp.arange(4)
   hidden = lambda policy, n, seed=0, which=index, att=attention: np.asarray(
-    masked._hidden(att, which, policy, n, seed=seed)
+    masked.hidden_patches(att, which, policy, n, seed=seed)
   )
   high, low = hidden("attmask_high", 3), hidden("attmask_low", 3)
   assert np.array_equal(high, np.asarray(attention) >= 6)

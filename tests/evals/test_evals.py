@@ -172,9 +172,9 @@ def test_knn_many_neighbours_in_pieces(monkeypatch):
     np.random.default_rng(3), bank=90, queries=30, classes=5
   )
   monkeypatch.setattr(nearest, "VOTE_PAIRS", 7 * 90**2)
-  nearest._count_hits.clear_cache()
+  nearest.count_hits.clear_cache()
   got = nearest.knn(*problem, ks=(90,), temp=0.1, num_classes=5)
-  nearest._count_hits.clear_cache()
+  nearest.count_hits.clear_cache()
   assert got["k90/top1"] == pytest.approx(knn_loop(*problem, 90, 0.1)[0])
 
 

@@ -167,7 +167,7 @@ def extrema_method(file, **changes):
 class OfFeatures(Given):
   """Takes the backbone's features from the batch, too."""
 
-  def _embed(self, weights, images, batch, rng):
+  def embed(self, weights, images, batch, rng):
     return batch["features"]
 
 

@@ -116,7 +116,7 @@ def test_golden_pictures_of_the_release(golden):
   pred = method.predict(params_of(forward, "sd/gap/"), images, order)
   close(pred, file["out/vis/pred"])
   picture = vit.denormalize_images(images)
-  p, grid = method.backbone.patch_size, method._grid
+  p, grid = method.backbone.patch_size, method.grid
   pixels = mae.patchify(picture, p, "hwc").reshape(*pred.shape[:2], p * p, 3)
   scale = jnp.sqrt(jnp.std(pixels, axis=2, keepdims=True, ddof=1)) + 1e-6
   values = pred.reshape(pixels.shape) * scale

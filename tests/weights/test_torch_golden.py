@@ -352,7 +352,7 @@ def test_golden_features_of_the_mae_checkpoint(golden):
   raw = embedding.embed(features, images, pool="cls", final_norm=False)
   want = file["out/checkpoint_features_raw"]
   np.testing.assert_allclose(raw, want, rtol=1e-4, atol=2e-5)
-  unit = nearest._unit(np.asarray(raw), 0, len(raw))
+  unit = nearest.unit_rows(np.asarray(raw), 0, len(raw))
   want = file["out/checkpoint_features"]
   np.testing.assert_allclose(unit, want, rtol=1e-4, atol=2e-5)
 
