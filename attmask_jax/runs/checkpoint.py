@@ -61,6 +61,30 @@ def steps(workdir: pathlib.Path) -> list[int]:
   return sorted(int(e.name) for e in entries if e.name.isdigit())
 
 
+@contextlib.contextmanager
+def reading(folder: pathlib.Path) -> Iterator[None]:
+  """Turns what Orbax raises on damaged files into one sentence.
+
+  It raises nearly anything, down to a bare Exception; what comes from the
+  device, such as a lack of memory, passes through.
+
+  Args:
+    folder: of a checkpoint, or of one of its items.
+
+  Raises:
+    DamagedError: in the place of errors about the files.
+  """
+  try:
+    yield
+  except (InputError, MemoryError, RuntimeError):
+    raise
+  except Exception as error:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise DamagedError(
+      f"checkpoint {folder} is damaged ({lines[0][:200]})"
+    ) from error
+
+
 def check_whole(folder: pathlib.Path) -> None:
   """Makes sure that every item of a checkpoint is there; reads no arrays.
 
@@ -309,21 +333,15 @@ class Checkpoints:
       name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
       for name, tree in wanted.items()
     }
-    try:
-      check_whole(self.folder / str(step))
+    folder = self.folder / str(step)
+    check_whole(folder)
+    with reading(folder):
       for name, tree in wanted.items():
         self._check_shapes(step, name, tree)
       items = self._manager.restore(
         step,
         args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()),
       )
-    except InputError:
-      raise
-    except (ValueError, OSError, KeyError) as error:
-      reason = str(error).strip().splitlines()[0][:200]
-      raise DamagedError(
-        f"checkpoint {self.folder}/{step} is damaged ({reason})"
-      ) from error
     logging.info("restored step %d of %s", step, self.folder)
     restored = {name: items[name] for name in wanted}
     return like | restored, items["progress"]

@@ -354,7 +354,8 @@ def load_centers(source: Weights) -> Params:
   folder = source.run_dir / "checkpoints" / str(source.step) / "train"
   if not folder.is_dir():
     return {}
-  metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
+  with checkpoint.reading(folder):
+    metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
   saved = trees.shapes(metadata.tree)
   names = jax.eval_shape(method.init, jax.random.key(0)).aux
   names = tuple(name for name in names if f"aux/{name}" in saved)

@@ -10,6 +10,7 @@ from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import DamagedError, InputError
 from attmask_jax.methods.base import Method
+from attmask_jax.runs import checkpoint
 
 
 def network(
@@ -40,8 +41,7 @@ def network(
     raise DamagedError(
       f"{folder} is missing: {folder.parent} is not a complete checkpoint"
     )
-  reader = ocp.StandardCheckpointer()
-  try:
+  with checkpoint.reading(folder), ocp.StandardCheckpointer() as reader:
     # The checkpointer's own method warns about a file that we do not write.
     metadata = ocp.StandardCheckpointHandler().metadata(folder)
     saved, expected = trees.shapes(metadata.tree), trees.shapes(shapes)
@@ -56,13 +56,6 @@ def network(
       x.shape, x.dtype, sharding=meshes.replicated(mesh)
     )
     return reader.restore(folder, jax.tree.map(place, shapes))
-  except InputError:
-    raise
-  except (ValueError, OSError, KeyError) as error:
-    reason = str(error).strip().splitlines()[0][:200]
-    raise DamagedError(f"{folder} is damaged ({reason})") from error
-  finally:
-    reader.close()
 
 
 def aux(
@@ -80,6 +73,9 @@ def aux(
     method: of the run.
     mesh: devices that get a copy.
     names: of the parts.
+
+  Raises:
+    DamagedError: they cannot be read.
   """
   if not names:
     return {}
@@ -88,9 +84,10 @@ def aux(
     x.shape, x.dtype, sharding=meshes.replicated(mesh)
   )
   target = {"aux": jax.tree.map(place, {name: shapes[name] for name in names})}
-  with ocp.PyTreeCheckpointer() as reader:
+  folder = run_dir / "checkpoints" / str(step) / "train"
+  with checkpoint.reading(folder), ocp.PyTreeCheckpointer() as reader:
     restored = reader.restore(
-      run_dir / "checkpoints" / str(step) / "train",
+      folder,
       args=ocp.args.PyTreeRestore(
         item=target,
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
