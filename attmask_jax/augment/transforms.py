@@ -17,11 +17,13 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from attmask_jax import schema
+from attmask_jax.augment import enlarge
 from attmask_jax.errors import InputError
 
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
 RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC}
+LONG = 8  # long side over short side of pictures that are cropped first
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -142,7 +144,8 @@ def eval_crop(
     size: side of the square in pixels.
     resample: one of RESAMPLE.
 
-  Source: torchvision Resize(256) + CenterCrop(224), for any size.
+  Source: torchvision Resize(256) + CenterCrop(224), for any size. Of long
+  pictures only the square is computed, with the same pixels.
   """
   shorter = 256 * size // 224
   width, height = image.size
@@ -150,9 +153,11 @@ def eval_crop(
     target = shorter, int(shorter * height / width)
   else:
     target = int(shorter * width / height), shorter
-  image = image.resize(target, RESAMPLE[resample])
   left, top = (round((side - size) / 2) for side in target)
-  return image.crop((left, top, left + size, top + size))
+  box = left, top, left + size, top + size
+  if max(target) > LONG * shorter and max(target) > max(width, height):
+    return enlarge.part(image, target, box, RESAMPLE[resample])
+  return image.resize(target, RESAMPLE[resample]).crop(box)
 
 
 def eval_whole(image: Image.Image, size: int) -> Image.Image:
