@@ -18,7 +18,7 @@ from PIL import Image
 
 from attmask_jax.augment import transforms
 from attmask_jax.data import keys
-from attmask_jax.data.files import BrokenImage
+from attmask_jax.data.decoding import BrokenImage
 from attmask_jax.data.sources import Source
 from attmask_jax.errors import InputError
 
@@ -96,7 +96,7 @@ class BrokenFiles:
     return (
       f"{len(self.found)} of the {len(self._source)} images of "
       f"{self._source.name} cannot be read, more than data.max_broken="
-      f"{self._max_share} allows; mend or remove them: {names}"
+      f"{self._max_share} allows; repair or remove them: {names}"
       + (f"; and {rest} more." if rest else ".")
     )
 

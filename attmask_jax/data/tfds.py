@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attmask_jax.data import files
+from attmask_jax.data.decoding import PLAIN, BrokenImage, Reading, decode
 from attmask_jax.errors import InputError
 
 _PACKAGES = "pip install tensorflow-datasets array_record importlib_resources"
@@ -28,12 +28,15 @@ class Tfds:
   still without decoding an image.
   """
 
-  def __init__(self, spec: str, data_dir: str, split: str) -> None:
+  def __init__(
+    self, spec: str, data_dir: str, split: str, reading: Reading = PLAIN
+  ) -> None:
     """Opens the split.
 
     Args:
       spec: NAME[/CONFIG][:VERSION], as `tfds.builder` takes it.
       data_dir: where it was prepared; "" for the package's own default.
+      reading: how images are decoded.
       split: "train", or "val" for the split called validation or else test.
 
     Raises:
@@ -56,6 +59,7 @@ class Tfds:
     except (NotImplementedError, ImportError, ValueError) as err:
       raise InputError(_how_to_prepare(spec, data_dir)) from err
     self.name = f"tfds:{spec} {name}"
+    self._reading = reading
     self._said = (builder.info.full_name, str(builder.data_path), name)
     self._folder = str(builder.data_path)
     self.class_names = list(names)
@@ -89,16 +93,16 @@ class Tfds:
     try:
       record = self._records[index]
     except Exception as err:  # whatever the record reader makes of damage
-      raise files.BrokenImage(f"{type(err).__name__}: {err}") from err
+      raise BrokenImage(f"{type(err).__name__}: {err}") from err
     self._labels[index] = record["label"]
-    return files.decode(io.BytesIO(bytes(record["image"])))
+    return decode(io.BytesIO(bytes(record["image"])), self._reading)
 
   def fingerprint(self) -> str:
     """Changes with name, version, folder, split, and any of the files there."""
     with os.scandir(self._folder) as entries:
       stats = sorted((e.name, e.stat()) for e in entries)
     shards = (f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
-    said = "\n".join((*self._said, str(len(self)), *shards))
+    said = "\n".join((*self._said, str(len(self)), *shards)) + self._reading.tag
     return hashlib.sha256(said.encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from absl import logging
 
 from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
+from attmask_jax.data.decoding import Reading
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, base
 from attmask_jax.methods.base import Method
@@ -124,6 +125,7 @@ class Weights(NamedTuple):
       patch_size=backbone.patch_size,
       resample=data.get("eval_resample", "") or "bicubic",
       normalised=normalised,
+      reading=Reading.of(data),
     )
     n, rows = len(batch), min(batch_size, len(batch))
     if n < 1:
