@@ -14,8 +14,11 @@ from PIL import Image
 
 from attmask_jax.data.decoding import PLAIN, BrokenImage, Reading, decode
 from attmask_jax.errors import InputError
+from attmask_jax.text import printable
 
 _PACKAGES = "pip install tensorflow-datasets array_record importlib_resources"
+_FORMAT = "array_record"
+_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # packages that read them
 _UNREAD = -2  # a label not looked up yet
 _CHUNK = 1024  # records read at a time for their labels
 
@@ -56,8 +59,11 @@ class Tfds:
     decoders = {"image": package.decode.SkipDecoding()}
     try:
       self._records: Any = builder.as_data_source(name, decoders=decoders)
-    except (NotImplementedError, ImportError, ValueError) as err:
-      raise InputError(_how_to_prepare(spec, data_dir)) from err
+    except Exception as err:  # of any kind, by the format of the files
+      format = str(getattr(builder.info.file_format, "value", "another format"))
+      if format == _FORMAT:
+        raise InputError(_unreadable(spec, data_dir, err)) from err
+      raise InputError(_how_to_prepare(spec, data_dir, format)) from err
     self.name = f"tfds:{spec} {name}"
     self._reading = reading
     self._said = (builder.info.full_name, str(builder.data_path), name)
@@ -98,9 +104,14 @@ class Tfds:
     return decode(io.BytesIO(bytes(record["image"])), self._reading)
 
   def fingerprint(self) -> str:
-    """Changes with name, version, folder, split, and any of the files there."""
-    with os.scandir(self._folder) as entries:
-      stats = sorted((e.name, e.stat()) for e in entries)
+    """Changes with name, version, folder, split, and any of the files there.
+
+    Of a bucket, whose files cannot be listed like a folder's, without the last.
+    """
+    stats = []
+    if "://" not in self._folder:
+      with os.scandir(self._folder) as entries:
+        stats = sorted((e.name, e.stat()) for e in entries)
     shards = (f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
     said = "\n".join((*self._said, str(len(self)), *shards)) + self._reading.tag
     return hashlib.sha256(said.encode()).hexdigest()
@@ -127,6 +138,8 @@ def _builder(package: Any, spec: str, data_dir: str) -> Any:
       f"tensorflow-datasets knows no data set {spec!r} ({reason}); check the "
       "name, configuration and version, and data.path."
     ) from err
+  except Exception as err:  # of a bucket: no package for it, no right, no net
+    raise InputError(_unreadable(spec, data_dir, err)) from err
   if not builder.is_prepared():
     raise InputError(_how_to_prepare(spec, data_dir))
   return builder
@@ -144,12 +157,37 @@ def _split_name(builder: Any, spec: str, split: str) -> str:
   )
 
 
-def _how_to_prepare(spec: str, data_dir: str) -> str:
+def _unreadable(spec: str, data_dir: str, err: Exception) -> str:
+  """A sentence on a data set that the package fails to open."""
+  reason = printable(str(err).strip().splitlines()[-1] if str(err) else "")
+  if package := _BUCKETS.get(data_dir.partition("://")[0]):
+    advice = (
+      f"run `pip install {package}`, or copy the prepared set to a local "
+      "folder and give that as data.path"
+    )
+  elif isinstance(err, ImportError):
+    advice = f"run `{_PACKAGES}`"
+  else:
+    advice = "check data.path, or prepare the set again (docs/data.md)"
+  return (
+    f"tfds:{spec} cannot be opened in {data_dir or 'its default folder'} "
+    f"({type(err).__name__}: {reason}); {advice}."
+  )
+
+
+def _how_to_prepare(spec: str, data_dir: str, format: str = "") -> str:
+  """A sentence on a data set that is not there, or of another file format."""
+  folder = data_dir or "the default folder (data.path is empty)"
+  if format:
+    state = f"is stored as {format} in {folder}, without random access; prepare"
+    state += " it in another folder:"
+    data_dir = "ANOTHER_FOLDER"
+  else:
+    state = f"is not prepared as ArrayRecord in {folder};"
   where = f", data_dir={data_dir!r}" if data_dir else ""
   return (
-    f"tfds:{spec} is not prepared as ArrayRecord in "
-    f"{data_dir or 'the default folder (data.path is empty)'}; run "
-    f'`{_PACKAGES}` and then `python -c "import tensorflow_datasets as tfds; '
+    f"tfds:{spec} {state} run `{_PACKAGES}` and then "
+    '`python -c "import tensorflow_datasets as tfds; '
     f"tfds.builder({spec!r}{where}).download_and_prepare("
-    f"file_format='array_record')\"` (details in docs/data.md)."
+    f"file_format='{_FORMAT}')\"` (details in docs/data.md)."
   )
