@@ -160,6 +160,7 @@ def load(
   mesh: jax.sharding.Mesh,
   num_heads: int = 0,
   allow_missing: str | Sequence[str] = "",
+  tensor_prefix: str = "",
 ) -> Weights:
   """Reads the weights that `config.weights` names.
 
@@ -171,6 +172,7 @@ def load(
     mesh: devices that get a copy.
     num_heads: of a file's attention, 0 = by convention.
     allow_missing: see `files.load`, of files.
+    tensor_prefix: see `files.read`, of files.
 
   Raises:
     InputError: nothing there, no such network, or arrays that do not fit the
@@ -186,7 +188,7 @@ def load(
       "checkpoint of one, or a .pth or .safetensors file"
     )
   if files.is_file(where):
-    file = files.read(where)
+    file = files.read(where, tensor_prefix)
     options = dict(num_heads=num_heads, allow_missing=allow_missing)
     return _of_file(file, network, mesh, options)
   run_dir, step = _locate(pathlib.Path(where).expanduser())
