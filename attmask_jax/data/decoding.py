@@ -106,7 +106,7 @@ def decode(file: Any, reading: Reading = PLAIN) -> Image.Image:
     with Image.open(file) as image:
       if image.width * image.height > limit:
         raise InputError(_too_large(image.size, limit))
-      _name_bands(file, image)
+      _warn_of_bands(file, image)
       return transforms.to_rgb(image, white=reading.white)
   except InputError as err:
     raise BrokenImage(str(err)) from err
@@ -115,7 +115,7 @@ def decode(file: Any, reading: Reading = PLAIN) -> Image.Image:
   except UnidentifiedImageError as err:
     raise BrokenImage(_unidentified(file)) from err
   except Exception as err:
-    raise BrokenImage(_other(file, err)) from err
+    raise BrokenImage(_reason(file, err)) from err
 
 
 def _too_large(size: tuple[int, int] | None, limit: int) -> str:
@@ -128,7 +128,7 @@ def _too_large(size: tuple[int, int] | None, limit: int) -> str:
   )
 
 
-def _other(file: Any, err: Exception) -> str:
+def _reason(file: Any, err: Exception) -> str:
   """A sentence on a file that is missing or damaged."""
   if isinstance(err, FileNotFoundError) and os.path.islink(file):
     return f"a link to {printable(os.readlink(file))}, which does not exist"
@@ -183,8 +183,8 @@ def _unidentified(file: Any) -> str:
   )
 
 
-def _name_bands(file: Any, image: Image.Image) -> None:
-  """Says that bands beyond RGB, or beyond grey, are not used."""
+def _warn_of_bands(file: Any, image: Image.Image) -> None:
+  """Warns that bands beyond RGB, or beyond grey, are not used."""
   tags = getattr(image, "tag_v2", None)
   if tags is None or tags.get(_PHOTOMETRIC) not in (0, 1, 2):
     return

@@ -161,10 +161,10 @@ def fingerprint(kind: str, paths: Sequence[str], labels: np.ndarray) -> str:
   for path in paths:
     try:
       status = os.stat(path)
-      said = f"{path} {status.st_size} {status.st_mtime_ns}\n"
+      line = f"{path} {status.st_size} {status.st_mtime_ns}\n"
     except OSError:
-      said = f"{path} missing\n"
-    total.update(said.encode("utf-8", "surrogateescape"))
+      line = f"{path} missing\n"
+    total.update(line.encode("utf-8", "surrogateescape"))
   total.update(np.ascontiguousarray(labels, np.int64).tobytes())
   return total.hexdigest()
 

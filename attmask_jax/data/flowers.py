@@ -34,8 +34,8 @@ class Flowers(files.ImageFiles):
         tables |= io.loadmat(file)
       except Exception as error:  # scipy raises many kinds
         raise InputError(f"{file} cannot be read: {error}") from error
-    wanted = ("trnid", "valid") if split == "train" else ("tstid",)
-    numbers = np.concatenate([tables[name].ravel() for name in wanted])
+    keys = ("trnid", "valid") if split == "train" else ("tstid",)
+    numbers = np.concatenate([tables[key].ravel() for key in keys])
     names = [f"image_{number:05d}.jpg" for number in numbers]
     root = os.path.join(path, "jpg")
     missing = [n for n in names if not os.path.isfile(os.path.join(root, n))]

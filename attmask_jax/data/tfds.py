@@ -26,9 +26,9 @@ _CHUNK = 1024  # records read at a time for their labels
 class Tfds:
   """One split of a prepared data set with features "image" and "label".
 
-  Labels stand in the records beside the images. They are remembered as images
-  are loaded; only `labels` (needed by `data.subset`) reads the whole split,
-  still without decoding an image.
+  Records hold labels beside the images, which are kept as images are loaded.
+  Only `labels` (needed by `data.subset`) reads the whole split, still without
+  decoding an image.
   """
 
   def __init__(
@@ -66,7 +66,7 @@ class Tfds:
       raise InputError(_how_to_prepare(spec, data_dir, format)) from err
     self.name = f"tfds:{spec} {name}"
     self._reading = reading
-    self._said = (builder.info.full_name, str(builder.data_path), name)
+    self._identity = (builder.info.full_name, str(builder.data_path), name)
     self._folder = str(builder.data_path)
     self.class_names = list(names)
     self._labels = np.full(len(self._records), _UNREAD, np.int32)
@@ -113,8 +113,8 @@ class Tfds:
       with os.scandir(self._folder) as entries:
         stats = sorted((e.name, e.stat()) for e in entries)
     shards = (f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
-    said = "\n".join((*self._said, str(len(self)), *shards)) + self._reading.tag
-    return hashlib.sha256(said.encode()).hexdigest()
+    text = "\n".join((*self._identity, str(len(self)), *shards))
+    return hashlib.sha256((text + self._reading.tag).encode()).hexdigest()
 
 
 def _import() -> Any:
@@ -129,7 +129,7 @@ def _import() -> Any:
 
 
 def _builder(package: Any, spec: str, data_dir: str) -> Any:
-  """The builder, once it is sure that the data set lies on the disk."""
+  """The builder of a data set that is prepared."""
   try:
     builder = package.builder(spec, data_dir=data_dir or None)
   except (ValueError, AssertionError) as err:
