@@ -55,7 +55,7 @@ def to_rgb(image: Image.Image, *, white: float = 0) -> Image.Image:
     # Straight to RGB gives the same colours, but warns.
     image = image.convert("RGBA")
   image = image if image.mode == "RGB" else image.convert("RGB")
-  if ";16" in tiles and "I;16" not in tiles and not white:
+  if ";16" in tiles and "I;16" not in tiles and white != depth.WHITE_INTEGER:
     depth.check_colour(image)
   return image
 

@@ -107,7 +107,8 @@ def decode(file: Any, reading: Reading = PLAIN) -> Image.Image:
       if image.width * image.height > limit:
         raise InputError(_too_large(image.size, limit))
       _warn_of_bands(file, image)
-      return transforms.to_rgb(image, white=reading.white)
+      white = reading.white or _declared_white(image)
+      return transforms.to_rgb(image, white=white)
   except InputError as err:
     raise BrokenImage(str(err)) from err
   except Image.DecompressionBombError as err:
@@ -181,6 +182,15 @@ def _unidentified(file: Any) -> str:
     f"{kind}s, which Pillow does not read: save one band as grey, or three as "
     "RGB, of 8 bits"
   )
+
+
+def _declared_white(image: Image.Image) -> int:
+  """Largest value of a TIFF that declares 9 to 15 bits, 0 for all others.
+
+  PNG files that declare so few bits (sBIT) are scaled to all 16 already.
+  """
+  bits = getattr(image, "tag_v2", {}).get(_BITS, (0,))
+  return 2 ** bits[0] - 1 if image.mode != "RGB" and 8 < bits[0] < 16 else 0
 
 
 def _warn_of_bands(file: Any, image: Image.Image) -> None:

@@ -126,6 +126,22 @@ def test_twelve_bits_in_sixteen_need_their_white(
   assert (_grey(path, white=2000)[values >= 2000] == 255).all()
 
 
+def test_twelve_bits_that_a_file_declares(tmp_path: pathlib.Path) -> None:
+  values = np.round(RAMP * 2000).astype(np.uint16)  # not up to white
+  first, second = values.reshape(-1, 2).T
+  packed = np.stack(
+    [first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1
+  ).astype(np.uint8)
+  path = tmp_path / "x.tif"
+  _tiff(path, packed.reshape(SIDE, -1, 1))
+  content = bytearray(path.read_bytes())
+  for tag, value in ((256, SIDE), (258, 12)):
+    place = content.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    content[place : place + 2] = struct.pack("<H", value)
+  path.write_bytes(content)
+  np.testing.assert_allclose(_grey(path), values / 4095 * 255, atol=0.5001)
+
+
 def test_floats_run_from_zero_to_one(tmp_path: pathlib.Path) -> None:
   path = tmp_path / "x.tif"
   save = lambda values: Image.fromarray(values.astype(np.float32)).save(path)
@@ -159,7 +175,9 @@ def test_sixteen_bit_colour(tmp_path: pathlib.Path) -> None:
   )
   values = np.round(colours * 4095).astype(np.uint16)
   _png(path, 2, values)
-  _refused(path, "Pillow keeps the upper 8, which leaves 16 of 256 levels")
+  few = "Pillow keeps the upper 8, which leaves 16 of 256 levels"
+  _refused(path, few)
+  _refused(path, few, white=4095)  # of deep grey images: no help here
   dark = decoding.decode(str(path), decoding.Reading(white=65535))
   np.testing.assert_array_equal(np.asarray(dark), values // 256)
   # Eight bits may be as dark as they like.
