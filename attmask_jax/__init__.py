@@ -39,7 +39,12 @@ Batch = dict[str, jax.Array]
 
 
 def load(
-  path: str, network: str = "", *, num_heads: int = 0, allow_missing: str = ""
+  path: str,
+  network: str = "",
+  *,
+  num_heads: int = 0,
+  allow_missing: str = "",
+  tensor_prefix: str = "",
 ) -> "Weights":
   """Loads trained weights onto one device.
 
@@ -55,6 +60,8 @@ def load(
     num_heads: attention heads of a file, 0 = by convention.
     allow_missing: "A,B": names of a file's tensors, or prefixes of names, that
       may be missing.
+    tensor_prefix: prefix of the network's tensors in a file with several
+      networks.
 
   Raises:
     InputError: see `weights.loading.load`.
@@ -68,6 +75,7 @@ def load(
     mesh=mesh.make_mesh(devices=jax.local_devices()[:1]),
     num_heads=num_heads,
     allow_missing=allow_missing,
+    tensor_prefix=tensor_prefix,
   )
 
 

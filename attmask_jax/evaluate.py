@@ -80,6 +80,7 @@ def _load(
     mesh=mesh,
     num_heads=config.num_heads,
     allow_missing=config.allow_missing,
+    tensor_prefix=config.tensor_prefix,
   )
   if "backbone" not in source.params:
     raise InputError(

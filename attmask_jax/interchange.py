@@ -29,7 +29,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
   """Writes a .pth or .safetensors file as a checkpoint of this program.
 
   Args:
-    config: weights, num_heads and allow_missing are read.
+    config: weights, num_heads, allow_missing and tensor_prefix are read.
     output: a new directory, for use as `config.weights`.
 
   Raises:
@@ -46,7 +46,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
     raise InputError(f"{folder} is a file: give a new directory")
   if folder.exists() and any(folder.iterdir()):
     raise InputError(f"{folder} is not empty: give a new directory")
-  file = files.read(config.weights)
+  file = files.read(config.weights, config.tensor_prefix)
   options = dict(num_heads=config.num_heads, allow_missing=config.allow_missing)
   loaded = {
     name: files.load(file, name, **options) for name in ("student", "teacher")
@@ -89,8 +89,8 @@ def export_weights(
   """Writes weights for another code base, see `export.export`.
 
   Args:
-    config: weights, num_heads and allow_missing are read; network and probe
-      (a trained one) only for formats that hold one network.
+    config: weights, num_heads, allow_missing and tensor_prefix are read;
+      network and probe (a trained one) only for formats that hold one network.
     output: .pth or .safetensors file; must not exist.
     format: one of `export.FORMATS`.
     dtype: one of `export.DTYPES`.
@@ -114,6 +114,7 @@ def export_weights(
     mesh=mesh,
     num_heads=config.num_heads,
     allow_missing=config.allow_missing,
+    tensor_prefix=config.tensor_prefix,
   )
   if format in export.PAIRS:
     student, main = load("student"), load("teacher")
@@ -136,8 +137,8 @@ def export_weights(
     format=format,
     dtype=dtype,
     backbone_only=backbone_only,
-    centers=_centers(config.weights, main),
-    epoch=_epoch(config.weights, main),
+    centers=_centers(config, main),
+    epoch=_epoch(config, main),
     class_names=class_names,
   )
   logging.info("%d tensors in %s", len(written), output)
@@ -145,19 +146,21 @@ def export_weights(
   print(f"{output}: {len(written)} tensors, {dtype}, {size / 2**20:.1f} MiB")
 
 
-def _centers(where: str, source: loading.Weights) -> dict[str, np.ndarray]:
+def _centers(
+  config: ml_collections.ConfigDict, source: loading.Weights
+) -> dict[str, np.ndarray]:
   """The loss centres saved with these weights, {} if there are none."""
   if source.run_dir is None:
-    return files.read(where).centers
+    return files.read(config.weights, config.tensor_prefix).centers
   if not isinstance(source.method, AttMask):
     return {}
   return jax.device_get(loading.load_centers(source))
 
 
-def _epoch(where: str, source: loading.Weights) -> int:
+def _epoch(config: ml_collections.ConfigDict, source: loading.Weights) -> int:
   """Completed epochs; an imported checkpoint counts them as steps."""
   if source.run_dir is None:
-    return files.read(where).epoch
+    return files.read(config.weights, config.tensor_prefix).epoch
   config = source.config
   images = config.get("data", {}).get("images", 0)
   batch = config.get("data", {}).get("batch_size", 0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small
 
+import attmask_jax
 from attmask_jax import evaluate, interchange, train
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
@@ -445,6 +446,37 @@ def test_a_backbone_starts_every_family(trained, tmp_path, caplog):
              "extrema": "backbone/readout_0"}[family]  # fmt: skip
     (said,) = [x for x in caplog.messages if "at initial values" in x]
     assert fresh in said
+
+
+def test_a_prefix_chooses_a_network_wherever_files_are_read(
+  trained, exported, tmp_path, caplog
+):
+  path = export(trained, tmp_path / "a.pth", format="timm", backbone_only=True)
+  right = {k: v for k, v in pth.read(path).items() if k != "heads"}
+  both = {f"right.{k}": v for k, v in right.items()}
+  both |= {f"left.{k}": np.zeros_like(v) for k, v in right.items()}
+  path = tmp_path / "both.pth"
+  pth.write(path, {"state_dict": both})
+  want = jax.device_get(load(trained).params["backbone"])
+  with pytest.raises(InputError, match='behind "left.", "right.": name one'):
+    load(path)
+  options = {"num_heads": 2, "tensor_prefix": "right"}
+  same(attmask_jax.load(path, **options).params["backbone"], want)
+  start, _ = begun(small.config({"init_from": str(path)} | options), caplog)
+  same(start.trees["params"]["backbone"]["norm"], want["norm"])
+  config = evals.get_config("knn")
+  config.update(weights=str(path), **options)
+  interchange.import_weights(config, str(tmp_path / "new"))
+  same(load(tmp_path / "new").params["backbone"], want)
+  interchange.export_weights(
+    config, str(tmp_path / "b.pth"), format="timm", dtype="float32",
+    backbone_only=True,
+  )  # fmt: skip
+  same(load(tmp_path / "b.pth", num_heads=2).params["backbone"], want)
+  few = {"evals.knn_ks": (3,)}
+  ours = evaluated("knn", trained, tmp_path / "c", **few)
+  theirs = evaluated("knn", path, tmp_path / "d", **few, **options)
+  assert theirs == pytest.approx(ours)
 
 
 def test_positions_of_another_size(trained, tmp_path):

@@ -16,39 +16,47 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from attmask_jax import schema
+from attmask_jax.augment import depth, enlarge
 from attmask_jax.errors import InputError
 
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
 RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC}
+LONG = 8  # long side over short side of pictures that are cropped first
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, *, white: float = 0) -> Image.Image:
   """Decodes any Pillow image to upright 8-bit RGB.
 
   Greyscale is repeated over the channels; alpha is dropped, not blended (as
-  Pillow's own conversion does); 16-bit grey keeps its upper eight bits; a valid
-  EXIF orientation is applied.
+  Pillow's own conversion does); 16 bits and floats become 8 bits as in
+  `depth`; an EXIF rotation is carried out, an invalid one ignored.
+
+  Args:
+    image: of any mode, decoded or not.
+    white: see `depth.to_8_bits`; 0 = as the type says.
 
   Raises:
-    OSError, or any other error of the decoder, for a broken or truncated file.
+    InputError: 16 bits or floats of which 8 bits would keep next to nothing.
+    OSError, or what else the decoder raises, for a broken or truncated file.
 
   differs: the reference does not rotate by EXIF and clips 16-bit grey.
   """
+  # Decoding empties the list of tiles, which hold the bits of each channel.
+  tiles = str(getattr(image, "tile", ""))
   image.load()
   image = _upright(image)
-  if image.mode == "RGB":
-    return image
-  if image.mode in _SIXTEEN_BIT:
-    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    image = Image.fromarray((values >> 8).astype(np.uint8))
+  if depth.is_deep(image.mode):
+    image = depth.to_8_bits(image, white)
   elif image.mode == "P" and "transparency" in image.info:
     # Converting to RGB directly gives the same colours, but warns.
     image = image.convert("RGBA")
-  return image.convert("RGB")
+  image = image if image.mode == "RGB" else image.convert("RGB")
+  if ";16" in tiles and "I;16" not in tiles and white != depth.WHITE_INTEGER:
+    depth.check_colour(image)
+  return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -142,7 +150,8 @@ def eval_crop(
     size: side of the square in pixels.
     resample: one of RESAMPLE.
 
-  Source: torchvision Resize(256) + CenterCrop(224), for any size.
+  Source: torchvision Resize(256) + CenterCrop(224), for any size. Of long
+  pictures only the square is computed, with the same pixels.
   """
   shorter = 256 * size // 224
   width, height = image.size
@@ -150,9 +159,11 @@ def eval_crop(
     target = shorter, int(shorter * height / width)
   else:
     target = int(shorter * width / height), shorter
-  image = image.resize(target, RESAMPLE[resample])
   left, top = (round((side - size) / 2) for side in target)
-  return image.crop((left, top, left + size, top + size))
+  box = left, top, left + size, top + size
+  if max(target) > LONG * shorter and max(target) > max(width, height):
+    return enlarge.part(image, target, box, RESAMPLE[resample])
+  return image.resize(target, RESAMPLE[resample]).crop(box)
 
 
 def eval_whole(image: Image.Image, size: int) -> Image.Image:

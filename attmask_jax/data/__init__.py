@@ -5,7 +5,7 @@ pipeline.TrainPipeline(source, recipe)  batches as a pure function of the step
 pipeline.eval_batches(source)           every image once, in order
 """
 
-from attmask_jax.data.files import BrokenImage
+from attmask_jax.data.decoding import BrokenImage
 from attmask_jax.data.pipeline import TrainPipeline, eval_batches
 from attmask_jax.data.sources import Source, build
 

@@ -5,7 +5,9 @@ import os
 import numpy as np
 
 from attmask_jax.data import files
+from attmask_jax.data.decoding import PLAIN, Reading
 from attmask_jax.errors import InputError
+from attmask_jax.text import printable
 
 CLASSES = 102
 
@@ -17,7 +19,7 @@ class Flowers(files.ImageFiles):
   official test images (6149), as the reference fine-tunes. Labels count from 0.
   """
 
-  def __init__(self, path: str, split: str) -> None:
+  def __init__(self, path: str, split: str, reading: Reading = PLAIN) -> None:
     from scipy import io  # slow import, only needed here
 
     tables = {}
@@ -32,8 +34,8 @@ class Flowers(files.ImageFiles):
         tables |= io.loadmat(file)
       except Exception as error:  # scipy raises many kinds
         raise InputError(f"{file} cannot be read: {error}") from error
-    wanted = ("trnid", "valid") if split == "train" else ("tstid",)
-    numbers = np.concatenate([tables[name].ravel() for name in wanted])
+    keys = ("trnid", "valid") if split == "train" else ("tstid",)
+    numbers = np.concatenate([tables[key].ravel() for key in keys])
     names = [f"image_{number:05d}.jpg" for number in numbers]
     root = os.path.join(path, "jpg")
     missing = [n for n in names if not os.path.isfile(os.path.join(root, n))]
@@ -43,6 +45,6 @@ class Flowers(files.ImageFiles):
         "unpack 102flowers.tgz there"
       )
     labels = tables["labels"].ravel()[numbers - 1].astype(np.int32) - 1
-    super().__init__(root, names, labels)
-    self.name = f"flowers {split} in {path}"
+    super().__init__(root, names, labels, reading)
+    self.name = printable(f"flowers {split} in {path}")
     self.class_names = [str(i) for i in range(CLASSES)]

@@ -5,6 +5,7 @@ import dataclasses
 from attmask_jax import schema
 from attmask_jax.augment import TRANSFORMS
 from attmask_jax.augment.transforms import RESAMPLE
+from attmask_jax.data.decoding import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,9 @@ class SourceKeys:
     "tensorflow-datasets as tfds:NAME",
   )
   path: str = schema.key("", "folder of the data set")
+  extensions: str = schema.inherit(Reading, "extensions", Reading.extensions)
+  white: float = schema.inherit(Reading, "white", Reading.white)
+  max_pixels: int = schema.inherit(Reading, "max_pixels", Reading.max_pixels)
   subset: int = schema.key(0, "training images per class, 0 = all", low=0)
   eval_resample: str = schema.key(
     "bicubic", "filter of evaluation crops", choices=tuple(RESAMPLE)
@@ -40,6 +44,15 @@ class OpenKeys:
 
   source: str = schema.key("", 'see above; "" = as in the run')
   path: str = schema.key("", 'folder of the data set; "" = as in the run')
+  extensions: str = schema.key(
+    "", 'A,B: more endings of image files; "" = as in the run'
+  )
+  white: float = schema.key(
+    0.0, "value that is white in deep images; 0 = as in the run", low=0
+  )
+  max_pixels: int = schema.key(
+    0, "of a picture that can be read; 0 = as in the run", low=0
+  )
   subset: int = schema.key(
     -1, "training images per class; -1 = as in the run, 0 = all", low=-1
   )

@@ -1,8 +1,8 @@
 """Batches of augmented images, each a pure function of the step.
 
 Epoch e uses the first S * B entries of its own permutation of the data set, and
-every draw is keyed by (seed, epoch, index, copy): a run that stops goes on with
-the very batches it would have had, on any number of threads or processes.
+every draw is keyed by (seed, epoch, index, copy): a run that stops continues
+with the same batches, on any number of threads or processes.
 Grain's threads prepare the next batches while the current step runs.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from attmask_jax.augment import transforms
 from attmask_jax.data import keys
-from attmask_jax.data.files import BrokenImage
+from attmask_jax.data.decoding import BrokenImage
 from attmask_jax.data.sources import Source
 from attmask_jax.errors import InputError
 
@@ -37,18 +37,18 @@ _log = logging.getLogger(__name__)
 
 
 class BrokenFiles:
-  """Unreadable images met so far; stops the run when there are too many.
+  """Unreadable images so far; stops the run when there are too many.
 
   The share is of the whole data set: one broken file in fifty is 2 %. A
-  process counts the files it met itself, and with every checkpoint those of
-  the others.
+  process counts the files that it has read itself and, with every checkpoint,
+  those of the others.
 
   Attributes:
-    found: reason by index.
+    reasons: why an image cannot be read, by index.
   """
 
   def __init__(self, source: Source, max_share: float) -> None:
-    self.found: dict[int, str] = {}
+    self.reasons: dict[int, str] = {}
     self._source = source
     self._max_share = max_share
     self._lock = threading.Lock()
@@ -60,43 +60,43 @@ class BrokenFiles:
       InputError: more than `max_share` of the data set is broken.
     """
     with self._lock:
-      if index not in self.found:
-        self.found[index] = reason
+      if index not in self.reasons:
+        self.reasons[index] = reason
         _log.warning(
           "unreadable image %d of the run: %s (%s)",
-          len(self.found),
+          len(self.reasons),
           self._source.describe(index),
           reason,
         )
-      if len(self.found) > self._max_share * len(self._source):
+      if len(self.reasons) > self._max_share * len(self._source):
         raise InputError(self._message())
 
-  def known(self) -> dict[int, str]:
-    """A copy of `found`, taken while no thread adds to it."""
+  def snapshot(self) -> dict[int, str]:
+    """A copy of `reasons`, taken while no thread adds to it."""
     with self._lock:
-      return dict(self.found)
+      return dict(self.reasons)
 
-  def restore(self, found: dict[int, str]) -> None:
-    """Counts files met before or elsewhere, without logging them again.
+  def restore(self, reasons: dict[int, str]) -> None:
+    """Adds files of before or of other processes, without logging them again.
 
     Raises:
       InputError: together they are too many.
     """
     with self._lock:
-      self.found |= found
-      if len(self.found) > self._max_share * len(self._source):
+      self.reasons |= reasons
+      if len(self.reasons) > self._max_share * len(self._source):
         raise InputError(self._message())
 
   def _message(self) -> str:
-    first = sorted(self.found)[:_LISTED]
+    first = sorted(self.reasons)[:_LISTED]
     names = "; ".join(
-      f"{self._source.describe(i)} ({self.found[i]})" for i in first
+      f"{self._source.describe(i)} ({self.reasons[i]})" for i in first
     )
-    rest = len(self.found) - len(first)
+    rest = len(self.reasons) - len(first)
     return (
-      f"{len(self.found)} of the {len(self._source)} images of "
+      f"{len(self.reasons)} of the {len(self._source)} images of "
       f"{self._source.name} cannot be read, more than data.max_broken="
-      f"{self._max_share} allows; mend or remove them: {names}"
+      f"{self._max_share} allows; repair or remove them: {names}"
       + (f"; and {rest} more." if rest else ".")
     )
 
@@ -171,12 +171,12 @@ class TrainPipeline:
 
   @property
   def broken(self) -> dict[int, str]:
-    """Reason by index, for every unreadable file met so far."""
-    return self._broken.known()
+    """Reason by index, of every unreadable file so far."""
+    return self._broken.snapshot()
 
-  def restore_broken(self, found: dict[int, str]) -> None:
+  def restore_broken(self, reasons: dict[int, str]) -> None:
     """Takes up the `broken` of an earlier part of the run."""
-    self._broken.restore(found)
+    self._broken.restore(reasons)
 
   def order(self, epoch: int) -> np.ndarray:
     """Indices that an epoch uses, each `repeats` times: [S * B] int32."""
@@ -224,26 +224,26 @@ class TrainPipeline:
     epoch, step = divmod(step, self.steps_per_epoch)
     position = self._positions[row]
     place = step * self._batch_size + position
-    wanted = int(self.order(epoch)[place])
-    index, image = self._load(wanted)
-    # Keyed by the image asked for: a stand-in that also has its own turn in
-    # this epoch is then cropped differently there.
-    key = [self._seed, epoch, wanted, AUGMENT_TAG]
+    requested = int(self.order(epoch)[place])
+    index, image = self._load(requested)
+    # Keyed by the requested image: a replacement, which also occurs as itself
+    # in this epoch, is cropped differently there.
+    key = [self._seed, epoch, requested, AUGMENT_TAG]
     if copy := place % self._repeats:
       key.append(copy)
     arrays = dict(self._transform(image, np.random.default_rng(key)))
     if self._extras is not None:
-      arrays |= self._extras(epoch, wanted)
+      arrays |= self._extras(epoch, requested)
     arrays["label"] = np.int32(self._source.label(index))
     arrays["index"] = np.int32(index)
     arrays["position"] = np.int32(position)
     return arrays
 
-  def _load(self, wanted: int) -> tuple[int, Image.Image]:
-    """The image asked for, or the next readable one, with its index."""
+  def _load(self, requested: int) -> tuple[int, Image.Image]:
+    """The requested image, or the next readable one, with its index."""
     count = len(self._source)
     for offset in range(count):
-      index = (wanted + offset) % count
+      index = (requested + offset) % count
       try:
         return index, self._source.load(index)
       except BrokenImage as err:

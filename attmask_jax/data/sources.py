@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax.data import cifar, files, flowers, segmented, shapes, tfds
+from attmask_jax.data.decoding import Reading
 from attmask_jax.errors import InputError
 
 KINDS = (
@@ -47,7 +48,7 @@ class Source(Protocol):
     ...
 
   def load(self, index: int) -> Image.Image:
-    """Upright 8-bit RGB image; raises files.BrokenImage if unreadable."""
+    """Upright 8-bit RGB image; raises decoding.BrokenImage if unreadable."""
     ...
 
   def describe(self, index: int) -> str:
@@ -63,8 +64,8 @@ def build(data: Any, split: str) -> Source | None:
   """The source that the `data` section of a config names.
 
   Args:
-    data: config with source, path, subset, seed, image_size, shapes_train and
-      shapes_val.
+    data: config with source, path, subset, seed, image_size, shapes_train,
+      shapes_val and, if they are not the defaults, the keys of `Reading`.
     split: "train" (cut down to `data.subset` images per class) or "val"
       (always whole).
 
@@ -91,6 +92,7 @@ def build(data: Any, split: str) -> Source | None:
 
 
 def _build_whole(data: Any, kind: str, split: str) -> Source:
+  reading = Reading.of(data)
   if kind == "shapes":
     count = data.shapes_train if split == "train" else data.shapes_val
     if count < 1:
@@ -99,15 +101,15 @@ def _build_whole(data: Any, kind: str, split: str) -> Source:
       count, size=data.image_size, seed=data.seed, split=split
     )
   if kind.startswith("tfds:") and kind != "tfds:":
-    return tfds.Tfds(kind.removeprefix("tfds:"), data.path, split)
+    return tfds.Tfds(kind.removeprefix("tfds:"), data.path, split, reading)
   if kind == "folder":
-    return files.Folder(_existing(data.path, kind), split)
+    return files.Folder(_existing(data.path, kind), split, reading)
   if kind == "flat":
-    return files.Flat(_existing(data.path, kind))
+    return files.Flat(_existing(data.path, kind), reading)
   if kind == "segmented":
-    return segmented.Segmented(_existing(data.path, kind))
+    return segmented.Segmented(_existing(data.path, kind), reading)
   if kind == "flowers":
-    return flowers.Flowers(_existing(data.path, kind), split)
+    return flowers.Flowers(_existing(data.path, kind), split, reading)
   if kind in ("cifar10", "cifar100"):
     return cifar.Cifar(_existing(data.path, kind), kind, split)
   raise InputError(f"data.source={kind!r} is unknown; it can be {KINDS}.")

@@ -21,6 +21,7 @@ from PIL import Image
 from attmask_jax import Params, schema
 from attmask_jax.augment import transforms
 from attmask_jax.data import backgrounds, imagenet
+from attmask_jax.data.decoding import Reading
 from attmask_jax.evals import accuracy
 from attmask_jax.evals.job import Eval, Job, Result, Table
 
@@ -51,7 +52,8 @@ def run(job: Job) -> Result:
       cannot be mapped.
   """
   classifier, size = job.classifier, job.config.data.image_size
-  variants = backgrounds.variants(job.config.evals.backgrounds)
+  reading = Reading.of(job.config.data)
+  variants = backgrounds.variants(job.config.evals.backgrounds, reading)
   folders = variants[0].class_names
   mapped = imagenet.in9_map(
     classifier.class_names, folders, where=classifier.where

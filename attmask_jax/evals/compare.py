@@ -15,6 +15,7 @@ from attmask_jax.evals import drawing
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.runs import config as run_config
 from attmask_jax.runs import metrics
+from attmask_jax.text import printable
 
 ACCURACIES = {"knn/top1": "k-NN top-1", "val/top1": "accuracy"}
 MAX_NAMED_KEYS = 6  # differing config keys named in a note
@@ -125,7 +126,7 @@ def _named(evals: object) -> list[tuple[str, str]]:
       f"evals.labels {labels} must name each of the {len(runs)} runs, "
       "with different names"
     )
-  return list(zip(runs, labels, strict=True))
+  return list(zip(runs, map(printable, labels), strict=True))
 
 
 def _summary(

@@ -66,7 +66,9 @@ def grid(
   )
   for y, lines, style in texts:
     if lines:
-      figure.text(0.5, y, "\n".join(lines), ha="center", **style)
+      # No file or class name is a formula, whatever dollars it has.
+      text = "\n".join(lines)
+      figure.text(0.5, y, text, ha="center", parse_math=False, **style)
   axes, y = [], height - top
   for row, cell in enumerate(heights):
     y -= over[row] + cell + (gap if row else 0)
@@ -75,7 +77,9 @@ def grid(
     boxes = [(a / width, y / height, *size) for a in x]
     axes.append([_cell(figure, box) for box in boxes])
     for axis, text in zip(axes[-1], headings.get(row, ()), strict=False):
-      axis.set_title(text, fontsize=9, pad=4, linespacing=1.15)
+      axis.set_title(
+        text, fontsize=9, pad=4, linespacing=1.15, parse_math=False
+      )
     if labels:
       figure.text(
         (left / 2 + gap / 2) / width,
@@ -85,6 +89,7 @@ def grid(
         va="center",
         rotation=90,
         fontsize=7,
+        parse_math=False,
       )
   return figure, axes
 

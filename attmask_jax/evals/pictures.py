@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from attmask_jax import Params, data, schema
 from attmask_jax import mesh as meshes
 from attmask_jax.augment import transforms
 from attmask_jax.data import pictures as picture_files
+from attmask_jax.data.decoding import Reading
 from attmask_jax.errors import InputError
 from attmask_jax.evals import inputs
 from attmask_jax.evals.job import Job, Result, Table
@@ -23,6 +25,9 @@ from attmask_jax.rows import row_keys
 
 # Pictures per forward pass; bounds memory for large ones.
 CHUNK = 8
+# Longer pictures are not drawn: each is enlarged until its shorter side has
+# `data.image_size` pixels, and memory grows with the square of its patches.
+MAX_ASPECT = 16
 GALLERY_ROWS = 16  # largest number of pictures in a gallery
 POLICIES = tuple(p for p in masking.POLICIES if p != "none")
 TABLE_ROWS = 20  # largest number of pictures in a table
@@ -85,8 +90,22 @@ def load(job: Job) -> tuple[list[Picture], bool]:
   patch = job.weights.method.backbone.patch_size
   if evals.images:
     path = os.path.expanduser(evals.images)
-    loaded = picture_files.load(path, every=evals.every, limit=evals.count)
-    selected = [Picture(n, fit(image, size, patch)) for n, image in loaded]
+    loaded = picture_files.load(
+      path,
+      every=evals.every,
+      limit=evals.count,
+      reading=Reading.of(job.config.data),
+    )
+    selected = [
+      Picture(name, fit(image, size, patch))
+      for name, image in loaded
+      if _drawable(name, image)
+    ]
+    if not selected:
+      raise InputError(
+        f"evals.images={path} holds only pictures that are more than "
+        f"{MAX_ASPECT} times as long as wide: cut them"
+      )
     return selected, len(selected) > 1 and os.path.isfile(path)
   source = _source(job)
   chosen = inputs.spread(len(source), evals.count)
@@ -94,6 +113,20 @@ def load(job: Job) -> tuple[list[Picture], bool]:
   if not selected:
     raise InputError(f"none of the images of {source.name} can be read")
   return selected, False
+
+
+def _drawable(name: str, image: Image.Image) -> bool:
+  """Whether a whole picture fits a network; says so where it does not."""
+  fits = max(image.size) <= MAX_ASPECT * min(image.size)
+  if not fits:
+    logging.warning(
+      "left out: %s has %d x %d pixels, and is more than %d times as long as "
+      "wide: cut it",
+      name,
+      *image.size,
+      MAX_ASPECT,
+    )
+  return fits
 
 
 def _source(job: Job) -> data.Source:
@@ -133,13 +166,15 @@ def notes(count: int, limit: int = GALLERY_ROWS) -> tuple[str, ...]:
 def crops(source: data.Source, indices: np.ndarray, size: int) -> list[Picture]:
   """Evaluation crops of images and, where known, of their objects.
 
-  Images that cannot be read are left out.
+  Images that cannot be read are left out, and named in the log.
   """
   outputs = []
   for index in map(int, indices):
     try:
       image = source.load(index)
-    except data.BrokenImage:
+    except data.BrokenImage as error:
+      name = source.describe(index)
+      logging.warning("left out: %s cannot be read: %s", name, error)
       continue
     known = hasattr(source, "object_mask")
     outputs.append(

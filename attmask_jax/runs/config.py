@@ -20,7 +20,7 @@ from attmask_jax.runs import checkpoint
 # Sections and keys that may change when a run continues.
 FREE_KEYS = (
   "run.", "evals.", "data.path", "data.eval_resample", "weights", "probe",
-  "init_", "num_heads", "allow_missing",
+  "init_", "num_heads", "allow_missing", "tensor_prefix",
 )  # fmt: skip
 IMAGES = "data.images"  # size of the training set, in config.json only
 
@@ -82,6 +82,9 @@ class FileKeys:
   )
   allow_missing: str = schema.key(
     "", "A,B: names or prefixes of tensors that may be missing or left over"
+  )
+  tensor_prefix: str = schema.key(
+    "", "what stands in front of the network's tensors, if there are several"
   )
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from attmask_jax import atomic
 from attmask_jax.runs import metrics, records
+from attmask_jax.text import printable
 
 MAX_POINTS = 500  # per curve; longer ones are averaged in bins
 MAX_PICTURE_BYTES = 1_000_000  # larger pictures are shown as JPEG
@@ -359,7 +360,7 @@ def _table(headings: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _text(value: object) -> str:
-  return html.escape(str(value), quote=True)
+  return html.escape(printable(str(value)), quote=True)
 
 
 def _uri(content: bytes, kind: str) -> str:

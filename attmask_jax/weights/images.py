@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax.augment import transforms
-from attmask_jax.data import files
+from attmask_jax.data.decoding import PLAIN, BrokenImage, Reading, decode
 from attmask_jax.errors import InputError
 
 KINDS = "uint8 arrays [B, H, W, 3], a Pillow image, a path, or a list of images"
@@ -21,6 +21,7 @@ def as_batch(
   patch_size: int,
   resample: str = "bicubic",
   normalised: bool = False,
+  reading: Reading = PLAIN,
 ) -> np.ndarray:
   """Images as one array [B, H, W, 3].
 
@@ -33,6 +34,7 @@ def as_batch(
     resample: of the crop, one of `transforms.RESAMPLE`.
     normalised: the images are floats, already normalised as by
       `vit.normalize_images`.
+    reading: how files are decoded.
 
   Returns:
     uint8, or float32 for normalised images.
@@ -44,7 +46,7 @@ def as_batch(
   single = isinstance(images, Image.Image | str | os.PathLike)
   if single or isinstance(images, Sequence):
     several = [images] if single else images
-    rows = [_row(image, size, resample) for image in several]
+    rows = [_row(image, size, resample, reading) for image in several]
     shapes = {row.shape for row in rows}
     if len(shapes) != 1:
       raise InputError(
@@ -62,17 +64,17 @@ def as_batch(
   return batch.astype(np.float32) if normalised else batch
 
 
-def _row(image: Any, size: int, resample: str) -> np.ndarray:
+def _row(image: Any, size: int, resample: str, reading: Reading) -> np.ndarray:
   """One image [H, W, 3]; files and Pillow images get the evaluation crop."""
   if isinstance(image, str | os.PathLike):
     try:
-      image = files.decode(os.path.expanduser(image))
-    except files.BrokenImage as error:
+      image = decode(os.path.expanduser(image), reading)
+    except BrokenImage as error:
       raise InputError(
         f"the image {os.fspath(image)} cannot be read: {error}"
       ) from error
   elif isinstance(image, Image.Image):
-    image = transforms.to_rgb(image)
+    image = transforms.to_rgb(image, white=reading.white)
   if isinstance(image, Image.Image):
     return np.asarray(transforms.eval_crop(image, size, resample=resample))
   return np.asarray(image)

@@ -51,7 +51,10 @@ def start(
   """
   where = config.init_from
   options = dict(
-    mesh=mesh, num_heads=config.num_heads, allow_missing=config.allow_missing
+    mesh=mesh,
+    num_heads=config.num_heads,
+    allow_missing=config.allow_missing,
+    tensor_prefix=config.tensor_prefix,
   )
   given = {
     "params": loading.load(where, network="student", **options),
@@ -118,7 +121,7 @@ def _training_state(
   """
   if not files.is_file(config.init_from):
     return 0
-  file = files.read(config.init_from)
+  file = files.read(config.init_from, config.tensor_prefix)
   centers = {
     name: value
     for name, value in file.centers.items()

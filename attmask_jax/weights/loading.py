@@ -18,6 +18,7 @@ from absl import logging
 
 from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
+from attmask_jax.data.decoding import Reading
 from attmask_jax.errors import DamagedError, InputError
 from attmask_jax.methods import METHODS, base
 from attmask_jax.methods.base import Method
@@ -123,6 +124,7 @@ class Weights(NamedTuple):
       patch_size=backbone.patch_size,
       resample=data.get("eval_resample", "") or "bicubic",
       normalised=normalised,
+      reading=Reading.of(data),
     )
     n, rows = len(batch), min(batch_size, len(batch))
     if n < 1:
@@ -157,6 +159,7 @@ def load(
   mesh: jax.sharding.Mesh,
   num_heads: int = 0,
   allow_missing: str | Sequence[str] = "",
+  tensor_prefix: str = "",
 ) -> Weights:
   """Reads the weights that `config.weights` names.
 
@@ -168,6 +171,7 @@ def load(
     mesh: devices that get a copy.
     num_heads: of a file's attention, 0 = by convention.
     allow_missing: see `files.load`, for files.
+    tensor_prefix: see `files.read`, for files.
 
   Raises:
     InputError: no weights, no such network, or arrays that do not fit the
@@ -183,7 +187,7 @@ def load(
       "checkpoint of one, or a .pth or .safetensors file"
     )
   if files.is_file(where):
-    file = files.read(where)
+    file = files.read(where, tensor_prefix)
     options = dict(num_heads=num_heads, allow_missing=allow_missing)
     return _of_file(file, network, mesh, options)
   run_dir, steps = _locate(pathlib.Path(where).expanduser())

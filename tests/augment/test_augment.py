@@ -166,6 +166,35 @@ def test_eval_crop_resizes_then_cuts_the_centre(
   np.testing.assert_array_equal(got, want[top : top + size, left : left + size])
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+  "size",
+  [(7, 1000), (1000, 7), (11, 2003), (5, 900), (1, 300), (300, 1), (30, 250)],
+)
+def test_eval_crop_of_long_pictures_is_that_of_the_whole(
+  size: tuple[int, int], resample: str
+) -> None:
+  image = _noise(*size)
+  for picture in (image, image.convert("L")):
+    got = np.asarray(transforms.eval_crop(picture, 56, resample=resample))
+    scale = 64 / min(size)
+    target = tuple(int(64 * side / min(size)) for side in size)
+    assert max(target) > 8 * 64 and scale > 1
+    whole = np.asarray(picture.resize(target, transforms.RESAMPLE[resample]))
+    left, top = (round((side - 56) / 2) for side in target)
+    np.testing.assert_array_equal(got, whole[top : top + 56, left : left + 56])
+
+
+def test_eval_crop_of_a_line_takes_no_memory_of_the_whole() -> None:
+  # Enlarged, the line has 2,560,000,000 rows: more than Pillow can count.
+  line = Image.new("L", (1, 10_000_000), 7)
+  line.paste(200, (0, 5_000_000, 1, 10_000_000))
+  got = np.asarray(transforms.eval_crop(line, 224))
+  assert got.shape == (224, 224)
+  # The edge in the middle, spread over 256 rows a pixel; 16 columns are cut.
+  assert (got == got[:, :1]).all() and np.unique(got[:, 0]).size > 100
+
+
 # --- colour -----------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from scipy import io
 from attmask_jax import errors
 from attmask_jax.data import (
   backgrounds,
+  decoding,
   flowers,
   imagenet,
   pictures,
@@ -233,6 +234,30 @@ def test_pictures_from_files_folders_and_animations(tmp_path):
   found = of(moving, every=2)
   assert [name for name, _ in found] == ["moving.gif 0", "moving.gif 2"]
   assert [int(v) for _, v in found] == [0, 200]
+
+
+def test_a_broken_picture_among_others_is_named(tmp_path, caplog):
+  for i in range(5):
+    save(tmp_path / f"{i}.png", value=10 * i)
+  data = (tmp_path / "2.png").read_bytes()
+  (tmp_path / "1b.png").write_bytes(data[: len(data) // 2])
+  (tmp_path / "x.gif").write_bytes(data)
+  names = lambda **options: [
+    name for name, _ in pictures.load(str(tmp_path), **options)
+  ]
+  assert names() == [f"{i}.png" for i in range(5)]
+  assert "1b.png cannot be read: " in caplog.text
+  assert "1 .gif (--config.data.extensions=.gif adds them)" in caplog.text
+  assert names(limit=3) == ["0.png", "1.png", "2.png"]
+  reading = decoding.Reading(extensions=".gif")
+  assert names(reading=reading)[-1] == "x.gif"
+  moving = tmp_path / "moving.gif"
+  frames = [Image.new("RGB", (8, 8), (v, v, v)) for v in (0, 100, 200)]
+  frames[0].save(moving, save_all=True, append_images=frames[1:])
+  moving.write_bytes(moving.read_bytes()[:-30])
+  read = [name for name, _ in pictures.load(str(moving))]
+  assert read == ["moving.gif 0", "moving.gif 1"]
+  assert "moving.gif cannot be read beyond frame" in caplog.text
 
 
 def test_pictures_that_are_not_there(tmp_path):

@@ -28,6 +28,21 @@ def test_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     sources.build(_config(source="tfds:mnist"), "train")
 
 
+@pytest.mark.parametrize(
+  ("path", "package"), [("gs://bucket/x", "gcsfs"), ("s3://x", "s3fs")]
+)
+def test_a_bucket_without_its_package(
+  monkeypatch: pytest.MonkeyPatch, path: str, package: str
+) -> None:
+  pytest.importorskip("tensorflow_datasets")
+  monkeypatch.setitem(sys.modules, package, None)
+  message = rf"tfds:mnist cannot be opened in {path} .ImportError.*{package}"
+  with pytest.raises(errors.InputError, match=message) as error:
+    sources.build(_config(source="tfds:mnist", path=path), "train")
+  assert f"run `pip install {package}`, or copy" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
 def test_data_set_missing(tmp_path: pathlib.Path) -> None:
   pytest.importorskip("tensorflow_datasets")
   message = (
@@ -127,3 +142,20 @@ def test_without_tensorflow(tiny_pictures: Callable[[str], str]) -> None:
   config.subset = 3
   assert sources.build(config, "train").labels.tolist() == [0] * 3 + [1] * 3
   assert "tensorflow" not in sys.modules
+
+
+def test_a_set_of_tfrecords(tiny_pictures: Callable[[str], str]) -> None:
+  data_dir = tiny_pictures("array_record")
+  # As TensorFlow would have stored it, the records themselves apart.
+  folder = pathlib.Path(data_dir) / "tiny_pictures" / "1.0.0"
+  info = folder / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  for shard in folder.glob("*array_record*"):
+    shard.rename(str(shard).replace("array_record", "tfrecord"))
+  message = (
+    f"tfds:tiny_pictures is stored as tfrecord in {data_dir}, without random "
+    "access; prepare it in another folder: .*data_dir='ANOTHER_FOLDER'"
+  )
+  with pytest.raises(errors.InputError, match=message) as error:
+    sources.build(_config(source="tfds:tiny_pictures", path=data_dir), "train")
+  assert "\n" not in str(error.value)

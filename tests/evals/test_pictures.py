@@ -1,6 +1,7 @@
 """Picture evaluations against hand counts, plain loops and numpy."""
 
 import functools
+import os
 import types
 
 import jax
@@ -12,7 +13,7 @@ from PIL import Image
 
 from attmask_jax import data, evaluate
 from attmask_jax import mesh as meshes
-from attmask_jax.data import shapes
+from attmask_jax.data import files, shapes
 from attmask_jax.errors import InputError
 from attmask_jax.evals import attention, drawing, masks, overlap, pca, pictures
 from attmask_jax.evals.job import Job
@@ -315,6 +316,37 @@ def test_attention_of_a_folder(tmp_path):
     # Five cells of 1.5 inches; two rows of 1 and 2.4 (1.6 times as high).
     assert picture.width == pytest.approx(5 * 312, abs=60)
     assert picture.height == pytest.approx(300 * (16 / 24 + 1.6) + 220, abs=60)
+
+
+def test_attention_of_a_folder_with_odd_files(tmp_path, caplog):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+  # No UTF-8, no formula, and more than 16 times as long as wide.
+  for name in (b"caf\xe9", b"$\\oops$", b"plain"):
+    file = os.path.join(os.fsencode(folder), name + b".png")
+    Image.fromarray(pixels).save(file)
+  Image.fromarray(pixels[:1, :17]).save(folder / "thin.png")
+  (folder / "broken.png").write_bytes(b"nothing")
+  job = make_job(tmp_path, "attention", {"evals.images": str(folder)})
+  result = attention.run(job)
+  names = [row[0] for row in result.table.rows]
+  assert names == ["$\\oops$.png", "caf\\xe9.png", "plain.png", "mean"]
+  assert "broken.png cannot be read" in caplog.text
+  assert "thin.png has 17 x 1 pixels" in caplog.text
+  assert result.figures[0].is_file()
+  only = {"evals.images": str(folder / "thin.png")}
+  with pytest.raises(InputError, match="thin.png holds only pictures that"):
+    attention.run(make_job(tmp_path, "attention", only))
+
+
+def test_validation_images_that_cannot_be_read_are_named(tmp_path, caplog):
+  (tmp_path / "0.png").write_bytes(b"nothing")
+  Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+  source = files.Flat(str(tmp_path))
+  drawn = pictures.crops(source, np.arange(2), 8)
+  assert [picture.name for picture in drawn] == ["1.png"]
+  assert f"left out: {tmp_path}/0.png cannot be read: not an" in caplog.text
 
 
 def test_attention_of_a_moving_picture(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import types
 
@@ -72,6 +73,13 @@ def test_page_shows_all_that_the_folder_holds(tmp_path):
   # One file that opens without a server: nothing else is fetched.
   assert not re.search(r'(src|href)="(?!data:)', page)
   assert 'alt="Loss" src="data:image/svg' in page
+
+
+def test_names_that_are_no_utf8_are_escaped(tmp_path):
+  odd = os.fsdecode(b"caf\xe9")
+  folder = write_run(tmp_path / odd, **{"data.path": f"/data/{odd}"})
+  page = report.write(folder).read_text(encoding="utf-8")
+  assert "<h1>caf\\xe9</h1>" in page
 
 
 def test_large_pictures_are_in_the_page_too(tmp_path):

@@ -106,11 +106,15 @@ def is_file(where: str) -> bool:
   return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
-def read(where: str) -> File:
+def read(where: str, tensor_prefix: str = "") -> File:
   """Opens a weight file.
 
+  Args:
+    where: the file.
+    tensor_prefix: takes the tensors behind it alone, see `layouts.unwrap`.
+
   Raises:
-    InputError: missing, damaged, or without a state dict.
+    InputError: missing, damaged, without a state dict or that prefix.
   """
   path = pathlib.Path(where).expanduser()
   if path.suffix.lower() == ".safetensors":
@@ -125,10 +129,10 @@ def read(where: str) -> File:
       "model's state_dict()"
     )
   try:
-    unwrapped = layouts.unwrap(content)
+    unwrapped = layouts.unwrap(content, tensor_prefix)
   except InputError as error:
     raise InputError(f"{path}: {error}") from error
-  keys = ("student", "teacher", "model", "state_dict", "optimizer")
+  keys = (*layouts.NETWORKS, *layouts.AVERAGES, "optimizer")
   rest = {k: v for k, v in content.items() if k not in keys} | numbers
   return File(path, dict(unwrapped), rest)
 

@@ -11,27 +11,24 @@ from typing import Any
 
 from attmask_jax.errors import InputError
 from attmask_jax.models import vit
-from attmask_jax.weights.torch_io import sizes, tables
+from attmask_jax.weights.torch_io import prefixes, sizes, tables
 from attmask_jax.weights.torch_io.lazy import ARRAYS
 from attmask_jax.weights.torch_io.names import Table, Tensors
 from attmask_jax.weights.torch_io.unpickling import quoted
 
-# ExtreMA's two encoders -> our networks.
+# Keys of a file under which a state dict stands, and the average of one.
+NETWORKS = (
+  "student", "model", "state_dict", "module", "model_state_dict", "network",
+  "net",
+)  # fmt: skip
+AVERAGES = (
+  "teacher", "model_ema", "state_dict_ema", "ema", "ema_state_dict",
+  "model_ema_state_dict", "ema_model",
+)  # fmt: skip
+# ExtreMA's two encoders, and the networks of ours that they are.
 _ENCODERS = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
 # Masked autoencoders; whether their decoders see the class token.
 DECODERS = {"mae": False, "facebook_mae": True, "hf_mae": True}
-# Names of transformers 5 in memory -> of version 4. It saves those of version 4
-# except for the blocks of a decoder.
-_TRANSFORMERS_5 = (
-  (r"^(vit\.|)layers\.", r"\1encoder.layer."),
-  (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-  (r"\.attention\.q_proj\.", ".attention.attention.query."),
-  (r"\.attention\.k_proj\.", ".attention.attention.key."),
-  (r"\.attention\.v_proj\.", ".attention.attention.value."),
-  (r"\.attention\.o_proj\.", ".attention.output.dense."),
-  (r"\.mlp\.fc1\.", ".intermediate.dense."),
-  (r"\.mlp\.fc2\.", ".output.dense."),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,35 +109,43 @@ class Layout:
     return f"{self.width}x{self.depth}x{self.num_heads}"
 
 
-def unwrap(obj: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def unwrap(
+  obj: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, dict[str, Any]]]:
   """The networks of a checkpoint, by name.
 
-  Layouts: {student, teacher, ...}; {state_dict: ...}; {model: ...}, optionally
-  with {model_ema: ...}; a bare state dict. The prefixes "module." and
-  "_orig_mod." are removed (also for ExtreMA's encoders), and names of
-  transformers 5 become those of version 4; "backbone.", "encoder." and heads
-  are kept for `recognise`.
+  A state dict stands under one of `NETWORKS`, perhaps with an average of it
+  under one of `AVERAGES`, or is the file itself. "module." and "_orig_mod." in
+  front of names are taken off (in front of an encoder's of ExtreMA too), and so
+  is what a trainer puts in front of a known layout, see `prefixes`. Names of
+  transformers 5 become those of version 4.
+
+  Args:
+    obj: content of the file.
+    prefix: takes the tensors behind it alone, see `prefixes.split`.
 
   Returns:
     "student" and "teacher" (ExtreMA's base encoder with predictor and its
     momentum encoder; a model and its average) or the one "model".
 
   Raises:
-    InputError: it holds no tensors.
+    InputError: it holds no tensors, or several networks and no way to choose.
   """
-  networks = []
-  pairs = ("student", "teacher"), ("model", "model_ema"), ("state_dict", "")
-  for key, average in pairs:
-    if any(isinstance(obj.get(k), Mapping) for k in (key, average)):
-      first, second = _tensors(obj.get(key)), _tensors(obj.get(average))
-      if key == "student" or second:
-        networks = [("student", first), ("teacher", second)]
-      else:
-        networks = _split(first)
-      break
+  first, second = (_first_of(obj, keys) for keys in (NETWORKS, AVERAGES))
+  if second or "student" in obj:
+    pair = [("student", first), ("teacher", second)]
+    networks = [
+      (name, _one(_split(tensors, prefix), name))
+      for name, tensors in pair
+      if tensors
+    ]
   else:
-    networks = _split(_tensors(obj))
-  networks = [(name, tensors) for name, tensors in networks if tensors]
+    networks = _split(first or _tensors(obj) or _nested(obj), prefix)
+  networks = [
+    (name, prefixes.transformers_4(tensors))
+    for name, tensors in networks
+    if tensors
+  ]
   if not networks:
     listed = ", ".join(map(quoted, list(obj)[:5])) or "nothing"
     raise InputError(
@@ -203,37 +208,56 @@ def kind_of(tensors: Tensors) -> str:
   return _kind(tensors)[0]
 
 
-def _tensors(obj: Any) -> dict[str, Any]:
-  """The arrays of a state dict, without the prefixes of wrapped modules."""
+def _first_of(obj: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+  """The first state dict under one of these keys, {} for none."""
+  return next(filter(None, (_tensors(obj.get(key)) for key in keys)), {})
+
+
+def _tensors(obj: Any, depth: int = 1) -> dict[str, Any]:
+  """The arrays of a state dict without prefixes of wrapped modules.
+
+  Without any, those of a state dict one level below.
+  """
   if not isinstance(obj, Mapping):
     return {}
-  renamed = {}
-  for name, value in obj.items():
-    if isinstance(name, str) and isinstance(value, ARRAYS):
-      name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
-      renamed[name] = value
-  if any(name.endswith("embeddings.cls_token") for name in renamed):
-    renamed = {_transformers_4(name): value for name, value in renamed.items()}
-  return renamed
+  renamed = {
+    re.sub(r"^((module|_orig_mod)\.)+", "", name): value
+    for name, value in obj.items()
+    if isinstance(name, str) and isinstance(value, ARRAYS)
+  }
+  below = [obj.get(key) for key in (*NETWORKS, *AVERAGES)] if depth else []
+  return renamed or next(filter(None, (_tensors(x, 0) for x in below)), {})
 
 
-def _transformers_4(name: str) -> str:
-  for new, old in _TRANSFORMERS_5:
-    name = re.sub(new, old, name)
-  return name
+def _nested(obj: Mapping[str, Any]) -> dict[str, Any]:
+  """The arrays of state dicts under keys of any other name, if one is a ViT."""
+  flat = {
+    f"{key}.{name}": value
+    for key, state in obj.items()
+    if isinstance(key, str)
+    for name, value in _tensors(state, 0).items()
+  }
+  return flat if prefixes.has_network(flat) else {}
+
+
+def _one(
+  networks: list[tuple[str, dict[str, Any]]], name: str
+) -> dict[str, Any]:
+  """The network of this name, or the only one."""
+  return dict(networks).get(name, networks[0][1])
 
 
 def _split(
-  tensors: dict[str, Any],
+  tensors: dict[str, Any], prefix: str
 ) -> list[tuple[str, dict[str, Any]]]:
-  """ExtreMA's two encoders in one state dict, or the only model."""
-  if not any(name.startswith(tuple(_ENCODERS)) for name in tensors):
-    return [("model", tensors)]
+  """The networks of one state dict, of ExtreMA or as `prefixes` finds them."""
+  if prefix or not any(name.startswith(tuple(_ENCODERS)) for name in tensors):
+    return prefixes.split(tensors, prefix)
   networks: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
   for name, value in tensors.items():
-    for prefix, network in _ENCODERS.items():
-      if name.startswith(prefix):
-        networks[network][name.removeprefix(prefix)] = value
+    for start, network in _ENCODERS.items():
+      if name.startswith(start):
+        networks[network][name.removeprefix(start)] = value
         break
     else:
       networks["student"][name] = value  # the predictor

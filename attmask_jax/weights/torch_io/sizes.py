@@ -20,7 +20,14 @@ def trunk(
   """Sizes of the backbone."""
   name = lambda ours: names.name_of(table, f"backbone/{ours}") or ""
   conv = _shape(tensors, name("patch_embed/kernel"), 4)
-  width, patch = conv[0], conv[2]
+  width, channels, patch = conv[:3]
+  if channels != 3:
+    raise InputError(
+      f"these weights are of images with {channels} "
+      f"{'channel' if channels == 1 else 'channels'}, and images here have 3 "
+      f"(RGB): sum or repeat the second axis of {name('patch_embed/kernel')} "
+      "to 3, and save them again"
+    )
   depth = _depth(tensors, name("blocks/norm1/scale[i]"))
   fc1 = name("blocks/mlp/fc1/kernel[i]").format(i=0)
   table_name = name("pos_embed")
