@@ -19,8 +19,8 @@ from attmask_jax.runs import checkpoint
 
 # Sections and keys that may change when a run continues.
 FREE_KEYS = (
-  "run.", "evals.", "data.path", "data.eval_resample", "weights", "probe",
-  "init_", "num_heads", "allow_missing", "tensor_prefix",
+  "run.", "evals.", "data.path", "data.eval_resample", "data.max_broken",
+  "weights", "probe", "init_", "num_heads", "allow_missing", "tensor_prefix",
 )  # fmt: skip
 IMAGES = "data.images"  # size of the training set, in config.json only
 

@@ -192,6 +192,7 @@ def test_what_may_differ_when_a_run_continues(tmp_path, whole):
     "run.save_steps": 3,
     "evals.knn_ks": (3,),
     "data.path": "/elsewhere",
+    "data.max_broken": 0.5,
   }
   train.train(small.config(free), str(folder))
   assert records_of(folder) == records_of(whole)
