@@ -57,32 +57,30 @@ def train(
     defaults=setup.defaults(config),
   )
   with lock.RunLock(folder, break_lock=config.run.break_lock) as held:
-    _train(run, folder, held, start or {})
+    start, begun = _start(run, folder, start)
+    with checkpoint.Checkpoints(
+      folder,
+      keep_steps=config.run.keep_steps,
+      best=run.evaluator.best,
+      alone=held.alone,
+    ) as saved:
+      loop = Loop(run, folder, held, saved, start, begun)
+      run_config.write_config(config, folder, images=len(run.train_source))
+      loop.run()
   return run
 
 
-def _train(
-  run: Run,
-  folder: pathlib.Path,
-  held: lock.RunLock,
-  start: dict[str, Params],
-) -> None:
-  """`train` in a directory that no other process writes to."""
-  config, begun = run.config, 0
+def _start(
+  run: Run, folder: pathlib.Path, given: dict[str, Params] | None
+) -> tuple[dict[str, Params], int]:
+  """Values that replace initial ones, and the steps that lie behind them."""
+  if given:
+    return given, 0
   # A run that continues does not read the file that it started from.
-  fresh = not checkpoint.steps(folder)
-  if config.get("init_from") and not start and fresh:
-    start, epoch = init_from.start(config, run.method, run.mesh)
-    begun = epoch * run.schedules.steps_per_epoch
-  with checkpoint.Checkpoints(
-    folder,
-    keep_steps=config.run.keep_steps,
-    best=run.evaluator.best,
-    alone=held.alone,
-  ) as saved:
-    loop = Loop(run, folder, held, saved, start, begun)
-    run_config.write_config(config, folder, images=len(run.train_source))
-    loop.run()
+  if not run.config.get("init_from") or checkpoint.steps(folder):
+    return {}, 0
+  start, epoch = init_from.start(run.config, run.method, run.mesh)
+  return start, epoch * run.schedules.steps_per_epoch
 
 
 class Loop:
