@@ -12,7 +12,7 @@ from attmask_jax import mesh as meshes
 from attmask_jax import train, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, attmask, base, masking
-from attmask_jax.runs import metrics, progress
+from attmask_jax.runs import judgement, metrics, progress
 from attmask_jax.training import optim, train_step
 from attmask_jax.training import setup as runs
 
@@ -280,11 +280,13 @@ def guarded(monkeypatch, calls):
 
 
 def test_the_loop_gives_the_step_device_arrays_only(
-  monkeypatch, tmp_path, traces
+  monkeypatch, tmp_path, traces, caplog
 ):
   calls = []
   guarded(monkeypatch, calls)
+  caplog.set_level("INFO", logger="absl")
   train.train(small.config({"run.log_steps": 5}), str(tmp_path))
+  assert caplog.messages[-1] == judgement.read(tmp_path).sentence
   assert len(calls) == small.TOTAL_STEPS
   assert calls[0]._cache_size() == 1 and traces["loss"] == 1
   check_records(metrics.read_metrics(tmp_path / "metrics.jsonl"))
@@ -304,6 +306,9 @@ def check_records(records):
   for name in ("loss", "nmi", "ari", "fscore"):
     assert at(f"epoch/{name}") == [8, 16], name
   assert at("knn/top1") == at("knn/k5/top5") == [0, 8, 16]
+  # 48 validation images of 8 classes, once.
+  for name, value in {"chance": 12.5, "queries": 48, "teacher": 1}.items():
+    assert at(f"knn/{name}") == [0] and records[0][f"knn/{name}"] == value
   for name in ("attmask_high", "attmask_hint", "attmask_low", "random"):
     assert at(f"overlap/{name}") == [0, 8, 16], name
   assert all(0 <= r.get("train/data_wait", 0) <= 1 for r in records)
