@@ -11,9 +11,8 @@ MAX_POINTS = 500  # per curve; longer ones are averaged in bins
 # Title: metrics of the plot; those that a run does not have are left out.
 CURVES = {
   "Loss": ("epoch/loss", "epoch/cls", "epoch/patch", "val/loss", "train/loss"),
-  "k-NN and accuracy, %": (
-    "knn/top1", "knn/top5", "val/top1", "val/top5", "ema/top1",
-  ),
+  "k-NN and accuracy, %": ("knn/top1", "val/top1", "ema/top1"),
+  "Class among the five best, %": ("knn/top5", "val/top5", "ema/top5"),
   "Share of the mask on the object": (
     "overlap/attmask_high", "overlap/attmask_hint", "overlap/attmask_low",
     "overlap/random",
@@ -187,10 +186,15 @@ def _draw(
     figure.legend(
       *handles,
       loc="outside lower center",
-      ncols=min(3, len(handles[0])),
+      ncols=_columns(handles[1]),
       frameon=False,
       fontsize=7.5,
     )
   file = io.BytesIO()
   figure.savefig(file, format="svg", metadata={"Date": None})
   return file.getvalue()
+
+
+def _columns(labels: Sequence[str]) -> int:
+  """Columns of a legend that is as wide as the plot."""
+  return min(len(labels), 3 if max(map(len, labels)) < 20 else 2)

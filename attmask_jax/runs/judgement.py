@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from attmask_jax.runs import records
+from attmask_jax.runs import metric_names, records
 
 NOISE_ERRORS = 2  # standard errors that still count as noise
 KNN, ACCURACY = "knn/top1", "val/top1"
@@ -164,10 +164,13 @@ def _row(
   points = _points(lines, name)
   trained = [value for step, value in points if step > 0]
   highest = best(points) if rank else None
+  # Of a mean over steps the first; else only what precedes training.
+  mean = name.startswith(metric_names.PHASES)
+  begun = [value for step, value in points[:1] if mean or step == 0]
   return Row(
     name,
     trained[-1] if trained else None,
-    points[0][1] if points else None,
+    begun[0] if begun else None,
     chance,
     (highest[1], int(highest[0])) if highest else None,
   )
@@ -175,7 +178,7 @@ def _row(
 
 def _rows(config: Mapping[str, Any], lines: Lines, score: Row) -> list[Row]:
   """All rows, measured or not."""
-  rows = [score, _row(lines, ACCURACY)._replace(start=None)]
+  rows = [score, _row(lines, ACCURACY)]
   rows += [_row(lines, f"epoch/{name}", rank=False) for name in CLUSTERS]
   rows[-2] = rows[-2]._replace(chance=0.0)  # the Rand index is adjusted
   policy = str(config.get("method.mask"))
@@ -214,10 +217,11 @@ def _sentence(
       "Whether this run has learned the classes is not measured: the images "
       "have no labels, or evals.knn is off."
     )
-  before = any(line["step"] == 0 and KNN in line for line in lines)
   queries = number_of_queries(config, lines)
-  if not before or not queries:
-    missing = "the number of queries" if before else "k-NN before the start"
+  if start is None or not queries:
+    missing = "the number of queries"
+    if start is None:
+      missing = "k-NN before the first step"
     return f"k-NN is {now:.2f} %; {missing} is not known, so no judgement."
   loaded = bool(config.get("init_from"))
   whose = "the weights it began with" if loaded else "the untrained network"

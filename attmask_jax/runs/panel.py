@@ -83,7 +83,9 @@ def _number(name: str, value: float) -> str:
   if name.startswith("overlap/"):
     return f"{100 * value:.1f} %"
   unit = metric_names.METRICS[metric_names.key(name)].unit
-  return f"{value:.2f} {unit}" if unit in ("%", "nats") else f"{value:.3f}"
+  if unit in ("%", "nats"):
+    return f"{value:.2f} {unit}"
+  return f"{value:z.3f}"  # no "-0.000"
 
 
 def _duration(seconds: float) -> str:

@@ -46,7 +46,7 @@ figure { margin: 1rem 0; } figcaption { font-size: .85rem; opacity: .85; }
 .panel { border: 1px solid var(--line); border-radius: .7rem;
   padding: .4rem 1.2rem; margin: 1.2rem 0; }
 .verdict { font-size: 1.2rem; font-weight: 600; }
-.panel .note { font-size: .85rem; }
+.panel .note { font-size: .85rem; } .panel td + td { white-space: nowrap; }
 details td { text-align: left; font-family: ui-monospace, monospace;
   font-size: .85rem; }
 """

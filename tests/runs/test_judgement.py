@@ -100,7 +100,13 @@ def test_sentence_of_a_run_from_weights():
     ([{"step": 9, "train/loss": 1.0}], "is not measured: the images have no"),
     ([{"step": 0, "knn/top1": 9.0}], "but the start: k-NN 9.00 %"),
     (lines(9.0, 80.0, queries=None), "80.00 %; the number of queries is not"),
-    (lines(9.0, 80.0)[1:], "80.00 %; k-NN before the start is not known"),
+    (
+      [
+        {"step": 4, "knn/top1": 8.0, "knn/queries": 100},
+        {"step": 8, "knn/top1": 80.0},
+      ],
+      "80.00 %; k-NN before the first step is not known",
+    ),
     ([{"step": 4, "val/top1": 61.5}], "Accuracy is 61.50 %"),
   ],
 )
@@ -137,6 +143,9 @@ def test_best_is_never_before_the_first_step():
   (row,) = rows(CONFIG, records).values()
   assert row == ("knn/top1", 20.0, 40.0, 25.0, (35.0, 8))
   assert judgement.best([(0, 9.0)]) is None
+  # Without an evaluation before the first step there is no start.
+  (row,) = rows(CONFIG, records[1:]).values()
+  assert row == ("knn/top1", 20.0, None, None, (35.0, 8))
 
 
 def test_rows_of_masks_clusters_and_the_teacher():

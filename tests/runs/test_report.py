@@ -89,7 +89,8 @@ def test_panel_answers_whether_the_run_has_learned(tmp_path):
     {"step": 0, "knn/top1": 60.0, "knn/chance": 12.5, "knn/queries": 800,
      "knn/teacher": 1, "overlap/attmask_high": 0.3, "overlap/random": 0.25},
     {"step": 4, "train/img_per_s": 20.0, "train/teacher_entropy": 3.0},
-    {"step": 8, "knn/top1": 20.0, "epoch/nmi": 0.25, "epoch/loss": 5.0},
+    {"step": 8, "knn/top1": 20.0, "epoch/nmi": 0.25, "epoch/loss": 5.0,
+     "epoch/ari": -0.0004},
     {"step": 20, "knn/top1": 17.5, "epoch/nmi": 0.5, "epoch/loss": 6.25,
      "overlap/attmask_high": 0.4, "overlap/random": 0.24},
   ]  # fmt: skip
@@ -109,6 +110,9 @@ def test_panel_answers_whether_the_run_has_learned(tmp_path):
   ]  # fmt: skip
   assert cells(panel, "prototypes and labels, NMI") == [
     "0.500", "0.250 (first epoch)", "–", "–",
+  ]  # fmt: skip
+  assert cells(panel, "prototypes and labels, ARI") == [
+    "0.000", "0.000 (first epoch)", "0.000 (chance)", "–",
   ]  # fmt: skip
   assert cells(panel, "mask on the object, attmask_high") == [
     "40.0 %", "30.0 %", "24.0 % (random mask)", "–",
@@ -228,7 +232,7 @@ def test_legends_are_outside_of_the_axes():
     {"step": 0, "knn/top1": 10.0, "knn/top5": 50.0, "knn/chance": 12.5},
     {"step": 20, "knn/top1": 20.0, "knn/top5": 60.0},
   ]
-  (plot,) = curves.plots(CONFIG, lines)
+  plot, _ = curves.plots(CONFIG, lines)
   tree = ElementTree.fromstring(plot.svg)
   inside = tree.find(".//*[@id='axes_1']")
   assert tree.find(".//*[@id='legend_1']") is not None
