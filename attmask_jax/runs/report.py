@@ -189,7 +189,7 @@ def _images(config: Mapping[str, Any]) -> str:
   if config.get("evals.images"):
     words = [config["evals.images"]]
   name = " ".join(str(word) for word in words if word)
-  if config.get("data.subset"):
+  if name and (config.get("data.subset") or 0) > 0:
     name += f", {config['data.subset']} training images per class"
   if name and config.get("data.image_size"):
     name += f", {config['data.image_size']} px"

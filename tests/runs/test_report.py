@@ -155,6 +155,24 @@ def test_evaluations_say_which_network(tmp_path, network, title):
   assert f"<h2>{title}</h2>" in report.write(tmp_path).read_text()
 
 
+@pytest.mark.parametrize(
+  "config, text",
+  [
+    ({"data.source": "", "data.subset": -1}, "7 queries"),
+    ({"data.source": "shapes", "data.subset": 3, "data.image_size": 32},
+     "shapes, 3 training images per class, 32 px · 7 queries"),
+    ({"data.source": "shapes", "data.subset": 0}, "shapes · 7 queries"),
+  ],
+)  # fmt: skip
+def test_evaluations_say_on_which_images(tmp_path, config, text):
+  records.append(tmp_path, record(12.34, **config))
+  page = report.write(tmp_path).read_text()
+  assert (
+    f'<h2>knn of the teacher network, step 20</h2><p class="sub">{text}<'
+    in (page)
+  )
+
+
 def test_evaluations_during_training_say_which_network(tmp_path):
   for network, text in ((0, "Of the student."), (1, "Of the teacher.")):
     lines = [{"step": 0, "knn/top1": 1.0, "knn/teacher": network}]
