@@ -181,8 +181,11 @@ def _check_folder(
 def _replaces(source: loading.Weights, old: dict[str, Any]) -> bool:
   """Whether new results of `source` may replace those of older weights.
 
-  So may results of the same network of the same run, as it trains on.
+  Those of the same values may, wherever they are; and those of the same
+  network of the same run, as it trains on.
   """
+  if source.digest == old["digest"]:
+    return True
   run = lambda where: where.split("/checkpoints/")[0]
   same = source.network == old["network"]
   same = same and run(source.where) == run(old["where"])

@@ -18,7 +18,14 @@ from clu import parameter_overview
 from attmask_jax import Batch, Params, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import NotFiniteError, StoppedError
-from attmask_jax.runs import checkpoint, lock, metrics, progress, report
+from attmask_jax.runs import (
+  checkpoint,
+  judgement,
+  lock,
+  metrics,
+  progress,
+  report,
+)
 from attmask_jax.runs import config as run_config
 from attmask_jax.training import setup, train_step
 from attmask_jax.training.epoch import Epoch
@@ -67,6 +74,8 @@ def train(
       loop = Loop(run, folder, held, saved, start, begun)
       run_config.write_config(config, folder, images=len(run.train_source))
       loop.run()
+    if jax.process_index() == 0:
+      logging.info("%s", judgement.read(folder).sentence)
   return run
 
 

@@ -23,7 +23,23 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+# The files that take longest, first: no worker is left with one at the end.
+LONGEST = (
+  "test_resume", "test_checkpoint", "test_evaluate", "test_interchange",
+  "test_torch_models", "test_attmask", "test_train", "test_methods",
+  "test_extrema", "test_rollout", "test_vit", "test_classify", "test_mesh",
+  "test_runtime", "test_mae", "test_shape", "test_distributed",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+  config.option.loadscopereorder = False  # xdist: in the order from here
+
+
+def pytest_collection_modifyitems(items):
+  rank = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +52,9 @@ def same_precision():
 @pytest.fixture(scope="session")
 def golden_root():
   """Folder of the recorded numbers, $ATTMASK_GOLDEN if set."""
-  return pathlib.Path(os.environ.get("ATTMASK_GOLDEN", GOLDEN))
+  import small  # after jax is set up, above
+
+  return pathlib.Path(os.environ.get("ATTMASK_GOLDEN", small.GOLDEN))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from attmask_jax.methods import METHODS
 from attmask_jax.training import setup, train_step
 from configs import tiny
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Everything that the tiny config sets, so that tuning it changes no test. A
 # wide head, warm teachers and small rates keep rounding as small as it is: a
 # narrow head's tiny outputs, normalised, and sharp teachers blow it up.
@@ -45,7 +47,7 @@ SIZES = {
   "evals.eval_epochs": 1,
   "evals.knn_ks": (3, 5, 10),
   "evals.batch_size": 32,
-  "evals.mask_images": 2,
+  "evals.mask_images": 0,
   "evals.overlap_images": 8,
   "run.scan": True,
   "run.log_steps": 3,

@@ -201,7 +201,7 @@ def test_checkpoint_of_another_architecture(call, tmp_path):
   with checkpoint.Checkpoints(tmp_path) as saved:
     saved.save(3, items, sums.progress() | {"broken": {}})
   call_tiny = lambda: call(TINY, f"--workdir={tmp_path}", *flags_of({}))
-  check_sentence(*call_tiny(), ["checkpoints and no config.json", "restore"])
+  check_sentence(*call_tiny(), ["checkpoints but no config.json", "restore"])
   run_config.write_config(small.config(), tmp_path, images=64)
   before = contents(tmp_path)
   code, words = call_tiny()

@@ -47,6 +47,7 @@ def processes(workdir, programs, changes):
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path, monkeypatch, programs):
   changes = {"run.fsdp": 2}
   running = processes(tmp_path / "two", programs, changes)

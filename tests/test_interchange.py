@@ -256,6 +256,7 @@ def test_evaluations_take_files(trained, exported, tmp_path):
     evaluated("knn", file, tmp_path / "g")
 
 
+@pytest.mark.slow
 def test_a_trained_probe_is_exported(trained, tmp_path):
   short = {"method.last_blocks": 1, "optim.epochs": 1, "data.batch_size": 16,
            "method.lrs": (0.1, 0.3)}  # fmt: skip
@@ -287,6 +288,7 @@ def test_a_trained_probe_is_exported(trained, tmp_path):
     export(trained, tmp_path / "a.pth", format="timm", probe=str(four))
 
 
+@pytest.mark.slow
 def test_a_probe_and_fine_tuning_on_a_narrow_mlp(trained, tmp_path):
   """The width of the MLP is that of the file, not four times the tokens'."""
   path = export(trained, tmp_path / "a.pth", format="timm")
@@ -312,6 +314,7 @@ def test_a_probe_and_fine_tuning_on_a_narrow_mlp(trained, tmp_path):
 # Starting from them ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_checkpoint_goes_on(trained, exported, tmp_path, caplog):
   copy = shutil.copy(exported, tmp_path / "copy.pth")
   config = small.config({"optim.epochs": 3, "init_from": str(copy)})

@@ -51,6 +51,7 @@ def test_eight_devices_give_the_numbers_of_one(monkeypatch, one_device, fsdp):
   small.assert_close(state.aux, want_state.aux, PARAMETERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", small.FAMILIES)
 def test_guided_masks_of_eight_devices_are_those_of_one(monkeypatch, family):
   """Attention chooses, hints are drawn, ExtreMA's subsets are dealt out."""
@@ -87,6 +88,7 @@ def test_data_parallel_program_only_reduces(accumulate):
   assert set(collectives(config)) == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_host_masks_only_reduce_too():
   changes = DRAWS | {"method.mask": "block", "method.mask_prob": 0.5}
   assert set(collectives(small.config(changes))) == {"all-reduce"}

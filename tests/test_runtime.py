@@ -75,6 +75,7 @@ def values(folder):
   return json.loads((folder / "results.json").read_text())["values"]
 
 
+@pytest.mark.slow
 def test_calls_from_python_give_the_numbers_of_the_commands(start, tmp_path):
   a, b = tmp_path / "command", tmp_path / "call"
   flags = flags_of(CHANGES)

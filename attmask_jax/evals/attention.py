@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from attmask_jax import atomic, schema
-from attmask_jax.evals import drawing, pictures
+from attmask_jax.evals import drawing, pictures, uniform
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.evals.pictures import Picture
 
@@ -105,13 +105,6 @@ def keep_mask(attention: np.ndarray, keep: float) -> np.ndarray:
   return mask
 
 
-def entropy(attention: np.ndarray) -> float:
-  """Entropy in nats of attention [N] scaled to sum 1: 0 to log N."""
-  p = np.asarray(attention, np.float64)
-  p = p[p > 0] / p.sum()
-  return float(-(p * np.log(p)).sum())
-
-
 def _result(
   selected: Sequence[Picture],
   means: Sequence[np.ndarray],
@@ -121,7 +114,7 @@ def _result(
 ) -> Result:
   """Values of the first pictures, and means over all of them."""
   numbers = [
-    (entropy(mean), float(np.log(mean.size)), float(mask.mean()))
+    (uniform.entropy(mean), float(np.log(mean.size)), float(mask.mean()))
     for mean, mask in zip(means, kept, strict=True)
   ]
   average = [float(np.mean(column)) for column in zip(*numbers, strict=True)]
@@ -147,7 +140,19 @@ def _result(
     {"pictures": len(selected)},
     table,
     figures,
-    pictures.notes(len(selected)),
+    (*_uniform_note(means), *pictures.notes(len(selected))),
+  )
+
+
+def _uniform_note(means: Sequence[np.ndarray]) -> tuple[str, ...]:
+  """A sentence if the attention of pictures is uniform."""
+  count = sum(map(uniform.is_uniform, means))
+  if not count:
+    return ()
+  return (
+    f"The mean attention of {count} of {len(means)} pictures is uniform "
+    f"(entropy within {uniform.TOLERANCE:g} nats of log N): their regions rest "
+    "on tiny differences.",
   )
 
 
@@ -184,6 +189,7 @@ def _draw(
           *(first if line == 0 else [""] * 3),
           *(f"Head {i + 1}" for i in names),
         ]
+  maps = [m for _, heads, _ in rows for m in (*heads, heads.mean(axis=0))]
   figure, axes = drawing.grid(
     aspects,
     3 + per_line,
@@ -191,8 +197,8 @@ def _draw(
     labels=labels,
     title=title,
     caption="Colours run from the least to the most attended patch of each "
-    f"picture. Outlined: the fewest patches that hold {100 * keep:g} % of the "
-    "mean attention.",
+    f"map. Outlined: the fewest patches that hold {100 * keep:g} % of the "
+    f"mean attention. {uniform.caption(*maps)}",
   )
   for number, (picture, attention, mask) in enumerate(rows):
     image = picture.image
@@ -201,12 +207,12 @@ def _draw(
     cells = axes[number * lines : (number + 1) * lines]
     cells[0][0].imshow(image)
     mean = attention.mean(axis=0).reshape(grid)
-    cells[0][1].imshow(drawing.heat(image, mean, patch_size))
+    drawing.show_heat(cells[0][1], image, mean, patch_size)
     cells[0][2].imshow(drawing.dim(image, mask.reshape(grid), patch_size))
     drawing.outline_patches(cells[0][2], mask.reshape(grid), patch_size)
     for head, values in enumerate(attention):
       axis = cells[head // per_line][3 + head % per_line]
-      axis.imshow(drawing.heat(image, values.reshape(grid), patch_size))
+      drawing.show_heat(axis, image, values.reshape(grid), patch_size)
   drawing.save(figure, path)
 
 
@@ -221,10 +227,13 @@ def _animate(
   Args:
     folder: of the numbered frames; those of an earlier run are deleted.
     selected: pictures, each drawn beside its heat map.
-    means: attention [N] of each picture; they share one colour scale.
+    means: attention [N] of each picture; they share one colour scale, unless
+      all are uniform.
     patch_size: P.
   """
-  bounds = min(m.min() for m in means), max(m.max() for m in means)
+  bounds = None
+  if not all(map(uniform.is_uniform, means)):
+    bounds = min(m.min() for m in means), max(m.max() for m in means)
   folder.mkdir(parents=True, exist_ok=True)
   for old in folder.glob("[0-9]*.png"):
     old.unlink()

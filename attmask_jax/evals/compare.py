@@ -14,7 +14,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.evals import drawing
 from attmask_jax.evals.job import Eval, Job, Result, Table
 from attmask_jax.runs import config as run_config
-from attmask_jax.runs import metrics
+from attmask_jax.runs import judgement, metrics
 from attmask_jax.text import printable
 
 ACCURACIES = {"knn/top1": "k-NN top-1", "val/top1": "accuracy"}
@@ -64,7 +64,8 @@ def run(job: Job) -> Result:
   path = job.figure("compare.png")
   if jax.process_index() == 0:
     _draw(path, histories)
-  goal = max((v for _, v in histories[0].accuracy), default=None)
+  highest = judgement.best(histories[0].accuracy)
+  goal = None if highest is None else highest[1]
   values, rows = {}, []
   for history in histories:
     numbers, row = _summary(history, goal)
@@ -136,12 +137,13 @@ def _summary(
   accuracy, loss = history.accuracy, history.loss
   values = {}
   if accuracy:
-    numbers = [v for _, v in accuracy]
-    values = {
-      "first": numbers[0], "last": numbers[-1], "best": max(numbers),
-    }  # fmt: skip
+    values = {"first": accuracy[0][1], "last": accuracy[-1][1]}
+  highest = judgement.best(accuracy)
+  if highest is not None:
+    values["best"] = highest[1]
+  # Before the first step nothing is reached: it is no result of training.
   reached = next(
-    (e for e, v in accuracy if goal is not None and v >= goal), None
+    (e for e, v in accuracy if goal is not None and e > 0 and v >= goal), None
   )
   if reached is not None:
     values["reached_epoch"] = reached
@@ -211,7 +213,13 @@ def _draw(path: pathlib.Path, histories: list[History]) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if any(getattr(history, name) for history in histories):
-      axis.legend(frameon=False, fontsize=9)
+      # Below the axes, off the curves.
+      axis.legend(
+        frameon=False,
+        fontsize=9,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+      )
     else:
       axis.text(0.5, 0.5, "not measured", ha="center", va="center",
                 transform=axis.transAxes)  # fmt: skip

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax import atomic
+from attmask_jax.evals import uniform
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -126,10 +127,10 @@ def heat(
 
   Args:
     image: [H, W, 3] uint8.
-    attention: [h, w], any scale.
+    attention: [h, w], >= 0, any scale.
     patch_size: P; attention covers the first h * P by w * P pixels.
     bounds: attention at which colour starts and is full; None = minimum and
-      maximum.
+      maximum, and no colour at all for attention that is uniform.
 
   Returns:
     [H, W, 3] uint8.
@@ -137,6 +138,8 @@ def heat(
   import matplotlib
 
   low, high = bounds or (float(attention.min()), float(attention.max()))
+  if bounds is None and uniform.is_uniform(attention):
+    low = high
   share = np.clip((attention - low) / max(high - low, 1e-12), 0, 1)
   # A pale image, coloured only where it is attended: both stay readable.
   pale = np.repeat(127 + image.mean(axis=2, keepdims=True) / 2, 3, axis=2)
@@ -146,6 +149,21 @@ def heat(
   area = pale[: share.shape[0], : share.shape[1]]
   area += opacity * (colours - area)
   return np.clip(pale.round(), 0, 255).astype(np.uint8)
+
+
+def show_heat(
+  axis: "Axes", image: np.ndarray, attention: np.ndarray, patch_size: int
+) -> None:
+  """Draws `heat` with the ends of its own colour scale, see uniform.ends."""
+  axis.imshow(heat(image, attention, patch_size))
+  axis.text(
+    0.03,
+    0.03,
+    uniform.ends(attention),
+    transform=axis.transAxes,
+    fontsize=6,
+    bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.8),
+  )
 
 
 def grey_out(

@@ -3,11 +3,14 @@
 import dataclasses
 
 import ml_collections
+import numpy as np
 
 from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import cache, features, inputs, nearest
 from attmask_jax.evals.job import Eval, Job, Result, Table
+
+LARGEST_CLASS = "queries of the largest class"  # a count of the result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,7 @@ def run(job: Job) -> Result:
   counts = {
     "bank images": len(bank.labels),
     "queries": len(queries.labels),
+    LARGEST_CLASS: int(np.bincount(queries.labels).max()),
     "classes": len(train.class_names),
     "feature width": bank.features.shape[1],
   }

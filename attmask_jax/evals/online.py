@@ -98,8 +98,23 @@ class Evaluator:
       )
 
   def before(self, state: State) -> dict[str, float]:
-    """k-NN of the untrained network, see `scores`."""
-    return self.scores(state)
+    """k-NN of the untrained network, see `scores`, and what it is worth.
+
+    Returns:
+      `scores`, and the constants of all evaluations: "knn/queries", their
+      number; "knn/chance", the share of the largest class among them, in
+      percent; "knn/teacher", 1 if the teacher is measured, 0 if the student.
+    """
+    if not self.best:
+      return {}
+    result = self._knn(state)
+    queries = result.counts["queries"]
+    largest = result.counts[knn.LARGEST_CLASS]
+    return self._named(result) | {
+      "knn/queries": queries,
+      "knn/chance": 100 * largest / queries,
+      "knn/teacher": float(bool(state.teacher)),
+    }
 
   def scores(self, state: State) -> dict[str, float]:
     """After an epoch: weighted k-NN of validation images, in percent.
@@ -108,14 +123,19 @@ class Evaluator:
       "knn/k10/top1" and "knn/k10/top5" for every k of `evals.knn_ks`, and
       "knn/top1", "knn/top5" for the first; {} where k-NN is off.
     """
-    if not self.best:
-      return {}
+    return self._named(self._knn(state)) if self.best else {}
+
+  def _knn(self, state: State) -> Result:
+    """The k-NN evaluation of the current state."""
     chunks = dict(
       bank_chunk=nearest.BANK_CHUNK, query_chunk=nearest.QUERY_CHUNK
     )
-    job = self._job("knn", state, cache="", **chunks)
-    values = knn.run(job).values
-    first = f"k{job.config.evals.knn_ks[0]}/"
+    return knn.run(self._job("knn", state, cache="", **chunks))
+
+  def _named(self, result: Result) -> dict[str, float]:
+    """Values of `_knn` by their logged names, see `scores`."""
+    first = f"k{self._config.evals.knn_ks[0]}/"
+    values = result.values
     values = values | {k: values[first + k] for k in ("top1", "top5")}
     return {f"knn/{k}": v for k, v in values.items()}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from attmask_jax import Params, schema
 from attmask_jax.errors import InputError
-from attmask_jax.evals import attention, drawing, pictures
+from attmask_jax.evals import drawing, pictures, uniform
 from attmask_jax.evals.job import Eval, Job, Needs, Result, Table
 from attmask_jax.evals.pictures import Picture
 from attmask_jax.models import rollout
@@ -211,15 +211,16 @@ def _draw(
     labels=[p.name for p in selected],
     title=title,
     caption="Colours run from the patch that contributes least to the one that "
-    "contributes most.",
+    "contributes most. "
+    + uniform.caption(*(m for values in maps.values() for m in values)),
   )
   for row, picture in enumerate(selected):
     height, width, _ = picture.image.shape
     grid = height // patch_size, width // patch_size
     axes[row][0].imshow(picture.image)
     for axis, values in zip(axes[row][1:], maps.values(), strict=True):
-      heat = drawing.heat(picture.image, values[row].reshape(grid), patch_size)
-      axis.imshow(heat)
+      scores = values[row].reshape(grid)
+      drawing.show_heat(axis, picture.image, scores, patch_size)
   drawing.save(figure, path)
 
 
@@ -230,7 +231,7 @@ def _result(
 ) -> Result:
   numbers = {
     # An empty map has no entropy.
-    f: [attention.entropy(v) if v.any() else np.nan for v in values]
+    f: [uniform.entropy(v) if v.any() else np.nan for v in values]
     for f, values in maps.items()
   }
   means = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from attmask_jax.errors import InputError
-from attmask_jax.evals import drawing
+from attmask_jax.evals import drawing, uniform
 
 READABLE_NAMES = {
   "attmask_high": "AttMask-High",
@@ -40,7 +40,8 @@ def mask_gallery(
     path: the PNG; replaced atomically, its folder is created.
     images: n times [H, W, 3] uint8; sizes may differ.
     attention: n times [N] float32, >= 0, any scale: each image has its own
-      colour scale. N = (H // P) * (W // P).
+      colour scale, whose ends are given as multiples of uniform attention.
+      N = (H // P) * (W // P).
     masks: policy name -> n times [N] bool, True = hidden.
     patch_size: P.
     object_masks: n times [H, W] bool, True = object.
@@ -66,14 +67,14 @@ def mask_gallery(
     headings={0: headings},
     labels=labels,
     title=title,
-    caption=caption,
+    caption=f"{caption} {uniform.caption(*attention)}".strip(),
   )
   for row, (image, grid) in enumerate(zip(images, grids, strict=True)):
     axes[row][0].imshow(image)
     if object_masks is not None and object_masks[row] is not None:
       drawing.outline(axes[row][0], object_masks[row])
     scores = attention[row].reshape(grid)
-    axes[row][1].imshow(drawing.heat(image, scores, patch_size))
+    drawing.show_heat(axes[row][1], image, scores, patch_size)
     for axis, arrays in zip(axes[row][2:], masks.values(), strict=True):
       mask = arrays[row].reshape(grid)
       axis.imshow(drawing.grey_out(image, mask, patch_size))

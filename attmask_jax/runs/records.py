@@ -1,9 +1,11 @@
-"""Evaluation records: results.json, and evals.jsonl of the evaluated run."""
+"""Reads run directories: metrics, results.json, evals.jsonl, damaged or not."""
 
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from attmask_jax.runs import metrics
 
 
 def append(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
@@ -64,3 +66,34 @@ def read_json(path: pathlib.Path, problems: list[str]) -> dict[str, Any] | None:
   except (ValueError, TypeError, OSError):
     problems.append(f"{path.name} is damaged.")
     return None
+
+
+def read_metrics(
+  path: pathlib.Path, problems: list[str]
+) -> list[dict[str, Any]]:
+  """Lines of a metrics.jsonl; damaged ones are left out and reported.
+
+  Args:
+    path: of the file, which may be missing.
+    problems: receives a sentence if lines are damaged.
+  """
+  if not path.is_file():
+    return []
+  lines, damaged = [], 0
+  for line in path.read_bytes().splitlines():
+    try:
+      record = json.loads(line)
+      lines.append({k: metrics.decode(v) for k, v in record.items()})
+    except (ValueError, AttributeError):
+      damaged += 1
+  if damaged:
+    problems.append(f"{damaged} lines of {path.name} are damaged.")
+  return [line for line in lines if isinstance(line.get("step"), int)]
+
+
+def steps_per_epoch(config: Mapping[str, Any]) -> int:
+  """Of a flat config; 0 if it does not say."""
+  try:
+    return int(config["data.images"]) // int(config["data.batch_size"])
+  except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    return 0

@@ -5,39 +5,24 @@ from other files of the directory. A damaged file is named on the page and does
 not keep it from being written.
 """
 
-import base64
 import datetime
-import html
 import io
 import json
-import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 from PIL import Image
 
 from attmask_jax import atomic
-from attmask_jax.runs import metrics, records
-from attmask_jax.text import printable
+from attmask_jax.runs import curves, judgement, metric_names, panel, records
+from attmask_jax.runs.markup import table, term, text, uri
 
-MAX_POINTS = 500  # per curve; longer ones are averaged in bins
 MAX_PICTURE_BYTES = 1_000_000  # larger pictures are shown as JPEG
 MAX_PICTURE_WIDTH = 2400  # pixels, of these JPEGs
-# Title: metrics of the plot; those that a run does not have are left out.
-CURVES = {
-  "Loss": ("epoch/loss", "epoch/cls", "epoch/patch", "val/loss", "train/loss"),
-  "k-NN and accuracy, %": (
-    "knn/top1", "knn/top5", "val/top1", "val/top5", "ema/top1",
-  ),
-  "Clusters against labels": ("epoch/nmi", "epoch/ari", "epoch/fscore"),
-  "Learning rate": ("train/lr",),
-  "Weight decay": ("train/wd",),
-  "Teacher momentum": ("train/momentum",),
-  "Gradient norm": ("train/grad_norm",),
-  "Images per second": ("train/img_per_s",),
-}  # fmt: skip
+# Logged once: no columns of the table of evaluations.
+CONSTANTS = ("knn/chance", "knn/queries", "knn/teacher")
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem;
@@ -56,7 +41,12 @@ td:first-child, th:first-child { text-align: left; }
 .curves { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }
 .curves img, figure img { width: 100%; background: #fff; border-radius: .5rem; }
-figure { margin: 1rem 0; }
+figure { margin: 1rem 0; } figcaption { font-size: .85rem; opacity: .85; }
+.curves figure { margin: 0; } abbr { text-decoration: underline dotted; }
+.panel { border: 1px solid var(--line); border-radius: .7rem;
+  padding: .4rem 1.2rem; margin: 1.2rem 0; }
+.verdict { font-size: 1.2rem; font-weight: 600; }
+.panel .note { font-size: .85rem; } .panel td + td { white-space: nowrap; }
 details td { text-align: left; font-family: ui-monospace, monospace;
   font-size: .85rem; }
 """
@@ -67,25 +57,27 @@ def write(folder: pathlib.Path) -> pathlib.Path:
   folder = pathlib.Path(folder)
   problems: list[str] = []
   config = records.read_json(folder / "config.json", problems) or {}
-  lines = _read_lines(folder / "metrics.jsonl", problems)
-  per_epoch = _steps_per_epoch(config)
+  lines = records.read_metrics(folder / "metrics.jsonl", problems)
+  per_epoch = records.steps_per_epoch(config)
   evaluations = records.read(folder, problems)
   if not config and evaluations:
     config = evaluations[-1].get("config") or {}
   parts = [
-    _head(folder, config, lines, per_epoch),
-    _curves(lines, per_epoch),
+    _head(folder, config),
+    panel.section(config, lines),
+    _curves(config, lines),
     _scores(lines, per_epoch),
     _pictures(folder, problems),
     *(_record(record, folder) for record in reversed(evaluations)),
+    _metrics(lines),
     _config(config),
   ]
   body = "\n".join(part for part in parts if part)
-  notes = "".join(f'<p class="note">{_text(p)}</p>' for p in problems)
+  notes = "".join(f'<p class="note">{text(p)}</p>' for p in problems)
   page = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width">'
-    f"<title>{_text(folder.resolve().name)}</title><style>{STYLE}</style>"
+    f"<title>{text(folder.resolve().name)}</title><style>{STYLE}</style>"
     f"</head><body>\n{body}\n{notes}</body></html>\n"
   )
   path = folder / "report.html"
@@ -94,39 +86,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def _read_lines(
-  path: pathlib.Path, problems: list[str]
-) -> list[dict[str, Any]]:
-  """Metrics of the run; damaged lines are left out and reported."""
-  if not path.is_file():
-    return []
-  lines, damaged = [], 0
-  for line in path.read_bytes().splitlines():
-    try:
-      record = json.loads(line)
-      lines.append({k: metrics.decode(v) for k, v in record.items()})
-    except (ValueError, AttributeError):
-      damaged += 1
-  if damaged:
-    problems.append(f"{damaged} lines of {path.name} are damaged.")
-  return [line for line in lines if isinstance(line.get("step"), int)]
-
-
-def _steps_per_epoch(config: Mapping[str, Any]) -> int:
-  """Steps per epoch; 0 if the config does not say."""
-  try:
-    return int(config["data.images"]) // int(config["data.batch_size"])
-  except (KeyError, TypeError, ValueError, ZeroDivisionError):
-    return 0
-
-
-def _head(
-  folder: pathlib.Path,
-  config: Mapping[str, Any],
-  lines: list[dict[str, Any]],
-  per_epoch: int,
-) -> str:
-  """Title, description and the main numbers."""
+def _head(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
+  """Title and description."""
   description = [
     config.get("evals.name") or config.get("method.name"),
     config.get("method.mask"),
@@ -134,93 +95,26 @@ def _head(
     config.get("data.source"),
     datetime.datetime.now().isoformat(" ", "minutes"),
   ]
-  facts = []
-  if lines:
-    step = max(line["step"] for line in lines)
-    total = per_epoch * int(config.get("optim.epochs") or 0)
-    facts.append(("steps", f"{step:,}" + (f" of {total:,}" if total else "")))
-  for key, name in (("knn/top1", "k-NN top-1"), ("val/top1", "accuracy")):
-    values = [line[key] for line in lines if key in line]
-    if values:
-      facts.append((f"{name}, last", f"{values[-1]:.2f} %"))
-      facts.append((f"{name}, best", f"{max(values):.2f} %"))
-  losses = [line["epoch/loss"] for line in lines if "epoch/loss" in line]
-  losses = losses or [x["train/loss"] for x in lines if "train/loss" in x]
-  if losses:
-    facts.append(("loss", f"{losses[-1]:.4f}"))
-  cards = "".join(
-    f"<div>{_text(name)}<b>{_text(value)}</b></div>" for name, value in facts
-  )
   return (
-    f"<h1>{_text(folder.resolve().name)}</h1>"
-    f'<p class="sub">{_text(" · ".join(str(d) for d in description if d))}</p>'
-    f'<div class="facts">{cards}</div>'
+    f"<h1>{text(folder.resolve().name)}</h1>"
+    f'<p class="sub">{text(" · ".join(str(d) for d in description if d))}</p>'
   )
 
 
-def _curves(lines: list[dict[str, Any]], per_epoch: int) -> str:
-  """One small plot per entry of CURVES that the run has numbers for."""
-  plots = []
-  for title, keys in CURVES.items():
-    curves = {}
-    for key in keys:
-      points = [
-        (line["step"] / (per_epoch or 1), line[key])
-        for line in lines
-        if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
-      ]
-      if len(points) > 1:
-        curves[key] = binned(points, MAX_POINTS)
-    if len(curves) > 1:  # means per epoch suffice
-      curves.pop("train/loss", None)
-    if curves:
-      image = _plot(title, curves, "epoch" if per_epoch else "step")
-      plots.append(f'<img alt="{_text(title)}" src="{image}">')
-  return f'<h2>Curves</h2><div class="curves">{"".join(plots)}</div>' * bool(
-    plots
-  )
-
-
-def binned(
-  points: list[tuple[float, float]], limit: int
-) -> list[tuple[float, float]]:
-  """At most `limit` points: means over equal bins of neighbours."""
-  if len(points) <= limit:
-    return points
-  size = math.ceil(len(points) / limit)
-  bins = [points[i : i + size] for i in range(0, len(points), size)]
-  mean = lambda values: sum(values) / len(values)
-  return [(mean([x for x, _ in b]), mean([y for _, y in b])) for b in bins]
-
-
-def _plot(
-  title: str, curves: Mapping[str, list[tuple[float, float]]], unit: str
-) -> str:
-  """A plot as the data URI of an SVG."""
-  from matplotlib.backends.backend_svg import FigureCanvasSVG
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-  FigureCanvasSVG(figure)
-  axis = figure.subplots()
-  for name, points in curves.items():
-    few = len(points) < 40
-    axis.plot(
-      *zip(*points, strict=True),
-      marker="o" if few else None,
-      markersize=3,
-      label=name,
+def _curves(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
+  """The plots, each with the meaning of its metrics."""
+  figures = []
+  for plot in curves.plots(config, lines):
+    image = uri(plot.svg, "image/svg+xml")
+    names = ", ".join(term(name) for name in plot.names)
+    remark = f"<br>{text(plot.remark)}" if plot.remark else ""
+    figures.append(
+      f'<figure><img alt="{text(plot.title)}" src="{image}">'
+      f"<figcaption>{names}{remark}</figcaption></figure>"
     )
-  axis.set_title(title, fontsize=10)
-  axis.set_xlabel(unit, fontsize=8)
-  axis.tick_params(labelsize=8)
-  axis.grid(alpha=0.3)
-  axis.spines[["top", "right"]].set_visible(False)
-  if len(curves) > 1:
-    axis.legend(frameon=False, fontsize=8)
-  file = io.BytesIO()
-  figure.savefig(file, format="svg", metadata={"Date": None})
-  return _uri(file.getvalue(), "image/svg+xml")
+  if not figures:
+    return ""
+  return f'<h2>Curves</h2><div class="curves">{"".join(figures)}</div>'
 
 
 def _scores(lines: list[dict[str, Any]], per_epoch: int) -> str:
@@ -231,7 +125,7 @@ def _scores(lines: list[dict[str, Any]], per_epoch: int) -> str:
   keys = [
     key
     for key in dict.fromkeys(key for line in measured for key in line)
-    if key.startswith(("knn/", "val/", "ema/"))
+    if key.startswith(("knn/", "val/", "ema/")) and key not in CONSTANTS
   ]
   if not measured:
     return ""
@@ -244,9 +138,24 @@ def _scores(lines: list[dict[str, Any]], per_epoch: int) -> str:
     ]
     for line in measured
   ]
-  return "<h2>Evaluations during training</h2>" + _table(
-    ["epoch", "step", *keys], rows
+  return (
+    "<h2>Evaluations during training</h2>"
+    f'<p class="sub">{text(_measured_network(keys, lines))}</p>'
+    + table(["epoch", "step", *map(term, keys)], rows)
   )
+
+
+def _measured_network(keys: list[str], lines: list[dict[str, Any]]) -> str:
+  """Which network the evaluations during training measure."""
+  if not any(key.startswith("knn/") for key in keys):
+    ema = any(key.startswith("ema/") for key in keys)
+    return "Of the classifier in training" + (
+      " (val) and of the moving average of its weights (ema)." if ema else "."
+    )
+  teacher = judgement.first(lines, "knn/teacher")
+  if teacher is None:
+    return "Of the teacher; of the student if the method has no teacher."
+  return "Of the teacher." if teacher else "Of the student."
 
 
 def _pictures(folder: pathlib.Path, problems: list[str]) -> str:
@@ -261,16 +170,16 @@ def _pictures(folder: pathlib.Path, problems: list[str]) -> str:
 def _figure(path: pathlib.Path, caption: str, problems: list[str]) -> str:
   try:
     content = path.read_bytes()
-    source = _uri(content, "image/png")
+    source = uri(content, "image/png")
     if len(content) > MAX_PICTURE_BYTES:
       source = _smaller(content)
   except OSError:
     problems.append(f"The picture {path} is missing or damaged.")
     return ""
-  text = _text(caption)
+  label = text(caption)
   return (
-    f'<figure><img alt="{text}" src="{source}">'
-    f"<figcaption>{text}</figcaption></figure>"
+    f'<figure><img alt="{label}" src="{source}">'
+    f"<figcaption>{label}</figcaption></figure>"
   )
 
 
@@ -279,12 +188,12 @@ def _images(config: Mapping[str, Any]) -> str:
   words = [config.get("data.source"), config.get("data.path")]
   if config.get("evals.images"):
     words = [config["evals.images"]]
-  text = " ".join(str(word) for word in words if word)
-  if config.get("data.subset"):
-    text += f", {config['data.subset']} training images per class"
-  if text and config.get("data.image_size"):
-    text += f", {config['data.image_size']} px"
-  return text
+  name = " ".join(str(word) for word in words if word)
+  if name and (config.get("data.subset") or 0) > 0:
+    name += f", {config['data.subset']} training images per class"
+  if name and config.get("data.image_size"):
+    name += f", {config['data.image_size']} px"
+  return name
 
 
 def _smaller(png: bytes) -> str:
@@ -294,24 +203,26 @@ def _smaller(png: bytes) -> str:
     picture = picture.convert("RGB")
     picture.thumbnail((MAX_PICTURE_WIDTH, picture.height))
     picture.save(file, "jpeg", quality=85)
-  return _uri(file.getvalue(), "image/jpeg")
+  return uri(file.getvalue(), "image/jpeg")
 
 
 def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
   """Table, notes and pictures of one evaluation."""
   try:
     weights = record.get("weights") or {}
+    whose = weights.get("network")
+    step = f", step {weights['step']}" if "step" in weights else ""
+    title = str(record["evaluation"])
+    title += f" of the {whose} network{step}" if whose else ""
     about = [
-      weights.get("network"),
-      f"step {weights['step']}" if "step" in weights else None,
       _images(record.get("config") or {}),
       record.get("date"),
     ]
     counts = record.get("counts") or {}
     about += [f"{v:,} {k}" for k, v in counts.items()]
-    table = record["table"]
+    cells = record["table"]
     notes = "".join(
-      f'<p class="note">{_text(note)}</p>' for note in record.get("notes", ())
+      f'<p class="note">{text(note)}</p>' for note in record.get("notes", ())
     )
     home = pathlib.Path(record.get("folder", folder))
     figures = ""
@@ -324,9 +235,9 @@ def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
       else:
         notes += '<p class="note">Its pictures are no longer available.</p>'
     return (
-      f"<h2>{_text(record['evaluation'])}</h2>"
-      f'<p class="sub">{_text(" · ".join(str(a) for a in about if a))}</p>'
-      + _table(table["headings"], table["rows"])
+      f"<h2>{text(title)}</h2>"
+      f'<p class="sub">{text(" · ".join(str(a) for a in about if a))}</p>'
+      + table(cells["headings"], cells["rows"])
       + notes
       + figures
     )
@@ -337,6 +248,22 @@ def _record(record: Mapping[str, Any], folder: pathlib.Path) -> str:
     return '<p class="note">The record of an evaluation is damaged.</p>'
 
 
+def _metrics(lines: list[dict[str, Any]]) -> str:
+  """Meaning of every metric of the run, collapsed."""
+  names = dict.fromkeys(
+    metric_names.key(name) for line in lines for name in line if name != "step"
+  )
+  metrics = [(name, metric_names.METRICS.get(name)) for name in names]
+  rows = [[name, m.meaning, m.unit, m.better] for name, m in metrics if m]
+  if not rows:
+    return ""
+  return (
+    "<h2>Metrics</h2><details><summary>what they mean</summary>"
+    + table(["metric", "meaning", "unit", "better"], rows)
+    + "</details>"
+  )
+
+
 def _config(config: Mapping[str, Any]) -> str:
   """The config, collapsed."""
   if not config:
@@ -344,24 +271,6 @@ def _config(config: Mapping[str, Any]) -> str:
   rows = [[key, json.dumps(value)] for key, value in sorted(config.items())]
   return (
     "<h2>Config</h2><details><summary>all keys</summary>"
-    + _table(["key", "value"], rows)
+    + table(["key", "value"], rows)
     + "</details>"
   )
-
-
-def _table(headings: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
-  cells = lambda row, tag: "".join(f"<{tag}>{_text(c)}</{tag}>" for c in row)
-  body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-  head = f"<tr>{cells(headings, 'th')}</tr>"
-  return (
-    f'<div class="wide"><table><thead>{head}</thead>'
-    f"<tbody>{body}</tbody></table></div>"
-  )
-
-
-def _text(value: object) -> str:
-  return html.escape(printable(str(value)), quote=True)
-
-
-def _uri(content: bytes, kind: str) -> str:
-  return f"data:{kind};base64,{base64.b64encode(content).decode()}"

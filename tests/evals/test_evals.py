@@ -417,9 +417,12 @@ def test_mask_gallery_hides_the_right_patches(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ["masks.png"]
   pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
   height, width, _ = pixels.shape
-  # Below the text (whose edges are grey too), in the second row of pictures.
-  grey = np.all(np.abs(pixels[height // 2 :] - 158) < 3, axis=-1)
+  # Between the texts (whose edges are grey too; two lines of caption are 84
+  # pixels high), in the second row of pictures, last column.
+  part = pixels[height // 2 : height - 84, 2 * width // 3 :]
+  grey = np.all(np.abs(part - 158) < 3, axis=-1)
   rows, columns = np.nonzero(grey)
+  columns += 2 * width // 3
   patch = width / 9  # three columns of three patches, with small gaps
   assert np.ptp(columns) + 1 == pytest.approx(patch, rel=0.1)
   assert np.ptp(rows) + 1 == pytest.approx(patch, rel=0.1)

@@ -93,10 +93,12 @@ def test_features_come_from_the_cache_and_give_the_same(
     {"run.matmul_precision": "default"},
   ],
 )
-def test_features_of_anything_else_are_not_taken(trained, cached, changes):
+def test_features_of_anything_else_are_not_taken(
+  trained, cached, tmp_path, changes
+):
   options = {"evals.knn_ks": (3,), "evals.cache": str(cached)} | changes
   before = set(cached.glob("*.npz"))
-  run("knn", trained, cached / "out", **options)
+  run("knn", trained, tmp_path, **options)
   new = set(cached.glob("*.npz")) - before
   assert len(new) == (1 if "data.shapes_train" in changes else 2)  # the bank
 
@@ -170,6 +172,7 @@ def test_a_probe_of_another_width_is_refused(trained, probe, tmp_path):
     run("masked", tmp_path / "wide", tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_using_the_result(trained, tmp_path):
   options = {
     "optim.epochs": 1,
@@ -213,6 +216,7 @@ def test_fine_tuning_may_drop_the_class_token(trained, tmp_path):
   assert found["counts"]["last step"] == 4
 
 
+@pytest.mark.slow
 def test_a_short_probe_is_owned_up_to(trained, probe, tmp_path, monkeypatch):
   options = PROBE | {"evals.ratios": (), "optim.epochs": 1}
   monkeypatch.chdir(tmp_path)
@@ -236,6 +240,7 @@ def test_pictures_of_before_are_removed(trained, tmp_path):
   assert found == {*second["figures"], "figures/mine.png"}
 
 
+@pytest.mark.slow
 def test_clusters_fewshot_and_pictures_run(trained, tmp_path):
   found = run("clusters", trained, tmp_path / "clusters")
   assert 0 <= found["values"]["nmi"] <= 1

@@ -9,13 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from matplotlib.figure import Figure
 from PIL import Image
 
 from attmask_jax import data, evaluate
 from attmask_jax import mesh as meshes
 from attmask_jax.data import files, shapes
 from attmask_jax.errors import InputError
-from attmask_jax.evals import attention, drawing, masks, overlap, pca, pictures
+from attmask_jax.evals import (
+  attention,
+  drawing,
+  masks,
+  overlap,
+  pca,
+  pictures,
+  uniform,
+)
 from attmask_jax.evals.job import Job
 from attmask_jax.methods import METHODS, masking
 from attmask_jax.weights.loading import Weights
@@ -71,8 +80,8 @@ def test_keep_mask_by_hand():
 
 
 def test_entropy_by_hand():
-  assert attention.entropy(np.full(16, 3.0)) == pytest.approx(np.log(16))
-  assert attention.entropy(np.asarray([2, 2, 0, 0])) == pytest.approx(np.log(2))
+  assert uniform.entropy(np.full(16, 3.0)) == pytest.approx(np.log(16))
+  assert uniform.entropy(np.asarray([2, 2, 0, 0])) == pytest.approx(np.log(2))
 
 
 class Halves:
@@ -405,6 +414,95 @@ def test_pca_of_validation_images(tmp_path):
   assert "16 of 20" in result.notes[0]
   with Image.open(result.figures[0]) as picture:
     assert picture.width > 3 * 300 and picture.height > 16 * 300
+
+
+PALE = [177 + 0.1 * (c - 177) for c in (255, 255, 204)]  # of grey 100, no heat
+
+
+def test_uniform_attention_by_hand():
+  # Half the patches at 1 + d, half at 1 - d: the entropy is about d^2 / 2 below
+  # log N, exactly 0.00983 for d = 0.14 and 0.01129 for d = 0.15.
+  halves = lambda d: np.repeat([1 + d, 1 - d], 10)
+  below = lambda d: (1 + d) / 2 * np.log(1 + d) + (1 - d) / 2 * np.log(1 - d)
+  assert below(0.14) < 0.01 < below(0.15)
+  entropy = np.log(20) - below(0.14)
+  assert uniform.entropy(halves(0.14)) == pytest.approx(entropy)
+  assert uniform.is_uniform(7 * halves(0.14))
+  assert not uniform.is_uniform(7 * halves(0.15))
+  assert uniform.is_uniform(np.zeros(4))
+  assert not uniform.is_uniform(np.asarray([[0, 0], [0, 1]]))
+
+
+def test_ends_of_the_colour_scale_by_hand():
+  assert uniform.ends(np.asarray([[1.0, 2], [3, 2]])) == "0.50–1.50"
+  close = np.asarray([1.0, 1.02, 0.98, 1.0])
+  assert uniform.ends(close) == "uniform, 0.98–1.02"
+  assert uniform.ends(np.zeros(3)) == "0"
+  assert "Pale" not in uniform.caption(np.asarray([1.0, 3]))
+  assert "Pale: uniform" in uniform.caption(np.asarray([1.0, 3]), close)
+
+
+def test_maps_name_the_ends_of_their_scale():
+  axis = Figure().subplots()
+  drawing.show_heat(axis, np.zeros((8, 8, 3), np.uint8), np.eye(2) + 1, 4)
+  assert [text.get_text() for text in axis.texts] == ["0.67–1.33"]
+
+
+def test_uniform_attention_is_drawn_pale():
+  image = np.full((8, 8, 3), 100, np.uint8)
+  close = np.asarray([[1.0, 1.02], [0.98, 1.0]])
+  np.testing.assert_allclose(
+    drawing.heat(image, close, 4), np.broadcast_to(PALE, (8, 8, 3)), atol=1
+  )
+  # A quarter more or less has a scale of its own, up to the darkest red.
+  spread = drawing.heat(image, np.asarray([[1.0, 1.25], [0.75, 1]]), 4)
+  dark = [177 + 0.9 * (c - 177) for c in (128, 0, 38)]
+  np.testing.assert_allclose(spread[0, 7], dark, atol=1)
+  np.testing.assert_allclose(spread[7, 0], PALE, atol=1)
+
+
+def test_pictures_of_uniform_attention_say_so(tmp_path):
+  """Of a grey and a half bright picture, the first has nothing to attend to."""
+  folder = tmp_path / "images"
+  folder.mkdir()
+  pixels = np.full((2, 16, 16, 3), 100, np.uint8)
+  pixels[1, :, :8] = 255
+  for name, image in zip("ab", pixels, strict=True):
+    Image.fromarray(image).save(folder / f"{name}.png")
+  changes = {"evals.images": str(folder)}
+  job = make_job(tmp_path, "attention", changes, method=Brightness())
+  result = attention.run(job)
+  assert result.notes[0].startswith("The mean attention of 1 of 2 pictures is")
+  with Image.open(result.figures[0]) as picture:
+    drawn = np.asarray(picture.convert("RGB")).astype(int)
+  # The darkest red over white, in two cells of the second row.
+  dark = np.all(np.abs(drawn - [141, 25, 60]) < 3, axis=-1)
+  middle = drawn.shape[0] // 2
+  assert not dark[:middle].any() and dark[middle:].sum() > 50_000
+
+
+class Faint(Brightness):
+  """Attends to bright patches of 4 pixels 2 % more."""
+
+  def attention(self, weights, images):
+    return super().attention(weights, images) / 100 + 1
+
+
+def test_a_film_of_uniform_attention_is_pale(tmp_path):
+  pixels = np.full((2, 16, 16, 3), 100, np.uint8)
+  pixels[:, :, :8] = 255
+  pixels[1, 0, 0] = 254  # Pillow would make one frame of two that are alike
+  film = tmp_path / "film.png"
+  frames = [Image.fromarray(frame) for frame in pixels]
+  frames[0].save(film, save_all=True, append_images=frames[1:])
+  changes = {"evals.images": str(film)}
+  attention.run(make_job(tmp_path, "attention", changes, method=Faint()))
+  with Image.open(tmp_path / "figures" / "attention" / "0002.png") as frame:
+    heat = np.asarray(frame)[:, -256:]
+  bright = [254.5 + 0.1 * (c - 254.5) for c in (255, 255, 204)]
+  for part, colour in ((heat[:, :128], bright), (heat[:, 128:], PALE)):
+    want = np.broadcast_to(colour, (256, 128, 3))
+    np.testing.assert_allclose(part, want, atol=1)
 
 
 def test_heat_map_by_hand():

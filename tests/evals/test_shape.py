@@ -25,6 +25,7 @@ from configs import evals as recipes
 
 # As no recipe has it, so that each setting must get from the run to k-NN.
 ONLINE = {
+  "evals.mask_images": 2,
   "evals.knn_bank": 40,
   "evals.knn_queries": 20,
   "evals.knn_temp": 0.0,

@@ -23,7 +23,7 @@ from configs import evals, tiny
 class OfTokens(Classify):
   """Takes the backbone's outputs from the batch: tokens [B, n, L, D]."""
 
-  def _embed(self, weights, images, batch, rng):
+  def embed(self, weights, images, batch, rng):
     tokens = batch["tokens"]
     cls = tokens[:, :, 0].reshape(len(tokens), -1)
     return embedding.pool(cls, tokens[:, -1, 1:], pool=self.pool)
@@ -128,6 +128,7 @@ def image_batch(rng, rows=8, classes=7):
   }
 
 
+@pytest.mark.slow
 def test_layers_with_their_own_rates_train_as_if_alone():
   rng = np.random.default_rng(0)
   batches = [image_batch(rng) for _ in range(3)]
@@ -280,6 +281,7 @@ def test_every_step_mixes_otherwise():
   assert shares[0] != float(other.at(0)["mix_lam"])
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree():
   method = classifier(frozen=False, mixup=0.8, mixup_group=8)
   tx = optim.Optimizer(name="sgd", clip=0.0).build(lr_scale=method.lr_scale)

@@ -109,6 +109,7 @@ def logged(folder):
   ]
 
 
+@pytest.mark.slow
 def test_it_trains_evaluates_and_resumes(denoise, monkeypatch, tmp_path):
   small.use_devices(monkeypatch, 1)
   whole, parts = tmp_path / "whole", tmp_path / "parts"

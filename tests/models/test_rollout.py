@@ -148,12 +148,14 @@ def run(name, where, folder, **changes):
   return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_draws_its_reconstructions(trained):
   picture = Image.open(trained / "figures" / "reconstructions.png")
   assert picture.width > 1000
   assert "reconstructions" in (trained / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_reconstruct_and_rollout_of_a_run(trained, tmp_path):
   found = run("reconstruct", trained, tmp_path / "a", **{"evals.count": 3})
   # 75 % of 16 patches.

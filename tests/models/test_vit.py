@@ -122,6 +122,7 @@ def test_positions_of_a_non_square_image_with_equal_count_are_resampled():
   assert not np.allclose(other, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 @pytest.mark.parametrize("last", [1, 3])
 def test_scan_and_remat_change_nothing(remat, last):

@@ -181,6 +181,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
   assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_save_that_the_system_refuses_is_one_sentence(tmp_path, programs):
   """A limit of 64 KiB on files, which no look at the free room announces."""
   limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash"]
@@ -208,6 +209,7 @@ def poison(results):
   return state, values | {"loss": nan, "patch": nan}, per_image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step, saved", [(7, 5), (16, 15)])
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
   tmp_path, whole, step, saved
@@ -259,6 +261,7 @@ def test_a_huge_learning_rate_is_found_and_named(tmp_path):
     assert all(np.isfinite(v) for v in record.values())
 
 
+@pytest.mark.slow
 def test_the_last_two_the_best_and_every_n_are_kept(tmp_path):
   config = small.config({"run.keep_steps": 5})
   train.train(config, str(tmp_path))

@@ -55,6 +55,7 @@ def test_stopped_by_a_signal_and_continued_is_the_same_run(
   assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family, changes",
   [
@@ -74,6 +75,7 @@ def test_the_other_families_continue_as_if_never_stopped(
   assert_same_end(tmp_path / "stopped", tmp_path / "whole", end)
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_is_the_same_run(tmp_path, whole):
   for step in (2, 11, 16):
     stop(small.config(), tmp_path, step)
@@ -126,6 +128,7 @@ def test_crashed_before_the_first_checkpoint_starts_again(tmp_path, whole):
   assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_killed_and_continued_is_the_same_run(monkeypatch, tmp_path, programs):
   small.use_devices(monkeypatch, 8)  # like the processes
   epochs, folder = 4, tmp_path / "killed"
@@ -152,6 +155,7 @@ def test_killed_and_continued_is_the_same_run(monkeypatch, tmp_path, programs):
   assert_same_end(folder, tmp_path / "whole", total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(1, 8), (8, 1)])
 def test_continued_on_another_number_of_devices(
   monkeypatch, tmp_path, whole, counts

@@ -12,7 +12,7 @@ from attmask_jax import mesh as meshes
 from attmask_jax import train, trees
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS, attmask, base, masking
-from attmask_jax.runs import metrics, progress
+from attmask_jax.runs import judgement, metrics, progress
 from attmask_jax.training import optim, train_step
 from attmask_jax.training import setup as runs
 
@@ -59,6 +59,7 @@ def test_fifty_steps_of_varying_ratios_compile_once(traces):
   assert traces["loss"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family, policy",
   [("mae", policy) for policy in masking.VISIBLE_POLICIES]
@@ -135,6 +136,7 @@ def whole_batch():
     return small.run_steps(small.config(DRAWS), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_give_the_update_of_the_whole(whole_batch, accumulate):
   config = small.config(DRAWS | {"run.accumulate": accumulate})
@@ -152,6 +154,7 @@ def test_micro_batches_give_the_update_of_the_whole(whole_batch, accumulate):
     np.testing.assert_array_equal(got["assignment"], want["assignment"])
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32_and_keeps_float32_parameters(whole_batch):
   config = small.config(DRAWS | {"method.dtype": "bfloat16"})
   state, history = small.run_steps(config, 4)
@@ -171,6 +174,7 @@ def leaves(state):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_last_layer", [False, True])
 def test_prototypes_hold_for_the_first_epoch_and_then_move(norm_last_layer):
   changes = {
@@ -280,11 +284,14 @@ def guarded(monkeypatch, calls):
 
 
 def test_the_loop_gives_the_step_device_arrays_only(
-  monkeypatch, tmp_path, traces
+  monkeypatch, tmp_path, traces, caplog
 ):
   calls = []
   guarded(monkeypatch, calls)
-  train.train(small.config({"run.log_steps": 5}), str(tmp_path))
+  caplog.set_level("INFO", logger="absl")
+  changes = {"run.log_steps": 5, "evals.mask_images": 2}
+  train.train(small.config(changes), str(tmp_path))
+  assert caplog.messages[-1] == judgement.read(tmp_path).sentence
   assert len(calls) == small.TOTAL_STEPS
   assert calls[0]._cache_size() == 1 and traces["loss"] == 1
   check_records(metrics.read_metrics(tmp_path / "metrics.jsonl"))
@@ -304,6 +311,9 @@ def check_records(records):
   for name in ("loss", "nmi", "ari", "fscore"):
     assert at(f"epoch/{name}") == [8, 16], name
   assert at("knn/top1") == at("knn/k5/top5") == [0, 8, 16]
+  # 48 validation images of 8 classes, once.
+  for name, value in {"chance": 12.5, "queries": 48, "teacher": 1}.items():
+    assert at(f"knn/{name}") == [0] and records[0][f"knn/{name}"] == value
   for name in ("attmask_high", "attmask_hint", "attmask_low", "random"):
     assert at(f"overlap/{name}") == [0, 8, 16], name
   assert all(0 <= r.get("train/data_wait", 0) <= 1 for r in records)

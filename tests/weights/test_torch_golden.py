@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import GOLDEN
+import small
 from torch_trees import back, filled, same, trees
 
 from attmask_jax import mesh as meshes
@@ -278,7 +278,7 @@ def test_golden_extrema_classifiers(golden, case, tmp_path):
 
 def checkpoint(name):
   """A recorded checkpoint.pth and its networks."""
-  root = pathlib.Path(os.environ.get("ATTMASK_GOLDEN", GOLDEN))
+  root = pathlib.Path(os.environ.get("ATTMASK_GOLDEN", small.GOLDEN))
   obj = pth.read(root / name)
   return obj, dict(layouts.unwrap(obj))
 

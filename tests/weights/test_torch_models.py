@@ -84,6 +84,7 @@ def tokens(method, params, x):
   return np.asarray(out.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["tiny", "small", "base"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_timm_loads_our_export(torch, tmp_path, variant, suffix):
@@ -102,6 +103,7 @@ def test_timm_loads_our_export(torch, tmp_path, variant, suffix):
   np.testing.assert_allclose(tokens(method, params, x), want, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["tiny", "small"])
 def test_we_load_timm(torch, tmp_path, variant):
   import timm
