@@ -143,6 +143,8 @@ def parse(argv: list[str]) -> list[str]:
           f"--{flag.name} is missing, for example: {_example()}"
         )
     _CONFIG.value.lock()
+    own = flags.FLAGS["config"]
+    recipes.plan(_CONFIG.value, own.config_filename, own.override_values)
   except (AttributeError, KeyError) as error:
     sys.exit(_fail(_unknown_key(str(error), argv), 2))
   except OSError:  # of the config file; ml_collections keeps it until now

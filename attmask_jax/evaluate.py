@@ -4,6 +4,7 @@ The evaluations are the modules of evals/, see `evals.NAMES`. Those that train,
 such as linear, first run the training loop of pretraining.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -106,7 +107,7 @@ def complete(
   config: ml_collections.ConfigDict, source: loading.Weights
 ) -> ml_collections.ConfigDict:
   """Fills unset data keys from the config of the weights' own run."""
-  config = ml_collections.ConfigDict(config.to_dict())
+  config = copy.deepcopy(config).unlock()
   mine, theirs = config.data, source.config.get("data", {})
   own = not mine.source and not mine.path  # the run's images
   unset = schema.section(keys.OpenKeys)
@@ -211,7 +212,7 @@ def _with_classifier(job: Job) -> Job:
   else:
     epochs = job.config.optim.epochs
     logging.info("no config.probe: training one for %d epochs", epochs)
-    config = ml_collections.ConfigDict(job.config.to_dict())
+    config = copy.deepcopy(job.config)
     config.evals.update(name="linear", eval_epochs=1)
     folder = checkpoint.check_workdir(str(job.folder / "probe"))
     probe = _trained(dataclasses.replace(job, config=config, folder=folder))

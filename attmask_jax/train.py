@@ -20,7 +20,7 @@ from attmask_jax import mesh as meshes
 from attmask_jax.errors import NotFiniteError, StoppedError
 from attmask_jax.runs import checkpoint, lock, metrics, progress, report
 from attmask_jax.runs import config as run_config
-from attmask_jax.training import setup, train_step
+from attmask_jax.training import lengths, setup, train_step
 from attmask_jax.training.epoch import Epoch
 from attmask_jax.training.setup import Run, build
 from attmask_jax.weights import init_from
@@ -48,13 +48,13 @@ def train(
     StoppedError: SIGTERM or Ctrl-C; the state was saved first.
   """
   runtime.setup(config.run)
-  run = build(config)
+  run = build(lengths.continued(config, workdir))
   folder = checkpoint.check_workdir(workdir)
   run_config.check_config(
-    config,
+    run.config,
     folder,
     images=len(run.train_source),
-    defaults=setup.defaults(config),
+    defaults=setup.defaults(run.config),
   )
   with lock.RunLock(folder, break_lock=config.run.break_lock) as held:
     _train(run, folder, held, start or {})
@@ -250,7 +250,7 @@ class Loop:
     evals = self._run.config.evals
     s = self._run.schedules.steps_per_epoch
     scores: dict[str, float] = {}
-    if done % s == 0:
+    if done % s == 0 or done == total:
       self._write(done, self._epoch.scores(), "epoch/")
       self._epoch.reset()
       if done == total or (done // s) % evals.eval_epochs == 0:

@@ -136,7 +136,8 @@ def _head(
   facts = []
   if lines:
     step = max(line["step"] for line in lines)
-    total = per_epoch * int(config.get("optim.epochs") or 0)
+    total = int(config.get("optim.steps") or 0)
+    total = total or per_epoch * int(config.get("optim.epochs") or 0)
     facts.append(("steps", f"{step:,}" + (f" of {total:,}" if total else "")))
   for key, name in (("knn/top1", "k-NN top-1"), ("val/top1", "accuracy")):
     values = [line[key] for line in lines if key in line]
