@@ -135,6 +135,7 @@ class Loop:
       resume_step=self._start or -1,
       tensorboard=config.run.tensorboard,
       wandb=dict(config.run.wandb) if config.run.wandb.project else None,
+      config=run_config.flat_config(config),
     )
     self._signal: int | None = None
 
@@ -310,10 +311,10 @@ class Loop:
     evaluator = self._run.evaluator
     if evaluator.best in values:
       logging.info(
-        "step %d: %s %.1f %%",
+        "step %d: %s %s %%",
         done,
         evaluator.best_label,
-        values[evaluator.best],
+        metrics.percent(values[evaluator.best]),
       )
     if values:
       self._writer.write(done, {prefix + k: v for k, v in values.items()})

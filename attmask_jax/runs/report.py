@@ -142,8 +142,8 @@ def _head(
   for key, name in (("knn/top1", "k-NN top-1"), ("val/top1", "accuracy")):
     values = [line[key] for line in lines if key in line]
     if values:
-      facts.append((f"{name}, last", f"{values[-1]:.2f} %"))
-      facts.append((f"{name}, best", f"{max(values):.2f} %"))
+      facts.append((f"{name}, last", f"{metrics.percent(values[-1])} %"))
+      facts.append((f"{name}, best", f"{metrics.percent(max(values))} %"))
   losses = [line["epoch/loss"] for line in lines if "epoch/loss" in line]
   losses = losses or [x["train/loss"] for x in lines if "train/loss" in x]
   if losses:

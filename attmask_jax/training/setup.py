@@ -18,6 +18,7 @@ from attmask_jax.methods import losses
 from attmask_jax.methods.base import Method
 from attmask_jax.models import vit
 from attmask_jax.runs import config as run_config
+from attmask_jax.runs import metrics
 from attmask_jax.training import lengths, optim, schedules
 
 Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
@@ -228,6 +229,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     InputError: the first value that cannot work, with its remedy.
   """
   check(config, _classes_of(config))
+  if config.run.wandb.project:
+    metrics.import_wandb()  # before anything is written
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   batch_size, accumulate = config.data.batch_size, config.run.accumulate
   meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
