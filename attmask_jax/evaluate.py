@@ -43,8 +43,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
   """
   if "name" not in config.get("evals", {}):
     raise InputError(
-      "this config describes a training run: use --config=configs/evals.py:"
-      "NAME with --mode=eval"
+      "this config describes a training run: name an evaluation, such as "
+      "--config=evals:knn, and the run with --config.weights=RUN"
     )
   evaluation = evals.by_name(config.evals.name)
   check_values(config)

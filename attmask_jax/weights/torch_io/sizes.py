@@ -20,6 +20,12 @@ def trunk(
   """Sizes of the backbone."""
   name = lambda ours: names.name_of(table, f"backbone/{ours}") or ""
   conv = _shape(tensors, name("patch_embed/kernel"), 4)
+  if conv[1] != 3:
+    raise InputError(
+      f"{name('patch_embed/kernel')} has shape {conv}: it reads images of "
+      f"{conv[1]} channels, and this program has RGB images: give weights of a "
+      "network for 3 channels"
+    )
   width, patch = conv[0], conv[2]
   depth = _depth(tensors, name("blocks/norm1/scale[i]"))
   fc1 = name("blocks/mlp/fc1/kernel[i]").format(i=0)
