@@ -1,5 +1,6 @@
 """Finds the experiments of configs/ by name, installed or in a checkout."""
 
+import contextlib
 import importlib.util
 import pathlib
 import sys
@@ -57,7 +58,10 @@ def plan(
   """
   from attmask_jax.training import lengths  # it imports jax
 
-  recipe = get(name) if "optim.epochs" in given else config
+  recipe = config
+  if "optim.epochs" in given:
+    with contextlib.redirect_stdout(None):  # it may have printed its choices
+      recipe = get(name)
   lengths.plan(config, recipe.get("optim", {}).get("epochs", 0), given)
 
 
