@@ -39,6 +39,11 @@ from attmask_jax.errors import (
 )
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+KINDS = {  # what Python and absl say of a value of another kind
+  "invalid literal for int()": "a whole number",
+  "could not convert string to float": "a number",
+  "Non-boolean argument": "True or False",
+}
 EXAMPLE = "--config=tiny --workdir=runs/tiny"
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -122,9 +127,13 @@ def _check(argv: list[str], config: ml_collections.ConfigDict) -> None:
       f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
     )
   if _MODE.value == "train" and "name" in config.get("evals", {}):
+    from attmask_jax import evals
+
+    needs = evals.by_name(config.evals.name).needed(config.evals)
+    lacks = needs != "none" and not config.weights
     raise InputError(
-      "this config describes an evaluation: add --mode=eval and "
-      "--config.weights=RUN"
+      "this config describes an evaluation: add --mode=eval"
+      + " and --config.weights=RUN" * lacks
     )
 
 
@@ -143,6 +152,8 @@ def parse(argv: list[str]) -> list[str]:
           f"--{flag.name} is missing, for example: {_example()}"
         )
     _CONFIG.value.lock()
+    own = flags.FLAGS["config"]
+    recipes.plan(_CONFIG.value, own.config_filename, own.override_values)
   except (AttributeError, KeyError) as error:
     sys.exit(_fail(_unknown_key(str(error), argv), 2))
   except OSError:  # of the config file; ml_collections keeps it until now
@@ -199,6 +210,10 @@ def _sentence(error: str) -> str:
   """The first line, or the last of an error from within a config file."""
   if "before a value for --config was specified" in error:
     return "--config=FILE must stand before the flags --config.KEY=VALUE"
+  value = re.match(r"flag --config\.([\w.]+)=(.*?): (.*)", error)
+  for problem, kind in KINDS.items():
+    if value and problem in value[3]:
+      return f"{value[1]} {value[2]} must be {kind}"
   lines = error.strip().splitlines()
   if len(lines) > 1 and "Traceback" in error:
     return lines[-1].split(": ", 1)[-1]
@@ -209,8 +224,14 @@ def _unknown_key(error: str, argv: list[str]) -> str:
   """A sentence for ml_collections' complaint about a key."""
   near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', error)
   keys = [a.split("=")[0] for a in argv if a.startswith("--config.")]
+  name = near[2] if near else error.strip("'\" ")
+  evaluates = any(re.fullmatch(r"--?mode=eval", word) for word in argv)
+  if evaluates and name in ("weights", "network", "probe"):
+    return (
+      f"{_config_flag(argv)} describes a training run, which has no "
+      f"config.{name}: name an evaluation, such as --config=evals:knn"
+    )
   if not near:
-    name = error.strip("'\" ")
     flag = next((k for k in keys if name in k.split(".")), name)
     return f'unknown config key "{flag}": see docs/config.md for all keys'
   flag = next((k for k in keys if near[2] in k.split(".")), near[2])

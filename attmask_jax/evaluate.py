@@ -4,6 +4,7 @@ The evaluations are the modules of evals/, see `evals.NAMES`. Those that train,
 such as linear, first run the training loop of pretraining.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -42,8 +43,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
   """
   if "name" not in config.get("evals", {}):
     raise InputError(
-      "this config describes a training run: use --config=configs/evals.py:"
-      "NAME with --mode=eval"
+      "this config describes a training run: name an evaluation, such as "
+      "--config=evals:knn, and the run with --config.weights=RUN"
     )
   evaluation = evals.by_name(config.evals.name)
   check_values(config)
@@ -107,7 +108,7 @@ def complete(
   config: ml_collections.ConfigDict, source: loading.Weights
 ) -> ml_collections.ConfigDict:
   """Fills unset data keys from the config of the weights' own run."""
-  config = ml_collections.ConfigDict(config.to_dict())
+  config = copy.deepcopy(config).unlock()
   mine, theirs = config.data, source.config.get("data", {})
   own = not mine.source and not mine.path  # the run's images
   unset = schema.section(keys.OpenKeys)
@@ -215,7 +216,7 @@ def _with_classifier(job: Job) -> Job:
   else:
     epochs = job.config.optim.epochs
     logging.info("no config.probe: training one for %d epochs", epochs)
-    config = ml_collections.ConfigDict(job.config.to_dict())
+    config = copy.deepcopy(job.config)
     config.evals.update(name="linear", eval_epochs=1)
     folder = checkpoint.check_workdir(str(job.folder / "probe"))
     probe = _trained(dataclasses.replace(job, config=config, folder=folder))

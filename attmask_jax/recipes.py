@@ -1,9 +1,11 @@
 """Finds the experiments of configs/ by name, installed or in a checkout."""
 
+import contextlib
 import importlib.util
 import pathlib
 import sys
 import types
+from collections.abc import Collection
 
 import ml_collections
 
@@ -19,6 +21,8 @@ CONFIGS = next(
 
 def get(config: str) -> ml_collections.ConfigDict:
   """Loads a config by name, locked: an unknown key is an error.
+
+  Its warm-ups follow optim.epochs and optim.steps, see training/lengths.py.
 
   Args:
     config: NAME of configs/ or path of a config file, and an argument for it
@@ -37,7 +41,28 @@ def get(config: str) -> ml_collections.ConfigDict:
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(*([argument] if argument else [])).lock()
+  config = module.get_config(*([argument] if argument else [])).lock()
+  plan(config)
+  return config
+
+
+def plan(
+  config: ml_collections.ConfigDict, name: str = "", given: Collection[str] = ()
+) -> None:
+  """Applies `lengths.plan` to a config from a recipe.
+
+  Args:
+    config: as the recipe made it, but for the keys in `given`.
+    name: of the recipe, see `get`; needed where `given` is.
+    given: dotted names of keys that were set since.
+  """
+  from attmask_jax.training import lengths  # it imports jax
+
+  recipe = config
+  if "optim.epochs" in given:
+    with contextlib.redirect_stdout(None):  # it may have printed its choices
+      recipe = get(name)
+  lengths.plan(config, recipe.get("optim", {}).get("epochs", 0), given)
 
 
 def names() -> list[str]:

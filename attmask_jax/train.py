@@ -27,7 +27,7 @@ from attmask_jax.runs import (
   report,
 )
 from attmask_jax.runs import config as run_config
-from attmask_jax.training import setup, train_step
+from attmask_jax.training import lengths, setup, train_step
 from attmask_jax.training.epoch import Epoch
 from attmask_jax.training.setup import Run, build
 from attmask_jax.weights import init_from
@@ -55,13 +55,13 @@ def train(
     StoppedError: SIGTERM or Ctrl-C; the state was saved first.
   """
   runtime.setup(config.run)
-  run = build(config)
+  run = build(lengths.continued(config, workdir))
   folder = checkpoint.check_workdir(workdir)
   run_config.check_config(
-    config,
+    run.config,
     folder,
     images=len(run.train_source),
-    defaults=setup.defaults(config),
+    defaults=setup.defaults(run.config),
   )
   with lock.RunLock(folder, break_lock=config.run.break_lock) as held:
     start, begun = _start(run, folder, start)
@@ -142,6 +142,7 @@ class Loop:
       resume_step=self._start or -1,
       tensorboard=config.run.tensorboard,
       wandb=dict(config.run.wandb) if config.run.wandb.project else None,
+      config=run_config.flat_config(config),
     )
     self._signal: int | None = None
 
@@ -257,7 +258,7 @@ class Loop:
     evals = self._run.config.evals
     s = self._run.schedules.steps_per_epoch
     scores: dict[str, float] = {}
-    if done % s == 0:
+    if done % s == 0 or done == total:
       self._write(done, self._epoch.scores(), "epoch/")
       self._epoch.reset()
       if done == total or (done // s) % evals.eval_epochs == 0:
@@ -317,10 +318,10 @@ class Loop:
     evaluator = self._run.evaluator
     if evaluator.best in values:
       logging.info(
-        "step %d: %s %.1f %%",
+        "step %d: %s %s %%",
         done,
         evaluator.best_label,
-        values[evaluator.best],
+        metrics.percent(values[evaluator.best]),
       )
     if values:
       self._writer.write(done, {prefix + k: v for k, v in values.items()})

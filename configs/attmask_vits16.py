@@ -37,9 +37,8 @@ Expected:  top-1 in percent on the validation set, of the frozen teacher. All
 logs k-NN on the same share of the training set as knn/top1, for k = 10; we do
 not know the k of the published numbers.
 
-A run shorter than the 30 epochs of method.temp_warmup_epochs is refused: to
-try 5 epochs, also set --config.method.temp_warmup_epochs=5 and
---config.optim.warmup_epochs=1.
+To try 5 epochs set --config.optim.epochs=5: the warm-ups of 10 epochs and of 30
+(of the temperatures) become shorter in proportion.
 """
 
 import ml_collections

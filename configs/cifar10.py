@@ -25,7 +25,7 @@ Expected:  not measured yet. knn/top1 in the log (k = 20) should end well above
 
 The recipe is that of configs/small_images.py with patches of 4 px, so that an
 image again has 8 x 8 patches, and a local crop of 16 px has 4 x 4 (mae and
-extrema have none). As there, a run shorter than its warm-ups is refused.
+extrema have none). As there, a shorter run has shorter warm-ups.
 """
 
 import ml_collections

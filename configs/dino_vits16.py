@@ -15,7 +15,7 @@ Expected:  top-1 in percent, from the slides of AttMask's ECCV talk; not
   100ep     all               100     70.9  74.6
   20pct     260               100     -     -       (not published)
 
-A run shorter than the 30 epochs of method.temp_warmup_epochs is refused.
+With fewer epochs the warm-ups of the recipe become shorter in proportion.
 """
 
 import ml_collections

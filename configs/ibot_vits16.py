@@ -14,8 +14,8 @@ Expected:  top-1 in percent, from the slides of AttMask's ECCV talk; not
   100ep     all               100     71.5  74.4
   20pct     260               100     46.7  56.4
 
-`20pct` is attmask_vits16.py:block_20pct under another name. As there, a run
-shorter than the 30 epochs of method.temp_warmup_epochs is refused.
+`20pct` is attmask_vits16.py:block_20pct under another name. As there, a shorter
+run has shorter warm-ups.
 """
 
 import ml_collections

@@ -26,12 +26,10 @@ Expected:  not measured yet at this size. knn/top1 (k = 20) should rise above
 
 A ViT-Ti of 5.4 million parameters with patches of 8 px sees 8 x 8 patches,
 and 4 x 4 of a local crop. Heads are smaller and prototypes fewer than
-published, as such data sets have fewer classes. A run shorter than the 5 epochs
-of optim.warmup_epochs is refused, and one of attmask, hint, ibot or dino
-shorter than the 10 of method.temp_warmup_epochs: for 3 epochs set
---config.optim.warmup_epochs=1 and, for these four,
---config.method.temp_warmup_epochs=3. mae and extrema have no prototypes and no
-local crops; mae sees 16 of the 64 patches, extrema four times 16.
+published, as such data sets have fewer classes. With fewer epochs, the warm-ups
+of 5 epochs (rate) and 10 (temperatures of attmask, hint, ibot and dino) become
+shorter in proportion. mae and extrema have no prototypes and no local crops;
+mae sees 16 of the 64 patches, extrema four times 16.
 """
 
 import ml_collections

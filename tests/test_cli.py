@@ -160,6 +160,26 @@ BAD_FLAGS = {
   ),
   "unknown argument": ([f"{TINY}:foo", "--workdir=W"], ["foo", "hint"]),
   "a section": ([TINY, "--workdir=W", "--config.data=3"], ["data", "'3'"]),
+  "a training config in an evaluation": (
+    ["--mode=eval", TINY, "--config.weights=W", "--workdir=W"],
+    ["tiny.py describes a training run", "--config=evals:knn"],
+  ),
+  "no weights either": (
+    ["--mode=eval", TINY, "--workdir=W"],
+    ["describes a training run", "--config=evals:knn", "--config.weights=RUN"],
+  ),
+  "fraction for an integer": (
+    [TINY, "--workdir=W", "--config.data.batch_size=64.5"],
+    ["data.batch_size 64.5 must be a whole number\n"],
+  ),
+  "word for a number": (
+    [TINY, "--workdir=W", "--config.optim.lr_per_256=fast"],
+    ["optim.lr_per_256 fast must be a number\n"],
+  ),
+  "word for a switch": (
+    [TINY, "--workdir=W", "--config.run.scan=maybe"],
+    ["run.scan maybe must be True or False\n"],
+  ),
   "unknown flag": ([TINY, "--workdir=W", "--workdr=W"], ["workdr"]),
   "unknown mode": ([TINY, "--workdir=W", "--mode=run"], ["mode", "train"]),
   "no flag at all": ([TINY, "--workdir=W", "epochs=3"], ["epochs=3"]),
@@ -235,6 +255,13 @@ def test_an_evaluation_is_not_trained(call, tmp_path):
   for name in ("knn", "linear"):
     code, words = call(f"{path}:{name}", f"--workdir={tmp_path}/new")
     check_sentence(code, words, ["describes an evaluation", "--mode=eval"])
+    assert "--config.weights=RUN" in words
+    flags = [f"--workdir={tmp_path}/new", "--config.weights=runs/tiny"]
+    code, words = call(f"{path}:{name}", *flags)
+    check_sentence(code, words, ["describes an evaluation", "--mode=eval"])
+    assert "weights" not in words  # they were given
+  code, words = call(f"{path}:compare", f"--workdir={tmp_path}/new")
+  assert "--mode=eval" in words and "weights" not in words  # it takes none
   assert contents(tmp_path) == {}
 
 

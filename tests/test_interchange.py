@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tracemalloc
+import types
 
 import jax
 import numpy as np
@@ -256,6 +257,20 @@ def test_evaluations_take_files(trained, exported, tmp_path):
     evaluated("knn", file, tmp_path / "g")
 
 
+def test_class_names_of_a_run_without_evaluation(tmp_path):
+  method = types.SimpleNamespace(classifies=True, num_classes=8)
+  run = types.SimpleNamespace(
+    method=method, run_dir=tmp_path, config=small.config()
+  )
+  names = classifiers.class_names(run)
+  assert (len(names), names[0], names[6]) == (8, "bar", "star")
+  run.config.data.source = "folder"
+  run.config.data.path = str(tmp_path / "moved")
+  assert classifiers.class_names(run) == ()
+  run.config.data.source, method.num_classes = "shapes", 9
+  assert classifiers.class_names(run) == ()  # not its classes
+
+
 @pytest.mark.slow
 def test_a_trained_probe_is_exported(trained, tmp_path):
   short = {"method.last_blocks": 1, "optim.epochs": 1, "data.batch_size": 16,
@@ -280,6 +295,9 @@ def test_a_trained_probe_is_exported(trained, tmp_path):
     "5": "square", "6": "star", "7": "triangle",
   }  # fmt: skip
   assert config["label2id"]["star"] == 6 and len(config["label2id"]) == 8
+  again = tmp_path / "again" / "model.safetensors"
+  export(tmp_path / "hf" / "model.safetensors", again, format="hf")
+  assert json.loads((again.parent / "config.json").read_text()) == config
   with pytest.raises(InputError, match="holds no linear probe"):
     export(trained, tmp_path / "a.pth", format="attmask", probe=str(probe))
   four = tmp_path / "four"

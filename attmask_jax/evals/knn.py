@@ -9,6 +9,7 @@ from attmask_jax import schema
 from attmask_jax.errors import InputError
 from attmask_jax.evals import cache, features, inputs, nearest
 from attmask_jax.evals.job import Eval, Job, Result, Table
+from attmask_jax.runs.metrics import percent
 
 LARGEST_CLASS = "queries of the largest class"  # a count of the result
 
@@ -80,7 +81,7 @@ def run(job: Job) -> Result:
     query_chunk=evals.query_chunk,
   )
   rows = [
-    (str(k), *(f"{values[f'k{k}/{name}']:.2f}" for name in ("top1", "top5")))
+    (str(k), *(percent(values[f"k{k}/{name}"]) for name in ("top1", "top5")))
     for k in evals.knn_ks
   ]
   counts = {

@@ -26,7 +26,7 @@ from attmask_jax.augment.transforms import MultiCrop
 from attmask_jax.errors import InputError
 from attmask_jax.methods import clustering, losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Scalars
-from attmask_jax.methods.temperature import warmup_table
+from attmask_jax.methods.temperature import ShareKeys, warmup_table
 from attmask_jax.methods.view_masks import ViewMasks
 from attmask_jax.models import heads, vit
 from attmask_jax.rows import flatten, gather, row_ids, unflatten
@@ -91,7 +91,7 @@ class AttMask(ViewMasks):
     0.9, "momentum of the centres of teacher logits", low=0, high=1
   )
 
-  config_parts = (vit.BackboneKeys, heads.HeadKeys)
+  config_parts = (vit.BackboneKeys, heads.HeadKeys, ShareKeys)
   frozen_at_start = "head/last_layer"
   per_image = ("assignment",)
   assigns_prototypes = True

@@ -4,9 +4,25 @@ Source: the temperature schedules of DINOLoss and iBOTLoss in DINO, iBOT and
 AttMask.
 """
 
+import dataclasses
+
 import numpy as np
 
+from attmask_jax import schema
 from attmask_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareKeys:
+  """Warm-up of the temperatures as a share of the run."""
+
+  temp_warmup_share: float = schema.key(
+    0.0,
+    "warm-up of both teacher temperatures as a share of the run, rounded to "
+    "epochs; 0 = by temp_warmup_epochs",
+    low=0,
+    high=1,
+  )
 
 
 def warmup_table(

@@ -88,8 +88,9 @@ def judge(config: Mapping[str, Any], lines: Lines) -> Judgement:
     lines: of metrics.jsonl.
   """
   step = max((line["step"] for line in lines), default=0)
-  epochs = config.get("optim.epochs") or 0
-  total = records.steps_per_epoch(config) * int(epochs)
+  epochs = int(config.get("optim.epochs") or 0)
+  total = int(config.get("optim.steps") or 0)
+  total = total or records.steps_per_epoch(config) * epochs
   score = _row(lines, KNN, chance=first(lines, "knn/chance"))
   sentence = _sentence(config, lines, score, done=0 < total <= step)
   rates = [rate for _, rate in _points(lines, "train/img_per_s")]

@@ -33,6 +33,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
     resume_step: int | None,
     tensorboard: bool = True,
     wandb: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
   ):
     """Opens the logs of a run, or continues them.
 
@@ -43,13 +44,14 @@ class MetricsWriter(contextlib.AbstractContextManager):
       tensorboard: also write events to workdir/tensorboard, if tensorboardX
         is installed.
       wandb: arguments of `wandb.init` (project, name, ...); None = no wandb.
+      config: of the run, flat; the hyperparameters of TensorBoard and wandb.
 
     Raises:
       InputError: wandb is requested but not installed, or metrics.jsonl is
         damaged.
     """
     # On every process: a missing package must not stop process 0 alone.
-    wandb_module = None if wandb is None else _import_wandb()
+    wandb_module = None if wandb is None else import_wandb()
     self._file: TextIO | None = None
     self._events: Any = None
     self._wandb: Any = None
@@ -63,8 +65,11 @@ class MetricsWriter(contextlib.AbstractContextManager):
     self._file = path.open("a", encoding="utf-8")
     if tensorboard:
       self._events = _open_events(workdir / "tensorboard", resume_step)
+    if self._events is not None and config:
+      _write_hparams(self._events, config)
     if wandb_module is not None:
-      self._wandb = _open_wandb(wandb_module, workdir, dict(wandb or {}))
+      options = dict(wandb or {}) | {"config": dict(config or {})}
+      self._wandb = _open_wandb(wandb_module, workdir, options)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Logs named numbers (Python, numpy or 0-d jax) after `step` steps."""
@@ -114,6 +119,11 @@ class MetricsWriter(contextlib.AbstractContextManager):
     if self._wandb is not None:
       self._wandb.finish()
     self._file = self._events = self._wandb = None
+
+
+def percent(value: float) -> str:
+  """An accuracy in percent as every log, table and page writes it: "12.25"."""
+  return f"{value:.2f}"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -245,7 +255,22 @@ def _open_events(folder: pathlib.Path, resume_step: int | None) -> Any:
   return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def _import_wandb() -> Any:
+def _write_hparams(events: Any, config: Mapping[str, Any]) -> None:
+  """Writes the config for TensorBoard's page of hyperparameters.
+
+  `SummaryWriter.add_hparams` would write a second run beside this one.
+  """
+  from tensorboardX.summary import hparams
+
+  plain = {
+    key: value if isinstance(value, (bool, int, float, str)) else str(value)
+    for key, value in config.items()
+  }
+  for summary in hparams(plain, {})[:2]:  # names, values; the run goes on
+    events.file_writer.add_summary(summary)
+
+
+def import_wandb() -> Any:
   """The wandb module, or a clear error."""
   try:
     return importlib.import_module("wandb")

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import logging as python_logging
 import math
 import sys
 import time
@@ -15,10 +16,31 @@ from absl import logging
 T = TypeVar("T")
 
 SPEED_WINDOW_STEPS = 50  # steps over which speed is averaged
+LEAST_STEPS = 5  # steps before the time left is estimated
+
+
+@contextlib.contextmanager
+def _logging_above_bars() -> Iterator[None]:
+  """Log lines inside do not break the bars of a terminal."""
+  # absl writes to sys.stderr whatever the stream of its handler.
+  handler = logging.get_absl_handler().python_handler
+  before = handler.emit
+
+  def emit(record: python_logging.LogRecord) -> None:
+    with tqdm.tqdm.external_write_mode(file=sys.stderr):
+      before(record)
+
+  handler.emit = emit
+  try:
+    yield
+  finally:
+    handler.emit = before
 
 
 class Progress(contextlib.AbstractContextManager):
   """Progress of a run: loss, images per second and the time left.
+
+  The speed and the time left need a few steps after the first.
 
   A tqdm bar on a terminal, otherwise a log line every `every_seconds`; silent
   on all processes but the first.
@@ -46,10 +68,13 @@ class Progress(contextlib.AbstractContextManager):
     self._every_seconds = every_seconds
     self._silent = jax.process_index() != 0
     self._times = collections.deque(maxlen=SPEED_WINDOW_STEPS + 1)
-    self._times.append((time.monotonic(), initial))
     self._logged = -math.inf
     self._bar: tqdm.tqdm | None = None
+    self._exit = contextlib.ExitStack()
+    if not self._silent and initial < total:
+      logging.info("compiling the %s step: the first one takes longest", desc)
     if not self._silent and sys.stderr.isatty():
+      self._exit.enter_context(_logging_above_bars())
       self._bar = tqdm.tqdm(
         total=total,
         initial=initial,
@@ -74,14 +99,21 @@ class Progress(contextlib.AbstractContextManager):
       logging.info("%s %d/%d, %s", self._desc, step, self._total, text)
 
   def _text(self, loss: float) -> str:
-    """Loss, speed over the window and time left at that speed."""
+    """Loss, speed over the window and time left at that speed.
+
+    The first step, which is compiled, is in neither.
+    """
     (start, first), (end, last) = self._times[0], self._times[-1]
+    text = f"loss {loss:.4f}"
+    if last - first < min(LEAST_STEPS, self._total - first):
+      return text
     steps_per_second = (last - first) / max(end - start, 1e-9)
-    left = (self._total - last) / max(steps_per_second, 1e-9)
-    return (
-      f"loss {loss:.4f}, {steps_per_second * self._images_per_step:.0f}"
-      f" images/s, {tqdm.tqdm.format_interval(left)} left"
-    )
+    if not steps_per_second:
+      return text
+    left = (self._total - last) / steps_per_second
+    speed = steps_per_second * self._images_per_step
+    time_left = tqdm.tqdm.format_interval(left)
+    return f"{text}, {speed:.0f} images/s, {time_left} left"
 
   def __exit__(self, *error: object) -> None:
     self.close()
@@ -91,6 +123,7 @@ class Progress(contextlib.AbstractContextManager):
     if self._bar is not None:
       self._bar.refresh()
       self._bar.close()
+    self._exit.close()
 
 
 def track(
@@ -107,7 +140,8 @@ def track(
   if jax.process_index():
     yield from items
   elif sys.stderr.isatty():
-    yield from tqdm.tqdm(items, desc=desc, total=total, dynamic_ncols=True)
+    with _logging_above_bars():
+      yield from tqdm.tqdm(items, desc=desc, total=total, dynamic_ncols=True)
   else:
     logged = time.monotonic()
     for done, item in enumerate(items, start=1):

@@ -66,7 +66,7 @@ def late_epoch_cosine(
   base: float,
   final: float,
   total: int,
-  warmup: int,
+  warmup: float,
   start: float,
 ) -> float:
   """Linear warm-up from `start` and half a cosine, one epoch late.
@@ -109,11 +109,14 @@ class Schedules:
   momentum: tuple[float, float]
   steps_per_epoch: int
   epochs: int = schema.key(100, "length of the run", low=1)
+  steps: int = schema.key(
+    0, "length of the run in place of epochs; 0 = by epochs", low=0
+  )
   min_lr: float = schema.key(
     1e-6, "learning rate at the end, not scaled by the batch", low=0
   )
-  warmup_epochs: int = schema.key(
-    10, "linear warm-up of the learning rate", low=0
+  warmup_epochs: float = schema.key(
+    10.0, "linear warm-up of the learning rate", low=0
   )
   schedule: str = schema.key(
     "cosine",
@@ -151,21 +154,29 @@ class Schedules:
 
   def __post_init__(self) -> None:
     schema.check("optim", vars(self), type(self))
-    if self.warmup_epochs > self.epochs:
+    if self.warmup_steps > self.total_steps:
+      length = f"epochs {self.epochs}"
+      if self.steps:
+        length = f"steps {self.steps} ({self.steps_per_epoch} per epoch)"
       raise InputError(
-        f"optim.warmup_epochs {self.warmup_epochs} is longer than optim.epochs "
-        f"{self.epochs}: shorten the warm-up or train longer"
+        f"optim.warmup_epochs {self.warmup_epochs:g} is longer than "
+        f"optim.{length}: shorten the warm-up or train longer"
       )
     if self.schedule == "epoch_cosine" and self.warmup_epochs:
       raise InputError(
-        f"optim.warmup_epochs {self.warmup_epochs}: the schedule epoch_cosine "
-        "has no warm-up, set 0"
+        f"optim.warmup_epochs {self.warmup_epochs:g}: the schedule "
+        "epoch_cosine has no warm-up, set 0"
       )
 
   @property
   def total_steps(self) -> int:
     """Steps of the whole run."""
-    return self.epochs * self.steps_per_epoch
+    return self.steps or self.epochs * self.steps_per_epoch
+
+  @property
+  def warmup_steps(self) -> int:
+    """Steps of the learning rate's warm-up."""
+    return round(self.warmup_epochs * self.steps_per_epoch)
 
   def values(self, step: int) -> dict[str, float]:
     """lr, wd and momentum of one step in float64."""
@@ -184,8 +195,8 @@ class Schedules:
     ends = dict(base=self.lr, final=self.min_lr)
     if self.schedule in ("cosine", "smooth_cosine"):
       shape = cosine if self.schedule == "cosine" else smooth_cosine
-      warmup = self.warmup_epochs * self.steps_per_epoch
-      return shape(step, **ends, warmup=warmup, total=self.total_steps)
+      ends |= dict(warmup=self.warmup_steps, total=self.total_steps)
+      return shape(step, **ends)
     epoch = step // self.steps_per_epoch
     if self.schedule == "epoch_cosine":
       return epoch_cosine(epoch, **ends, total=self.epochs)

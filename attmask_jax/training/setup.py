@@ -18,7 +18,8 @@ from attmask_jax.methods import losses
 from attmask_jax.methods.base import Method
 from attmask_jax.models import vit
 from attmask_jax.runs import config as run_config
-from attmask_jax.training import optim, schedules
+from attmask_jax.runs import metrics
+from attmask_jax.training import lengths, optim, schedules
 
 Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
 
@@ -64,7 +65,8 @@ RUN_KEYS = (
   run_config.RunKeys, keys.LoadKeys, vit.ComputeKeys, losses.ComputeKeys
 )  # fmt: skip
 OPTIM_KEYS = (
-  optim.NameKeys, optim.Optimizer, schedules.RateKeys, schedules.Schedules
+  optim.NameKeys, optim.Optimizer, schedules.RateKeys, schedules.Schedules,
+  lengths.ShareKeys,
 )  # fmt: skip
 # Recipes of supervised training; the last one sets the defaults.
 SUPERVISED = (supervised.Supervised, supervised.CropFlip)
@@ -198,7 +200,7 @@ class Run(NamedTuple):
   """Checked parts of a run, before anything is written.
 
   Attributes:
-    config: the whole config.
+    config: the whole config, see `lengths.resolve`.
     mesh: all devices.
     method: one of METHODS.
     schedules: rates per step.
@@ -227,6 +229,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     InputError: the first value that cannot work, with its remedy.
   """
   check(config, _classes_of(config))
+  if config.run.wandb.project:
+    metrics.import_wandb()  # before anything is written
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   batch_size, accumulate = config.data.batch_size, config.run.accumulate
   meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
@@ -239,6 +243,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
       f"data.batch_size {batch_size} is larger than the training set of "
       f"{len(train_source)} images: lower it or add images"
     )
+  config = lengths.resolve(config, steps_per_epoch)
   rates = schedules.Schedules.from_config(
     config, steps_per_epoch=steps_per_epoch
   )

@@ -3,6 +3,8 @@
 Both use the training loop of pretraining with the method `classify`.
 """
 
+import copy
+
 import ml_collections
 
 from attmask_jax import Params, data
@@ -20,7 +22,7 @@ def complete(
     config: of an evaluation with a section `method`, data complete.
     source: pretrained weights.
   """
-  config = ml_collections.ConfigDict(config.to_dict())
+  config = copy.deepcopy(config).unlock()
   pretrained, backbone = source.config.method, source.method.backbone
   classes = data.build(config.data, "train").class_names
   config.method.update(

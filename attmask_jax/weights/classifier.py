@@ -14,7 +14,7 @@ import jax
 import ml_collections
 from PIL import Image
 
-from attmask_jax import Params, atomic
+from attmask_jax import Params, atomic, data
 from attmask_jax import mesh as meshes
 from attmask_jax.augment import transforms
 from attmask_jax.errors import InputError
@@ -178,11 +178,32 @@ def _imported(source: loading.Weights) -> Classifier:
 
 
 def class_names(source: loading.Weights) -> tuple[str, ...]:
-  """Class names of fine-tuned weights; () if they are unknown."""
-  path = source.run_dir and source.run_dir / FILE
-  if not path or not source.method.classifies or not path.exists():
+  """Class names of fine-tuned weights; () if they are unknown.
+
+  They are those of the evaluation of the run, else of its images, else of a
+  file of transformers beside the weights.
+  """
+  if not source.method.classifies:
     return ()
-  return tuple(json.loads(path.read_text())["class_names"])
+  if source.run_dir is None:
+    return _names_beside(pathlib.Path(source.where))
+  path = source.run_dir / FILE
+  if path.exists():
+    return tuple(json.loads(path.read_text())["class_names"])
+  try:
+    names = data.build(source.config.data, "train").class_names
+  except (InputError, AttributeError):  # moved, or an imported file
+    return ()
+  return tuple(names) * (len(names) == source.method.num_classes)
+
+
+def _names_beside(file: pathlib.Path) -> tuple[str, ...]:
+  """id2label of the config.json of transformers, () if there is none."""
+  try:
+    labels = json.loads((file.parent / "config.json").read_text())["id2label"]
+    return tuple(labels[str(i)] for i in range(len(labels)))
+  except (OSError, ValueError, KeyError, TypeError):
+    return ()
 
 
 def numbered(classes: int) -> tuple[str, ...]:

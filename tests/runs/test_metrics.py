@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import logging as python_logging
 import math
 import struct
 import sys
@@ -11,11 +12,19 @@ import types
 import jax
 import numpy as np
 import pytest
+import small
 from absl import logging
 from PIL import Image
 
+from attmask_jax import train
 from attmask_jax.errors import InputError
+from attmask_jax.evals import online
 from attmask_jax.runs import metrics, progress
+
+NO_FIGURES = {
+  "evals.mask_images": 0, "evals.overlap_images": 0,
+  "optim.warmup_epochs": 0, "method.temp_warmup_epochs": 0,
+}  # fmt: skip
 
 
 def lines(path):
@@ -190,6 +199,56 @@ def test_missing_wandb_is_a_clear_error(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_run_without_wandb_leaves_nothing(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  config = small.config({"run.wandb.project": "p"})
+  with pytest.raises(InputError, match="pip install wandb"):
+    train.train(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+@needs_tensorboard
+def test_hyperparameters_reach_tensorboard_and_wandb(tmp_path, monkeypatch):
+  from tensorboardX.proto import plugin_hparams_pb2
+
+  calls = []
+  fake = types.SimpleNamespace(
+    init=lambda **options: calls.append(options),
+    define_metric=lambda *args, **options: None,
+    finish=lambda: None,
+  )
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  config = {"optim.lr": 0.5, "data.scale": [1, 2], "run.scan": True, "a": "b"}
+  options = dict(resume_step=-1, wandb={"project": "p"}, config=config)
+  metrics.MetricsWriter(tmp_path, **options).close()
+  assert calls[0]["config"] == config
+  assert len(list((tmp_path / "tensorboard").iterdir())) == 1  # one run
+  values = [
+    v for e in events(tmp_path / "tensorboard") for v in e.summary.value
+  ]
+  (value,) = [v for v in values if v.tag == "_hparams_/session_start_info"]
+  found = plugin_hparams_pb2.HParamsPluginData.FromString(
+    value.metadata.plugin_data.content
+  ).session_start_info.hparams
+  assert found["optim.lr"].number_value == 0.5
+  assert found["data.scale"].string_value == "[1, 2]"
+  assert found["run.scan"].bool_value and found["a"].string_value == "b"
+
+
+def test_a_percentage_reads_the_same_everywhere(tmp_path, monkeypatch):
+  """12.25 lies between 12.2 and 12.3, as 98 of 800 images do."""
+  shown = []
+  write = lambda text, *a: shown.append(text % a if a else text)
+  monkeypatch.setattr(logging, "info", write)
+  monkeypatch.setattr(
+    online.Evaluator, "scores", lambda *_: {"knn/top1": 12.25, "knn/top5": 1.0}
+  )
+  config = small.config({"optim.steps": 1, "optim.epochs": 1} | NO_FIGURES)
+  train.train(config, str(tmp_path))
+  assert "step 1: k-NN top-1 12.25 %" in shown
+  assert "12.25 %" in (tmp_path / "report.html").read_text()
+
+
 def test_wandb_continues_its_run(tmp_path, monkeypatch):
   calls = []
   fake = types.SimpleNamespace(
@@ -278,7 +337,8 @@ def test_progress_logs_lines_without_a_terminal(monkeypatch, clock):
       bar.update(step, 100 / step)
   # Two steps a second; one line per 30 s = 60 steps, and the last step.
   assert shown == [
-    "train 101/200, loss 0.9901, 128 images/s, 00:49 left",
+    "compiling the train step: the first one takes longest",
+    "train 101/200, loss 0.9901",
     "train 161/200, loss 0.6211, 128 images/s, 00:19 left",
     "train 200/200, loss 0.5000, 128 images/s, 00:00 left",
   ]
@@ -294,6 +354,46 @@ def test_progress_on_a_terminal(monkeypatch, clock):
   last = terminal.getvalue().rstrip("\n").split("\r")[-1]
   assert last.startswith("train ") and "75 %" in last and "150/200" in last
   assert "loss 2.0000, 128 images/s, 00:25 left" in last
+
+
+def test_the_first_step_and_few_steps_give_no_time_left(monkeypatch, clock):
+  shown = []
+  monkeypatch.setattr(logging, "info", lambda text, *a: shown.append(text % a))
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  with progress.Progress(
+    100, 0, "train", images_per_step=64, every_seconds=0
+  ) as bar:
+    clock[0] += 60  # the first step is compiled for a minute
+    for step in range(1, 8):
+      clock[0] += 0.5
+      bar.update(step, 1.0)
+  texts = [line.partition(", loss 1.0000")[2] for line in shown[1:]]
+  # Five steps after the first: 128 images/s, and 94 and 93 steps to go.
+  assert texts[:5] == [""] * 5
+  assert texts[5:] == [
+    ", 128 images/s, 00:47 left", ", 128 images/s, 00:46 left"
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["run", "evaluation"])
+def test_log_lines_stand_above_the_bar(monkeypatch, clock, part):
+  terminal = Terminal()
+  handler = logging.get_absl_handler().python_handler
+  monkeypatch.setattr(sys, "stderr", terminal)
+  record = python_logging.LogRecord("a", 30, "f", 1, "a line", (), None)
+  if part == "run":
+    with progress.Progress(9, 0, "train", images_per_step=1) as bar:
+      bar.update(1, 2.0)
+      handler.emit(record)
+  else:
+    for _ in progress.track(range(1), 1, "k-NN"):
+      handler.emit(record)
+  before, after = terminal.getvalue().split("a line\n")
+  # The bar is cleared: the line starts at the left, on a blank line.
+  bar, blank, header = before.split("\r")[-3:]
+  assert "|" in bar and blank and not blank.strip()
+  assert header.startswith("W") and header.endswith("f:1] ")
+  assert "|" in after  # and drawn again below
 
 
 def test_progress_is_silent_elsewhere(monkeypatch):
