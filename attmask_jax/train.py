@@ -56,12 +56,13 @@ def train(
   """
   runtime.setup(config.run)
   run = build(lengths.continued(config, workdir))
+  config = run.config  # with the lengths that the run uses
   folder = checkpoint.check_workdir(workdir)
   run_config.check_config(
-    run.config,
+    config,
     folder,
     images=len(run.train_source),
-    defaults=setup.defaults(run.config),
+    defaults=setup.defaults(config),
   )
   with lock.RunLock(folder, break_lock=config.run.break_lock) as held:
     start, begun = _start(run, folder, start)

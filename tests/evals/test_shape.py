@@ -308,7 +308,9 @@ def test_refilled_masks_of_figures_are_those_of_mae(policy):
 def test_a_run_that_hides_nothing_still_draws_its_masks(monkeypatch, tmp_path):
   """ExtreMA with a ratio of 0 shows all patches: no share of nothing."""
   small.use_devices(monkeypatch, 1)
-  changes = {"method.mask_ratio": 0.0, "method.num_masks": 1}
+  changes = {
+    "method.mask_ratio": 0.0, "method.num_masks": 1, "evals.mask_images": 2
+  }  # fmt: skip
   built, state, _ = small.parts(small.config(changes, arg="extrema"))
   values = built.evaluator.figures(state, tmp_path)
   assert np.isnan(values["overlap/attmask_high"])

@@ -118,7 +118,8 @@ def test_drop_path_is_drawn_for_each_row_of_the_student(family):
   (first, also, dropped), (second, *_) = run(0.5, 0), run(0.5, 1)
   assert len({loss, first, second}) == 3
   if family in OF_TEACHER:  # which drops nothing
-    np.testing.assert_allclose(also, of_teacher, rtol=1e-6)
+    # Of equal rows: ExtreMA's is 0 but for rounding.
+    np.testing.assert_allclose(also, of_teacher, rtol=1e-6, atol=1e-6)
   for name, whole in rows.items():
     scale = np.abs(whole).max()
     np.testing.assert_allclose(whole - whole[:1], 0, atol=1e-4 * scale)

@@ -159,6 +159,7 @@ def test_a_run_that_lost_its_directory_saves_nothing_more(tmp_path):
   assert steps_of(tmp_path) == [3]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
   tmp_path, whole, monkeypatch
 ):

@@ -214,6 +214,7 @@ def test_a_run_of_steps_ends_within_an_epoch_and_is_evaluated(tmp_path):
   train.train(config, str(tmp_path))  # there is nothing left to do
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_continues_with_its_warmup(tmp_path):
   old = tiny({"optim.epochs": 3} | NO_KNN)
   old.optim.warmup_epochs = 2  # as no version before this one shortened it

@@ -147,6 +147,7 @@ def command(monkeypatch, *flags):
     return cli.main(cli.parse(argv))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [False, True])
 def test_one_command_trains(tmp_path, monkeypatch, capsys, labels):
   folder = tmp_path / "mine"
