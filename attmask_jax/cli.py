@@ -255,7 +255,9 @@ def _quiet_libraries() -> None:
     if record.pathname.startswith(str(recipes.PACKAGE)):
       return True
     of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-    raised = of_orbax and record.levelno == python_logging.ERROR
+    raised = record.levelno == python_logging.ERROR and (
+      of_orbax or record.name == "asyncio"
+    )
     return record.levelno >= python_logging.WARNING and not raised
 
   def hook(unraisable: Any) -> None:

@@ -55,7 +55,7 @@ def images(folder, rng):
   pixels = rng.integers(0, 256, (40, 30, 3), np.uint8)
   contents = {}
   for format in FORMATS:
-    for array in (pixels, pixels[..., 0], pixels[..., 0].astype(np.uint16)):
+    for array in (pixels, pixels[..., 0], np.uint16(257) * pixels[..., 0]):
       buffer = io.BytesIO()
       try:
         Image.fromarray(array).save(buffer, format)

@@ -235,6 +235,17 @@ def test_other_files_are_no_tiffs(tmp_path: pathlib.Path) -> None:
 # --- size -------------------------------------------------------------------
 
 
+def test_a_frame_that_is_far_too_large(tmp_path):
+  """Its header declares a small picture, its first frame 65535 x 65535."""
+  path = tmp_path / "a.gif"
+  Image.new("L", (12, 10)).save(path)
+  content = bytearray(path.read_bytes())
+  frame = content.index(struct.pack("<BHHHH", 0x2C, 0, 0, 12, 10))
+  content[frame + 5 : frame + 9] = b"\xff" * 4
+  path.write_bytes(content)
+  _refused(path, "pixels are more than 178956970")
+
+
 def test_more_pixels_than_pillow_allows(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
