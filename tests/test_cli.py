@@ -211,6 +211,7 @@ def contents(folder):
   return {str(p): p.read_bytes() for p in files}
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_architecture(call, tmp_path):
   config = small.config({"method.variant": "24x2x2"})
   run, state, _ = small.parts(config)

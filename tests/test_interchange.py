@@ -217,6 +217,7 @@ def evaluated(name, where, folder, **changes):
   return json.loads((folder / "results.json").read_text())["values"]
 
 
+@pytest.mark.slow
 def test_evaluations_take_files(trained, exported, tmp_path):
   options = {"evals.knn_ks": (3, 5)}
   ours = evaluated("knn", trained, tmp_path / "a", **options)
@@ -411,6 +412,7 @@ def test_whole_files_of_other_families_start_at_zero(tmp_path, family, caplog):
   same(start.trees["params"], params)
 
 
+@pytest.mark.slow
 def test_positions_of_another_kind(trained, tmp_path, caplog):
   """Fixed ones are written out; a class token's place comes or goes."""
   from attmask_jax.models import positions

@@ -190,6 +190,7 @@ def test_what_cannot_be_drawn(recipe, changes, match):
     recipe(**changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "transform, views", [("two_colours", 2), ("crop_flip", 1), ("centre_crop", 1)]
 )

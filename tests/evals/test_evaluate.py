@@ -127,6 +127,7 @@ PROBE = {
 }
 
 
+@pytest.mark.slow
 def test_linear_probe(trained, probe):
   folder, found = probe
   values = found["values"]
@@ -145,6 +146,7 @@ def test_linear_probe(trained, probe):
   assert (folder / "metrics.jsonl").read_text() == lines
 
 
+@pytest.mark.slow
 def test_masked_and_a_given_probe(trained, probe, tmp_path):
   options = {"probe": str(probe[0]), "evals.ratios": (0.5,)}
   found = run("masked", trained, tmp_path, **options)
@@ -162,6 +164,7 @@ def test_a_probe_of_other_weights_is_refused(trained, probe, tmp_path):
     run("masked", trained, tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_a_probe_of_another_width_is_refused(trained, probe, tmp_path):
   other = small.config({"method.variant": "24x2x2", "optim.epochs": 1,
                         "evals.knn": False, "evals.mask_images": 0,

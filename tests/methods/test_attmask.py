@@ -421,6 +421,7 @@ def test_mask_input_off_leaves_the_student_its_whole_view():
   assert values["masked_share"] == 1 and values["patch"] > 0
 
 
+@pytest.mark.slow
 def test_separate_student_with_shared_teacher_starts_from_the_patch_layer():
   head = heads.Head(out_dim=12, patch_out_dim=12, hidden=16, bottleneck=8)
   method = small(head=head, teacher_head=head.clone(patch_out_dim=0))

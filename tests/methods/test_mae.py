@@ -290,6 +290,7 @@ def test_variance_of_the_official_release():
   close(std[..., 0], want, 1e-6)
 
 
+@pytest.mark.slow
 def test_decoder_of_the_official_release_reads_the_class_token():
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)

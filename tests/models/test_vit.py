@@ -97,6 +97,7 @@ def test_golden_plainly_resampled_positions(golden):
   assert np.abs(other - want).max() > 0.01
 
 
+@pytest.mark.slow
 def test_learned_positions_are_resampled_by_the_rule_of_the_network():
   images = jax.random.normal(jax.random.key(0), (1, 12, 12, 3))
   table = jax.random.normal(jax.random.key(1), (1, 1 + 4, 8))
@@ -210,6 +211,7 @@ def test_drop_path_noise_follows_the_row_and_not_its_place():
   assert not np.array_equal(draws[..., 0], draws[..., 1])
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_and_keeps_float32_parameters(recorded):
   file, model, variables = recorded
   images = reference.nhwc(file["in/global"])

@@ -90,6 +90,7 @@ def test_control_c_stops_like_a_signal(tmp_path):
   assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "step, kept", [(2, "there is no checkpoint yet"), (7, "checkpoint is step 5")]
 )
@@ -110,6 +111,7 @@ def test_a_second_control_c_says_what_is_kept(tmp_path, step, kept):
   assert steps_of(tmp_path) == [5] * (step == 7)
 
 
+@pytest.mark.slow
 def test_crashed_between_checkpoints_is_the_same_run(tmp_path, whole):
   config = small.config({"run.save_steps": 5})
   with at_step(13, power_cut), pytest.raises(RuntimeError, match="power cut"):
@@ -119,6 +121,7 @@ def test_crashed_between_checkpoints_is_the_same_run(tmp_path, whole):
   assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_crashed_before_the_first_checkpoint_starts_again(tmp_path, whole):
   with at_step(5, power_cut), pytest.raises(RuntimeError):
     train.train(small.config(), str(tmp_path))

@@ -195,6 +195,7 @@ def tiny(changes):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_of_steps_ends_within_an_epoch_and_is_evaluated(tmp_path):
   config = tiny({"optim.steps": 11, "run.log_steps": 1})
   train.train(config, str(tmp_path))

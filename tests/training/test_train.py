@@ -319,6 +319,7 @@ def check_records(records):
   assert all(0 <= r.get("train/data_wait", 0) <= 1 for r in records)
 
 
+@pytest.mark.slow
 def test_logged_means_are_those_of_the_steps(monkeypatch, tmp_path):
   config = small.config({"run.log_steps": 5, "evals.knn": False})
   _, history = small.run_steps(config, small.TOTAL_STEPS)
