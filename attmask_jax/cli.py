@@ -122,6 +122,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check(argv: list[str], config: ml_collections.ConfigDict) -> None:
+  """Refuses words that are no flags, and an evaluation in train mode."""
   if len(argv) > 1:
     raise InputError(
       f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'

@@ -51,8 +51,11 @@ def train(
 
   Raises:
     InputError: bad config, data or directory; nothing was written.
-    NotFiniteError: the loss is NaN or infinite; the last checkpoint is kept.
-    StoppedError: SIGTERM or Ctrl-C; the state was saved first.
+    NotFiniteError: the loss or a weight is NaN or infinite; the last checkpoint
+      is kept.
+    SaveError: the disk is full, or another process has taken the directory.
+    StoppedError: SIGTERM or Ctrl-C; the state was saved first, unless it came
+      twice.
   """
   runtime.setup(config.run)
   run = build(lengths.continued(config, workdir))
@@ -177,12 +180,14 @@ class Loop:
     logging.info("finished %d steps in %s", total, self._folder)
 
   def _evaluate_untrained(self) -> None:
+    """Scores and figures at step 0."""
     logging.info("evaluating before the first step")
     scores = self._run.evaluator.before(self._state)
     self._write(0, scores | self._draw(0))
     self._report()
 
   def _progress(self, total: int) -> progress.Progress:
+    """Starts the clock and the progress line."""
     images = self._run.config.data.batch_size
     self._clock = progress.Clock(images)
     return progress.Progress(

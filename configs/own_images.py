@@ -8,8 +8,7 @@ Data:      the argument is a folder of 30 to 30,000 pictures of any size:
              train/CLASS/ alone            no k-NN
              anything else                 every picture in it, without labels
 Hardware:  a GPU or TPU if there is one (about 20,000 steps), else a CPU (about
-           1,000). Hours: not measured; 2 cores that also did other work took
-           11 photographs/s in batches of 32.
+           1,000). Hours: not measured.
 Expected:  with labels, knn/top1 above its value before the first step. Few
            pictures teach little: thousands are better than hundreds.
 

@@ -4,24 +4,15 @@ import os
 import pathlib
 import socket
 import subprocess
-import sys
 
 import pytest
 import small
+from stopping import command
 
 from attmask_jax import train
 from attmask_jax.runs import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-def command(workdir, changes):
-  """main.py with the small config, every value on the command line."""
-  sizes = small.SIZES | changes
-  plain = lambda v: ",".join(map(str, v)) + "," if isinstance(v, tuple) else v
-  flags = [f"--config.{key}={plain(value)}" for key, value in sizes.items()]
-  main = [sys.executable, "main.py", "--config=configs/tiny.py"]
-  return [*main, f"--workdir={workdir}", *flags]
 
 
 def processes(workdir, programs, changes):

@@ -79,10 +79,8 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
   except (InputError, MemoryError, RuntimeError):
     raise
   except Exception as error:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    raise DamagedError(
-      f"checkpoint {folder} is damaged ({lines[0][:200]})"
-    ) from error
+    reason = _first_line(error)[:200]
+    raise DamagedError(f"checkpoint {folder} is damaged ({reason})") from error
 
 
 def check_whole(folder: pathlib.Path) -> None:
@@ -359,9 +357,14 @@ class Checkpoints:
         )
 
 
+def _first_line(error: Exception) -> str:
+  """Of the message; the name of the error if it has none."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _reason(error: Exception) -> str:
   """The end of the first line, where TensorStore names the cause."""
-  line = str(error).strip().splitlines()[0].split(" [os_error_code")[0]
+  line = _first_line(error).split(" [os_error_code")[0]
   return line[-120:].rsplit(": ", 1)[-1]
 
 

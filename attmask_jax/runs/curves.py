@@ -110,13 +110,10 @@ def _curves(
   """The metrics of a plot that have two finite values or more."""
   curves = {}
   for name in names:
-    points = [
-      (line["step"] / per_epoch, line[name])
-      for line in lines
-      if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])
-    ]
-    if len(points) > 1:
-      curves[name] = binned(points, MAX_POINTS)
+    logged = judgement.points(lines, name)
+    if len(logged) > 1:
+      curve = [(step / per_epoch, value) for step, value in logged]
+      curves[name] = binned(curve, MAX_POINTS)
   if len(curves) > 1:  # means per epoch suffice
     curves.pop("train/loss", None)
   return curves

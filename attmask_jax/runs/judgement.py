@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from attmask_jax.runs import metric_names, records
+from attmask_jax.runs.metrics import percent
 
 NOISE_ERRORS = 2  # standard errors that still count as noise
 KNN, ACCURACY = "knn/top1", "val/top1"
@@ -93,7 +94,7 @@ def judge(config: Mapping[str, Any], lines: Lines) -> Judgement:
   total = total or records.steps_per_epoch(config) * epochs
   score = _row(lines, KNN, chance=first(lines, "knn/chance"))
   sentence = _sentence(config, lines, score, done=0 < total <= step)
-  rates = [rate for _, rate in _points(lines, "train/img_per_s")]
+  rates = [rate for _, rate in points(lines, "train/img_per_s")]
   return Judgement(
     sentence,
     RULE if "noise" in sentence else "",
@@ -134,8 +135,8 @@ def best(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
 
 def first(lines: Lines, name: str) -> float | None:
   """The first logged value of a metric, None if there is none."""
-  points = _points(lines, name)
-  return points[0][1] if points else None
+  logged = points(lines, name)
+  return logged[0][1] if logged else None
 
 
 def number_of_queries(config: Mapping[str, Any], lines: Lines) -> int | None:
@@ -149,8 +150,8 @@ def number_of_queries(config: Mapping[str, Any], lines: Lines) -> int | None:
   return min((int(size) for size in sizes if size), default=None)
 
 
-def _points(lines: Lines, name: str) -> list[tuple[int, float]]:
-  """(step, value) of a metric, finite values only."""
+def points(lines: Lines, name: str) -> list[tuple[int, float]]:
+  """(step, value) of a logged metric, finite values only."""
   return [
     (line["step"], line[name])
     for line in lines
@@ -162,12 +163,12 @@ def _row(
   lines: Lines, name: str, *, chance: float | None = None, rank: bool = True
 ) -> Row:
   """The row of a metric; `rank` adds its best value."""
-  points = _points(lines, name)
-  trained = [value for step, value in points if step > 0]
-  highest = best(points) if rank else None
+  logged = points(lines, name)
+  trained = [value for step, value in logged if step > 0]
+  highest = best(logged) if rank else None
   # Of a mean over steps the first; else only what precedes training.
   mean = name.startswith(metric_names.PHASES)
-  begun = [value for step, value in points[:1] if mean or step == 0]
+  begun = [value for step, value in logged[:1] if mean or step == 0]
   return Row(
     name,
     trained[-1] if trained else None,
@@ -185,7 +186,7 @@ def _rows(config: Mapping[str, Any], lines: Lines, score: Row) -> list[Row]:
   policy = str(config.get("method.mask"))
   if not policy.startswith("attmask_"):
     policy = "attmask_high"  # what attention would hide
-  random = _points(lines, "overlap/random")
+  random = points(lines, "overlap/random")
   rows.append(
     _row(
       lines,
@@ -195,7 +196,7 @@ def _rows(config: Mapping[str, Any], lines: Lines, score: Row) -> list[Row]:
     )
   )
   for name in LABEL_FREE:
-    phase = "epoch" if _points(lines, f"epoch/{name}") else "train"
+    phase = "epoch" if points(lines, f"epoch/{name}") else "train"
     chance = None
     if name == "teacher_entropy" and config.get("method.out_dim"):
       chance = math.log(config["method.out_dim"])
@@ -211,9 +212,9 @@ def _sentence(
   if now is None:
     accuracy = _row(lines, ACCURACY).now
     if accuracy is not None:
-      return f"Accuracy is {accuracy:.2f} % on the validation images."
+      return f"Accuracy is {percent(accuracy)} % on the validation images."
     if start is not None:
-      return f"Nothing is measured yet but the start: k-NN {start:.2f} %."
+      return f"Nothing is measured yet but the start: k-NN {percent(start)} %."
     return (
       "Whether this run has learned the classes is not measured: the images "
       "have no labels, or evals.knn is off."
@@ -223,11 +224,13 @@ def _sentence(
     missing = "the number of queries"
     if start is None:
       missing = "k-NN before the first step"
-    return f"k-NN is {now:.2f} %; {missing} is not known, so no judgement."
+    return f"k-NN is {percent(now)} %; {missing} is not known, so no judgement."
   loaded = bool(config.get("init_from"))
   whose = "the weights it began with" if loaded else "the untrained network"
   margin = noise(now, start, queries)
-  figures = f"{now:.2f} % against {start:.2f} %, noise ± {margin:.1f} points"
+  figures = (
+    f"{percent(now)} % against {percent(start)} %, noise ± {margin:.1f} points"
+  )
   at_chance = False
   if chance is not None:
     at_chance = now - chance <= chance_noise(chance, queries)
@@ -246,7 +249,8 @@ def _sentence(
     margin = chance_noise(chance, queries)
     return (
       f"k-NN is not above chance by more than noise: this run has {failed} "
-      f"({now:.2f} % against {chance:.2f} %, noise ± {margin:.1f} points)."
+      f"({percent(now)} % against {percent(chance)} %, noise ± {margin:.1f} "
+      "points)."
     )
   what = "improved k-NN" if loaded else "learned something about the classes"
   return (
@@ -259,7 +263,7 @@ def _seconds(
   config: Mapping[str, Any], lines: Lines, step: int
 ) -> float | None:
   """Time in training steps, from the images per second of each window."""
-  rates = [p for p in _points(lines, "train/img_per_s") if p[1] > 0]
+  rates = [p for p in points(lines, "train/img_per_s") if p[1] > 0]
   batch = config.get("data.batch_size")
   if not rates or not batch:
     return None

@@ -2,8 +2,9 @@
 
 RUN/lock.json names the process that trains there: host, pid, its start time,
 and the host's boot. Whether it still runs is known at once on its own host.
-On a shared disk another host goes by the heartbeat: the holder rewrites the
-file every BEAT_SECONDS, and counts as dead after TIMEOUT_SECONDS without.
+On a shared disk another host goes by the heartbeat: the holder renews the
+time of the file every BEAT_SECONDS, and counts as dead after TIMEOUT_SECONDS
+without.
 Evaluations and exports read a run without its lock.
 """
 

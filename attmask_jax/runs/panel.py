@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from attmask_jax.runs import judgement, metric_names, records
+from attmask_jax.runs import judgement, metric_names, metrics, records
 from attmask_jax.runs.markup import table, term, text
 
 # Rows of the panel, by metric.
@@ -83,8 +83,10 @@ def _number(name: str, value: float) -> str:
   if name.startswith("overlap/"):
     return f"{100 * value:.1f} %"
   unit = metric_names.METRICS[metric_names.key(name)].unit
-  if unit in ("%", "nats"):
-    return f"{value:.2f} {unit}"
+  if unit == "%":
+    return f"{metrics.percent(value)} %"
+  if unit == "nats":
+    return f"{value:.2f} nats"
   return f"{value:z.3f}"  # no "-0.000"
 
 

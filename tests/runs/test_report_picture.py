@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import test_report
 from PIL import Image
 
 from attmask_jax.runs import report
@@ -14,13 +15,7 @@ from attmask_jax.runs import report
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 WIDTH, HEIGHT = 1200, 1000
-CONFIG = {
-  "data.images": 40,
-  "data.batch_size": 10,
-  "data.source": "shapes",
-  "optim.epochs": 5,
-  "method.name": "attmask",
-  "method.mask": "attmask_high",
+CONFIG = test_report.CONFIG | {
   "method.temp_warmup_epochs": 2,
   "method.teacher_temp": [0.04, 0.07],
 }
