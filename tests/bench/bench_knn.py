@@ -1,6 +1,6 @@
 """k-NN against plain NumPy: answers, time and peak memory of both.
 
-python tests/bench_knn.py [--bank 100000] [--queries 10000] [--width 384]
+python tests/bench/bench_knn.py [--bank 100000] [--queries 10000] [--width 384]
 
 Features are drawn around class centres, so that neither all nor no queries are
 right. Each program runs in a process of its own, whose peak memory is the

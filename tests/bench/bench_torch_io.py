@@ -1,6 +1,6 @@
 """Reading and writing a large file: time, and peak memory over its size.
 
-python tests/bench_torch_io.py [--variant base] [--suffix .pth]
+python tests/bench/bench_torch_io.py [--variant base] [--suffix .pth]
 
 Writes a ViT with random weights, reads the file's tensors, and loads it as
 evaluations do (`loading.load`, with one device). Each of these runs in a

@@ -1,0 +1,99 @@
+"""Compiled train steps that run in turns, for the benches of step times."""
+
+import pathlib
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[2])]
+
+import jax
+import ml_collections
+import numpy as np
+
+from attmask_jax import Batch
+from attmask_jax import mesh as meshes
+from attmask_jax.methods import METHODS
+from attmask_jax.training import optim, schedules, train_step
+
+STEPS_PER_EPOCH = 10
+
+
+class Program(NamedTuple):
+  """A compiled step and its arguments; the step replaces the state."""
+
+  step: jax.stages.Compiled
+  state: train_step.TrainState
+  data: Batch
+  scalars: dict[str, jax.Array]
+
+  @property
+  def flops(self) -> float:
+    """The compiler's count; the body of a loop counts once."""
+    return self.step.cost_analysis()["flops"]
+
+
+def build(config: ml_collections.ConfigDict, images: Batch) -> Program:
+  """Compiles the train step of a config, for one device.
+
+  Args:
+    config: of a training run.
+    images: arrays [B, ...] uint8, by their names in a batch.
+  """
+  mesh = meshes.make_mesh(devices=jax.devices()[:1])
+  method = METHODS[config.method.name].from_config(
+    config, steps_per_epoch=STEPS_PER_EPOCH
+  )
+  tx = optim.Optimizer.from_config(config).build(
+    frozen_at_start=method.frozen_at_start,
+    untrained=method.untrained,
+    undecayed=method.undecayed,
+    lr_scale=method.lr_scale,
+  )
+  state, shardings = train_step.init_state(method, tx, mesh, seed=0)
+  step = train_step.make_step(method, tx, mesh, shardings, seed=0)
+  rows = np.arange(len(images["images"]), dtype=np.int32)
+  extras = [method.item_extras(0, int(row)) for row in rows]
+  data = images | {"index": rows, "position": rows, "label": rows}
+  data |= {name: np.stack([e[name] for e in extras]) for name in extras[0]}
+  data = meshes.shard(mesh, data)
+  rates = schedules.Schedules.from_config(
+    config, steps_per_epoch=STEPS_PER_EPOCH
+  )
+  scalars = meshes.put(mesh, rates.at(1) | method.at(1))
+  compiled = step.lower(state, data, scalars).compile()
+  return Program(compiled, state, data, scalars)
+
+
+def pictures(*shape: int) -> np.ndarray:
+  """Random images of this shape, uint8."""
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def medians(programs: dict[str, Program], turns: int) -> dict[str, float]:
+  """Median seconds of a step of each program, after one turn of warm-up."""
+  times = {name: [] for name in programs}
+  for turn in range(turns + 1):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      result = program.step(program.state, program.data, program.scalars)
+      jax.block_until_ready(result)
+      if turn:
+        times[name].append(time.perf_counter() - start)
+      programs[name] = program._replace(state=result.state)
+  return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(programs: dict[str, Program], turns: int) -> str:
+  """FLOPs and seconds of each program, and both relative to the first."""
+  seconds, lines = medians(programs, turns), []
+  first = next(iter(programs))
+  for name, program in programs.items():
+    lines.append(
+      f"{name:18} {program.flops / 1e9:9.1f} GFLOP  {seconds[name]:8.3f} s   "
+      f"{program.flops / programs[first].flops:.4f} x FLOPs  "
+      f"{seconds[name] / seconds[first]:.3f} x time"
+    )
+  return "\n".join(lines)
