@@ -12,6 +12,36 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 SECTIONS = "method|data|optim|evals|run"
 NO_KEYS = ("py", "md", "json", "jsonl", "html")  # files, such as evals.jsonl
 PLACEHOLDERS = ("NAME", "ARGUMENT", "FILE")
+LISTS = ("RUNS", "MASKS", "NAMES")  # of arguments, in a config file
+# First words of the headings of table columns that hold arguments.
+ARGUMENT_COLUMNS = ("argument", "arguments", "name", "NAME", "config")
+# Flags in the commands of the releases' pages, and the README's notes.
+PUBLISHED_FLAGS = {
+  "AttMask": """
+    --arch --avgpool_patchtokens --backend --batch-size --batch_size_per_gpu
+    --checkpoint --checkpoint_key --checkpoint_linear --checkpoint_pretraining
+    --data-path --data_path --data_set --epochs --eval_every
+    --global_crops_scale --load_from --local_crops_number --local_crops_scale
+    --lr --masking_prob --masking_ratio --momentum_teacher --n_last_blocks
+    --nb_knn --norm_last_layer --nproc_per_node --num_workers --out_dim
+    --output_dir --output_file --pred_ratio --pred_ratio_var --pred_shape
+    --pretrained_weights --shared_head --show_max --subset --subset_starts
+    --teacher_temp --warmup_teacher_temp_epochs""",
+  "ExtreMA": """
+    -a -b --aug-spatialconsistent-color --attn_drop_rate
+    --class_attention_layers --dist-url --drop_path_rate --ema-momentum
+    --epochs --eval_momentum --layer_scale_init_value --log_dir --loss --lr
+    --mask-ratio --multiprocessing-distributed --num-masks --opt --opt-betas
+    --optimizer --output_dir --pretrained --proj-dim --save-freq --seed
+    --use_mean_pooling --warmup-epochs --weight-decay --weight-decay-end""",
+  # Also the flags of ExtreMA's fine-tuning, which has the same script.
+  "MAE-priv": """
+    -b --config --data_path --discard_ratio --finetune --head_fusion
+    --image_path --img_path --lr --model_path --save_path
+    --batch_size --color_jitter --dist_eval --drop_path --epochs --layer_decay
+    --model --opt --opt_betas --output_dir --reprob --update_freq
+    --warmup_epochs --weight_decay""",
+}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -68,11 +98,25 @@ def any_keys():
   found = set()
   for path in (ROOT / "configs").glob("*.py"):
     space = module(path.stem)
-    lists = (space.get(name, {}) for name in ("RUNS", "MASKS", "NAMES"))
-    arguments = {a for options in lists for a in options}
     if "get_config" in space:
-      found |= set().union(*(keys(path.stem, a) for a in {"", *arguments}))
+      every = {"", *arguments(path.stem)}
+      found |= set().union(*(keys(path.stem, a) for a in every))
   return found
+
+
+def arguments(name):
+  """Arguments that configs/NAME.py lists."""
+  space = module(name)
+  return {a for options in LISTS for a in space.get(options, {})}
+
+
+def tables(page):
+  """Headings and rows of each table of a page, as lists of cells."""
+  blocks = re.findall(r"(?:^\|.*\n)+", page.read_text(), re.M)
+  cells = lambda line: [c.strip() for c in line.strip("|").split("|")]
+  for block in blocks:
+    head, _, *rows = [cells(line) for line in block.splitlines()]
+    yield head, rows
 
 
 def text(page):
@@ -116,7 +160,7 @@ def test_relative_links(page):
 
 
 def test_length_of_the_readme():
-  assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+  assert len((ROOT / "README.md").read_text().splitlines()) < 260
 
 
 @pages
@@ -129,6 +173,40 @@ def test_scripts_of_commands(page):
 def test_configs_and_their_arguments(page):
   for name, argument in recipes(text(page)):
     keys(name, "" if argument in PLACEHOLDERS else argument)
+
+
+@pages
+def test_arguments_in_tables(page):
+  known = {"mae", "extrema"}  # of the small configs, not in a list
+  known = known.union(*(arguments(p.stem) for p in ROOT.glob("configs/*.py")))
+  for head, rows in tables(page):
+    first = [title.partition(" ")[0] for title in head]
+    columns = [i for i, word in enumerate(first) if word in ARGUMENT_COLUMNS]
+    for row in rows:
+      for span in spans(" ".join(row[i] for i in columns)):
+        name, _, rest = span.rpartition(":")
+        for argument in re.findall(r"(?<!\S)\w+(?!\S)", rest):
+          assert argument in known, row
+        if name:
+          assert recipes(span), row  # test_configs_and_their_arguments
+
+
+def test_arguments_in_the_readme():
+  rows = next(
+    rows for head, rows in tables(ROOT / "README.md") if head[0] == "config"
+  )
+  for files, options, _ in rows:
+    for file in spans(files.replace(".py", "")):
+      for option in " ".join(spans(options)).split():
+        assert option == "..." or keys(file, option), (file, option)
+
+
+@pytest.mark.parametrize("release", PUBLISHED_FLAGS)
+def test_flags_of_the_releases(release):
+  page = (ROOT / "docs" / "reference.md").read_text()
+  section = page.split(f"## Flags of {release}\n")[1].split("\n## ")[0]
+  described = re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", section)
+  assert set(PUBLISHED_FLAGS[release].split()) <= set(described)
 
 
 @pages
