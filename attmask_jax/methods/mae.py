@@ -29,7 +29,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.methods import losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import decoder as decoders
-from attmask_jax.models import embedding, layers, positions, vit
+from attmask_jax.models import embedding, layers, noise, positions, vit
 from attmask_jax.models.decoder import Decoder, DecoderKeys
 from attmask_jax.rows import gather, row_keys
 
@@ -264,17 +264,15 @@ class Mae(Method):
     Returns:
       [B, N, 3 P^2] float32.
     """
-    drop_path_noise = None
-    if batch is not None and self.backbone.drop_path:
-      drop_path_noise = vit.sample_drop_path_noise(
-        rng, batch["position"], depth=self.backbone.depth
-      )
+    drawn = {}
+    if batch is not None:
+      drawn = noise.sample(self.backbone, rng, batch["position"])
     visible = order[:, : self.num_patches - self.n_hidden]
     encoded = self.backbone.apply(
       {"params": params["backbone"]},
       images,
       keep_ids=visible[:, None],
-      drop_path_noise=drop_path_noise,
+      **drawn,
     )
     tokens = encoded.tokens
     if not self.decoder.class_token:  # drop the encoder's, if it has one
