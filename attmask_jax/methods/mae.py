@@ -142,6 +142,10 @@ class Mae(Method):
     """As in training."""
     return self.show_max
 
+  def pool_warning(self, pool: str) -> str:
+    """Warns of the mean patch of a network with class token."""
+    return pool_warning(self.backbone, pool)
+
   @property
   def guided(self) -> bool:
     """Whether attention chooses the visible patches."""
@@ -345,3 +349,15 @@ def unpatchify(
   else:
     x = patches.reshape(b, h, w, p, p, 3).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(b, h * p, w * p, 3)
+
+
+def pool_warning(encoder: vit.ViT, pool: str) -> str:
+  """See `base.Method.pool_warning`; without class token there is no choice."""
+  if encoder.class_token != "input" or pool != "mean":
+    return ""
+  return (
+    "this MAE was pretrained with a class token and is evaluated by its mean "
+    "patch, as in the official fine-tuning: to evaluate it by the class token, "
+    "as MAE-priv and the official linear probe do, use the recipe that ends in "
+    "_cls, or pool=cls"
+  )
