@@ -269,7 +269,7 @@ class Mae(Method):
       [B, N, 3 P^2] float32.
     """
     drawn = {}
-    if batch is not None:
+    if batch is not None and self.backbone.drop_path:
       drawn = noise.sample(self.backbone, rng, batch["position"])
     visible = order[:, : self.num_patches - self.n_hidden]
     encoded = self.backbone.apply(
