@@ -60,11 +60,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> Result:
   job = Job(config, mesh, folder, source)
   if evaluation.check:  # before a probe is trained, or images are read
     evaluation.check(job)
+  warning = _pool_warning(job, evaluation)
+  if warning:
+    logging.warning("%s", warning)
   if evaluation.trains:
     job = _trained(job)
   elif needs == "classifier":
     job = _with_classifier(job)
-  result = results.with_notes(job, evaluation.run(job))
+  result = results.with_notes(job, evaluation.run(job), warning)
   result = results.everywhere(result)
   if jax.process_index() == 0:
     results.write(job, result)
@@ -141,6 +144,18 @@ def complete(
       "--config.data.source and --config.data.path"
     )
   return config
+
+
+def _pool_warning(job: Job, evaluation: Eval) -> str:
+  """Whether these weights are usually evaluated by other tokens, see `Method`.
+
+  Of the probes and fine-tuning of config.method, or the features of
+  config.evals.
+  """
+  section = job.config.method if evaluation.trains else job.config.evals
+  if job.weights is None or "pool" not in section:
+    return ""
+  return job.weights.method.pool_warning(section.pool)
 
 
 def _check_folder(

@@ -90,7 +90,8 @@ def export_weights(
 
   Args:
     config: weights, num_heads, allow_missing and tensor_prefix are read;
-      network and probe (a trained one) only for formats that hold one network.
+      network only where the file holds one network; probe, a trained one, for
+      "attmask" (backbone and probe in one file), "timm" and "hf".
     output: .pth or .safetensors file; must not exist.
     format: one of `export.FORMATS`.
     dtype: one of `export.DTYPES`.
@@ -102,10 +103,10 @@ def export_weights(
   runtime.setup(config.run)
   if os.path.lexists(pathlib.Path(output).expanduser()):
     raise InputError(f"{output} exists: give another file, or remove it")
-  if format in export.PAIRS and config.probe:
+  if format in ("mae", "extrema") and config.probe:
     raise InputError(
-      f'format "{format}" holds no linear probe ({config.probe}): use timm or '
-      "hf, or leave --config.probe out"
+      f'format "{format}" holds no linear probe ({config.probe}): use attmask, '
+      "timm or hf, or leave --config.probe out"
     )
   mesh = meshes.make_mesh()
   load = lambda network: loading.load(
@@ -116,10 +117,13 @@ def export_weights(
     allow_missing=config.allow_missing,
     tensor_prefix=config.tensor_prefix,
   )
-  if format in export.PAIRS:
-    student, main = load("student"), load("teacher")
-  else:
-    student = main = load(config.network)
+  student = main = load(config.network)
+  single = config.probe or main.method.classifies
+  if format in export.PAIRS and not single:
+    student, main = (
+      main if main.network == name else load(name)
+      for name in ("student", "teacher")
+    )
   if "backbone" not in main.params:
     raise InputError(
       f"{main.where} is a linear probe without a network: give the weights it "

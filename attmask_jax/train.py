@@ -71,7 +71,7 @@ def train(
     start, begun = _start(run, folder, start)
     with checkpoint.Checkpoints(
       folder,
-      keep_steps=config.run.keep_steps,
+      keep_steps=_kept_periods(run),
       best=run.evaluator.best,
       alone=held.alone,
     ) as saved:
@@ -81,6 +81,12 @@ def train(
     if jax.process_index() == 0:
       logging.info("%s", judgement.read(folder).sentence)
   return run
+
+
+def _kept_periods(run: Run) -> tuple[int, ...]:
+  """Steps whose multiples have a checkpoint that stays."""
+  keys, s = run.config.run, run.schedules.steps_per_epoch
+  return tuple(filter(None, (keys.keep_steps, keys.keep_epochs * s)))
 
 
 def _start(

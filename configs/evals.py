@@ -13,8 +13,12 @@ Names:     knn             weighted k-NN (knn_mae, knn_mae_cls: as in MAE-priv,
                            on the mean patch or the class token)
            fewshot         k-NN on 1, 5, 10, 20 images per class, five runs
            linear, finetune and their published variants: configs/supervised.py
-           masked          a probe's accuracy with patches blacked out
-             masked_30, masked_70 ...  one ratio (percent) instead of a list
+           masked          a probe's accuracy with patches blacked out, as the
+                           attention of the evaluated network selects them
+             masked_10, masked_20 ... masked_90
+                           the published protocol: one ratio (percent), and a
+                           fixed DINO ViT-B/16 that selects the patches for
+                           every network; needs its file, see `GUIDE`
            backgrounds     ImageNet-9 backgrounds challenge
            clusters        prototypes compared with labels
            attention       attention maps of images, a folder or a video
@@ -39,6 +43,10 @@ import ml_collections
 from attmask_jax import evals
 from attmask_jax.training import setup
 from configs import common, supervised
+
+# Of https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/, in the
+# current directory.
+GUIDE = "dino_vitbase16_pretrain.pth"
 
 
 def _evaluation(name: str) -> ml_collections.ConfigDict:
@@ -76,10 +84,19 @@ def _probed(name: str, **settings: object) -> ml_collections.ConfigDict:
   return config
 
 
-def masked(ratio: float | None = None) -> ml_collections.ConfigDict:
-  """Masked ImageNet: blacked-out patches, selected by attention."""
-  settings = {} if ratio is None else {"ratios": (ratio,)}
-  return _probed("masked", **settings)
+def masked() -> ml_collections.ConfigDict:
+  """Masked images: blacked-out patches, selected by the network itself."""
+  return _probed("masked")
+
+
+def masked_imagenet(ratio: float) -> ml_collections.ConfigDict:
+  """Masked ImageNet as published: DINO's ViT-B/16 selects the patches.
+
+  The published numbers are the column attmask_high; give the published probe,
+  --config.probe=DIR of linear_vits16. --config.evals.guide=FILE says where the
+  guide is.
+  """
+  return _probed("masked", ratios=(ratio,), guide=GUIDE)
 
 
 def backgrounds() -> ml_collections.ConfigDict:
@@ -160,7 +177,7 @@ NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
   "token_clusters": token_clusters,
   "compare": compare,
 } | {
-  f"masked_{percent}": functools.partial(masked, percent / 100)
+  f"masked_{percent}": functools.partial(masked_imagenet, percent / 100)
   for percent in range(10, 100, 10)
 }
 

@@ -9,7 +9,8 @@ Hardware:  published on 8 devices x 512 images in float16; here a batch of 4096
            over any number of devices that divides it, in bfloat16 with
            --config.method.dtype=bfloat16. Hours: not measured.
 Expected:  top-1 in percent, of the release; not repeated by us. Fine-tuned for
-           50 epochs (base: 100), linear probe, k-NN with k = 10.
+           50 epochs (base: 100), linear probe, k-NN with k = 10. For 100
+           and 150 epochs of fine-tuning see configs/supervised.py.
 
   argument          network      fine-tuned  linear  k-NN
   small_100e_gap    ViT-S/16       76.58      34.65  19.7

@@ -300,11 +300,19 @@ def test_a_trained_probe_is_exported(trained, tmp_path):
   export(tmp_path / "hf" / "model.safetensors", again, format="hf")
   assert json.loads((again.parent / "config.json").read_text()) == config
   with pytest.raises(InputError, match="holds no linear probe"):
-    export(trained, tmp_path / "a.pth", format="attmask", probe=str(probe))
+    export(trained, tmp_path / "a.pth", format="mae", probe=str(probe))
+  combined = tmp_path / "combined.pth"
+  export(trained, combined, format="attmask", probe=str(probe))
+  found = load(combined)
+  same(found.params["backbone"], classifier.params["backbone"])
+  same(found.params["head"], classifier.params["head"])
+  got = found.method.logits(found.params, images)
+  np.testing.assert_array_equal(got, want)
   four = tmp_path / "four"
   evaluated("linear", trained, four, **short | {"method.last_blocks": 2})
-  with pytest.raises(InputError, match='"timm" cannot hold'):
-    export(trained, tmp_path / "a.pth", format="timm", probe=str(four))
+  for form in ("timm", "attmask"):  # two class tokens
+    with pytest.raises(InputError, match=f'"{form}" cannot hold'):
+      export(trained, tmp_path / "a.pth", format=form, probe=str(four))
 
 
 @pytest.mark.slow
@@ -635,7 +643,7 @@ def test_exports_that_cannot_be(trained, exported, tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
       export(trained, tmp_path / "file" / "a.pth", format=form)
   for form, helps in (("attmask", True), ("extrema", False)):
-    probe = supervised_only(load(trained), final_norm=True)
+    probe = supervised_only(load(trained), final_norm=False)
     with pytest.raises(InputError, match="cannot hold") as error:
       exporting.export(str(path), probe, probe, format=form)
     assert ("--backbone_only" in str(error.value)) == helps

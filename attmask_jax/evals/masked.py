@@ -3,10 +3,11 @@
 Patches are blacked out before the classifier sees the images. They are selected
 by the attention of a network to the clean image.
 
-Source: eval_linear.py of AttMask on "masked ImageNet". differs: the size of the
-patches is that of the guiding network (16 px in the reference); the guide is
-any network (a fixed DINO ViT-B/16 there); several ratios and policies in one
-pass over the data.
+Source: eval_linear_acc_drop.py of AttMask, "masked ImageNet". The release
+selects by a fixed network, the DINO ViT-B/16 of DINO_URL, for every network
+that it evaluates. differs: the guide may be any network, and the size of the
+patches is that of the guide (16 px in the reference); several ratios and
+policies in one pass over the data.
 """
 
 import dataclasses
@@ -26,6 +27,10 @@ from attmask_jax.rows import row_keys
 from attmask_jax.weights import loading
 
 POLICIES = ("attmask_high", "attmask_low", "random")
+DINO_URL = (
+  "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/"
+  "dino_vitbase16_pretrain.pth"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Keys:
     choices=POLICIES,
   )
   guide: str = schema.key(
-    "", 'weights whose attention selects them; "" = the evaluated ones'
+    "",
+    "weights whose attention selects them, the same for all compared networks; "
+    '"" = the evaluated ones',
   )
   seed: int = schema.key(0, "seed of random patches", low=0)
 
@@ -67,9 +74,10 @@ def run(job: Job) -> Result:
       "it was trained on"
     )
   inputs.every_class(source)
-  guide = job.weights
+  guide, notes = job.weights, ()
   if evals.guide:
     guide = loading.load(evals.guide, network="teacher", mesh=job.mesh)
+    notes = (f"The attention of {guide.where} selected the patches.",)
   cells = [(None, 0.0)]
   cells += [(p, r) for p in evals.policies for r in evals.ratios if r > 0]
   backbone = guide.method.backbone
@@ -100,7 +108,8 @@ def run(job: Job) -> Result:
   count = accuracy.counter(logits, job.mesh)
   with job.batches(source, desc="masked", crop=classifier.crop) as batches:
     scores = accuracy.scores(count, trees, batches, mesh=job.mesh)
-  return _result(job, cells, counts / grid**2, scores)
+  result = _result(job, cells, counts / grid**2, scores)
+  return result._replace(notes=notes)
 
 
 def blacken(images: jax.Array, mask: jax.Array, p: int) -> jax.Array:
@@ -135,9 +144,16 @@ def check(job: Job) -> None:
   """Refuses settings before a probe is trained.
 
   Raises:
-    InputError: a ratio of 1 or more.
+    InputError: a ratio of 1 or more, or no such guide.
   """
   evals = job.config.evals
+  if evals.guide and not pathlib.Path(evals.guide).expanduser().exists():
+    raise InputError(
+      f"evals.guide {evals.guide} does not exist: the published protocol "
+      "selects patches by the attention of DINO's ViT-B/16; download it from "
+      f"{DINO_URL} and give --config.evals.guide=FILE, or "
+      '--config.evals.guide="" for the attention of the evaluated network'
+    )
   for ratio in evals.ratios:
     if not 0 <= ratio < 1:
       raise InputError(

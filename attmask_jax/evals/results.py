@@ -48,16 +48,24 @@ def write(job: Job, result: Result) -> None:
   logging.info("wrote %s and %s", path, page)
 
 
-def with_notes(job: Job, result: Result) -> Result:
-  """The result with a note if its classifier was trained for this job."""
-  classifier = job.classifier
-  if classifier is None or not classifier.trained_here:
-    return result
-  note = (
-    "No probe was given: one was trained for "
-    f"{classifier.trained_here} epochs, which is short."
-  )
-  return result._replace(notes=(note, *result.notes))
+def with_notes(job: Job, result: Result, warning: str) -> Result:
+  """The result with notes on its classifier and pooling.
+
+  Args:
+    job: whose classifier may have been trained for it alone.
+    result: of the evaluation.
+    warning: see `base.Method.pool_warning`.
+  """
+  notes, classifier = result.notes, job.classifier
+  if warning:
+    notes = (f"{warning[0].upper()}{warning[1:]}.", *notes)
+  if classifier is not None and classifier.trained_here:
+    note = (
+      "No probe was given: one was trained for "
+      f"{classifier.trained_here} epochs, which is short."
+    )
+    notes = (note, *notes)
+  return result._replace(notes=notes)
 
 
 def _remove_figures(path: pathlib.Path, kept: list[str]) -> None:

@@ -28,7 +28,7 @@ from attmask_jax.methods import clustering, losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Scalars
 from attmask_jax.methods.temperature import ShareKeys, warmup_table
 from attmask_jax.methods.view_masks import ViewMasks
-from attmask_jax.models import heads, vit
+from attmask_jax.models import heads, noise, vit
 from attmask_jax.rows import flatten, gather, row_ids, unflatten
 
 
@@ -340,16 +340,10 @@ class AttMask(ViewMasks):
     rng: jax.Array,
   ) -> jax.Array:
     """Tokens of the student's backbone: [B, V, H, W, 3] -> [B * V, L, D]."""
-    drop_path_noise = None
-    if self.backbone.drop_path:
-      rows = row_ids(batch["position"], images.shape[1])
-      drop_path_noise = vit.sample_drop_path_noise(
-        rng, rows, depth=self.backbone.depth
-      )
+    rows = row_ids(batch["position"], images.shape[1])
+    drawn = noise.sample(self.backbone, rng, rows)
     backbone = {"params": params["backbone"]}
-    return self.backbone.apply(
-      backbone, flatten(images), mask, drop_path_noise=drop_path_noise
-    ).tokens
+    return self.backbone.apply(backbone, flatten(images), mask, **drawn).tokens
 
   def patch_loss(
     self,

@@ -187,6 +187,14 @@ class Method(abc.ABC):
     """Temperature of k-NN if `evals.knn_temp` is 0."""
     return 0.07
 
+  def pool_warning(self, pool: str) -> str:
+    """One sentence if the method's releases evaluate other tokens, else "".
+
+    Args:
+      pool: one of `embedding.POOLS`, of a k-NN, linear probe or fine-tuning.
+    """
+    return ""
+
   def features(
     self,
     weights: Params,

@@ -26,7 +26,7 @@ from attmask_jax.augment import mixup
 from attmask_jax.errors import InputError
 from attmask_jax.methods import layer_decay
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
-from attmask_jax.models import embedding, vit
+from attmask_jax.models import embedding, noise, vit
 from attmask_jax.models.layers import layer_norm, trunc_normal
 from attmask_jax.models.positions import DINO_OFFSET
 
@@ -115,7 +115,7 @@ class Classify(Method):
     0, "of the linear layer, mixing and stochastic depth", low=0, high=2**32 - 1
   )
 
-  config_parts = (NetworkKeys,)
+  config_parts = (NetworkKeys, vit.AttentionDropKeys)
   classifies = True
 
   @classmethod
@@ -377,19 +377,17 @@ class Classify(Method):
   def embed(
     self, weights: Params, images: jax.Array, batch: Batch, rng: jax.Array
   ) -> jax.Array:
-    """Features in training, with drop path: [B, H, W, 3] -> [B, F]."""
-    drop_path_noise = None
+    """Features in training, with dropout: [B, H, W, 3] -> [B, F]."""
+    drawn = {}
     if self.frozen:
       weights = jax.lax.stop_gradient(weights)
-    elif self.backbone.drop_path:
-      drop_path_noise = vit.sample_drop_path_noise(
-        rng, batch["position"], depth=self.backbone.depth
-      )
+    else:
+      drawn = noise.sample(self.backbone, rng, batch["position"])
     features = functools.partial(
       embedding.features,
       self.backbone,
       weights["backbone"],
-      drop_path_noise=drop_path_noise,
+      **drawn,
     )
     return embedding.embed(
       features,

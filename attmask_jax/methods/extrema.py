@@ -27,7 +27,7 @@ from attmask_jax import Batch, Params, schema
 from attmask_jax.errors import InputError
 from attmask_jax.methods import losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
-from attmask_jax.models import heads, positions, vit
+from attmask_jax.models import heads, noise, positions, vit
 from attmask_jax.rows import row_ids, row_keys, unflatten
 
 MIN_HIDDEN = 0.1  # warn if guided masks hide a smaller share of the patches
@@ -78,7 +78,12 @@ class ExtreMA(Method):
     0, "of weights, masks and stochastic depth", low=0, high=2**32 - 1
   )
 
-  config_parts = (vit.BackboneKeys, ReadoutKeys, heads.ProjectorKeys)
+  config_parts = (
+    vit.BackboneKeys,
+    vit.AttentionDropKeys,
+    ReadoutKeys,
+    heads.ProjectorKeys,
+  )
   teacher_first = True  # updated before the forward pass, from old weights
   # All vectors, including layer scales and the class token.
   undecayed = r"(^|/)(bias|scale|cls_token|gamma_[12])$"
@@ -94,7 +99,7 @@ class ExtreMA(Method):
     """
     del steps_per_epoch  # no schedules
     m = config.method
-    schema.check("method", m, ReadoutKeys, heads.ProjectorKeys)
+    schema.check("method", m, *cls.config_parts)
     backbone = vit.from_config(config).clone(
       class_token="readout",
       positions="xy",
@@ -323,23 +328,20 @@ class ExtreMA(Method):
       images: [B, H, W, 3] normalised.
       keep_ids: see `subsets`.
       batch: position [B].
-      rng: key of the drop path of this step.
+      rng: key of the drop path and attention dropout of this step.
 
     Returns:
       [B, T, E].
     """
     subsets = 1 if keep_ids is None else keep_ids.shape[1]
-    drop_path_noise = None
-    if self.backbone.drop_path:
-      rows = row_ids(batch["position"], subsets)
-      drop_path_noise = vit.sample_drop_path_noise(
-        rng, rows, depth=self.backbone.depth
-      )
+    drawn = noise.sample(
+      self.backbone, rng, row_ids(batch["position"], subsets)
+    )
     out = self.backbone.apply(
       {"params": params["backbone"]},
       images,
       keep_ids=keep_ids,
-      drop_path_noise=drop_path_noise,
+      **drawn,
     )
     z = self.projector.apply({"params": params["head"]}, out.tokens[:, 0])
     z = self.predictor.apply({"params": params["predictor"]}, z)

@@ -29,7 +29,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.methods import losses, masking
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import decoder as decoders
-from attmask_jax.models import embedding, layers, positions, vit
+from attmask_jax.models import embedding, layers, noise, positions, vit
 from attmask_jax.models.decoder import Decoder, DecoderKeys
 from attmask_jax.rows import gather, row_keys
 
@@ -141,6 +141,10 @@ class Mae(Method):
   def picture_show_max(self) -> float:
     """As in training."""
     return self.show_max
+
+  def pool_warning(self, pool: str) -> str:
+    """Warns of the mean patch of a network with class token."""
+    return pool_warning(self.backbone, pool)
 
   @property
   def guided(self) -> bool:
@@ -264,17 +268,15 @@ class Mae(Method):
     Returns:
       [B, N, 3 P^2] float32.
     """
-    drop_path_noise = None
+    drawn = {}
     if batch is not None and self.backbone.drop_path:
-      drop_path_noise = vit.sample_drop_path_noise(
-        rng, batch["position"], depth=self.backbone.depth
-      )
+      drawn = noise.sample(self.backbone, rng, batch["position"])
     visible = order[:, : self.num_patches - self.n_hidden]
     encoded = self.backbone.apply(
       {"params": params["backbone"]},
       images,
       keep_ids=visible[:, None],
-      drop_path_noise=drop_path_noise,
+      **drawn,
     )
     tokens = encoded.tokens
     if not self.decoder.class_token:  # drop the encoder's, if it has one
@@ -347,3 +349,15 @@ def unpatchify(
   else:
     x = patches.reshape(b, h, w, p, p, 3).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(b, h * p, w * p, 3)
+
+
+def pool_warning(encoder: vit.ViT, pool: str) -> str:
+  """See `base.Method.pool_warning`; without class token there is no choice."""
+  if encoder.class_token != "input" or pool != "mean":
+    return ""
+  return (
+    "this MAE was pretrained with a class token and is evaluated by its mean "
+    "patch, as in the official fine-tuning: to evaluate it by the class token, "
+    "as MAE-priv and the official linear probe do, use the recipe that ends in "
+    "_cls, or pool=cls"
+  )

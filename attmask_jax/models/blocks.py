@@ -44,6 +44,7 @@ def apply(
   last: int = 1,
   return_attention: str = "none",
   logit_bias: jax.Array | None = None,
+  attn_drop_keys: jax.Array | None = None,
   scan: bool = True,
   remat: str = "none",
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
@@ -63,6 +64,7 @@ def apply(
     return_attention: attention of the last block, see `layers.Attention`; "all"
       is "full" of every block, which unrolls them.
     logit_bias: [depth, R, A, L, L] or None, see `layers.Attention`.
+    attn_drop_keys: [depth, R] keys or None, see `layers.Attention`.
     scan: scan over the other blocks, or unroll them.
     remat: one of REMAT, what the backward pass recomputes.
 
@@ -87,7 +89,8 @@ def apply(
 
   if remat != "none":
     body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
-  stacked, scanned = (weights, keep, logit_bias), depth - last
+  stacked = (weights, keep, logit_bias, attn_drop_keys)
+  scanned = depth - last
   if not scan or return_attention == "all":
     scanned = 0
   if scanned:

@@ -22,6 +22,7 @@ def features(
   last: int = 1,
   norm: bool = True,
   drop_path_noise: jax.Array | None = None,
+  attn_drop_keys: jax.Array | None = None,
   logit_bias: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array]:
   """Features of whole images.
@@ -33,6 +34,7 @@ def features(
     last: number of last blocks to take class tokens from, oldest first.
     norm: apply the final norm to each of them.
     drop_path_noise: for stochastic depth, see `ViT`.
+    attn_drop_keys: for attention dropout, see `ViT`.
     logit_bias: see `ViT`.
 
   Returns:
@@ -45,6 +47,7 @@ def features(
     {"params": params},
     images,
     drop_path_noise=drop_path_noise,
+    attn_drop_keys=attn_drop_keys,
     last=last,
     logit_bias=logit_bias,
   )

@@ -124,6 +124,7 @@ class Attention(nn.Module):
   implementation: str
   initial: str = "normal"
   key_bias: bool = True
+  drop: float = 0.0
 
   @nn.compact
   def __call__(
@@ -132,6 +133,7 @@ class Attention(nn.Module):
     *,
     return_attention: str,
     logit_bias: jax.Array | None = None,
+    drop_keys: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
     """[R, L, D] -> [R, L, D], attention.
 
@@ -142,14 +144,20 @@ class Attention(nn.Module):
         the mean over queries; "full" [R, A, L, L].
       logit_bias: [R, A, L, L] float32 added to the scaled logits; zeros give
         access to their gradient.
+      drop_keys: [R] keys, one per row, that drop weights at the rate `drop`;
+        None = no dropout. The attention that is returned is that before it.
     """
     rows, tokens, d = x.shape
     qkv = Qkv(self.dtype, self.initial, self.key_bias, name="qkv")(x)
     qkv = qkv.reshape(rows, tokens, 3, self.num_heads, d // self.num_heads)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [R, L, A, D/A]
-    out = jax.nn.dot_product_attention(
-      q, k, v, logit_bias, implementation=self._implementation()
-    )
+    if self.drop and drop_keys is not None:
+      weights = dropout(_weights(q, k, logit_bias), drop_keys, rate=self.drop)
+      out = jnp.einsum("raqk,rkad->rqad", weights.astype(v.dtype), v)
+    else:
+      out = jax.nn.dot_product_attention(
+        q, k, v, logit_bias, implementation=self._implementation()
+      )
     out = nn.Dense(
       d, dtype=self.dtype, kernel_init=linear_init(self.initial), name="proj"
     )(out.reshape(rows, tokens, d))
@@ -157,13 +165,7 @@ class Attention(nn.Module):
       return out, None
     # The fused kernels return no weights, and masking needs one row of them.
     queries = q[:, :1] if return_attention == "cls" else q
-    logits = jnp.einsum(
-      "rqad,rkad->raqk", queries, k, preferred_element_type=jnp.float32
-    )
-    logits = logits * (d // self.num_heads) ** -0.5
-    if logit_bias is not None:
-      logits = logits + logit_bias
-    weights = jax.nn.softmax(logits, axis=-1)
+    weights = _weights(queries, k, logit_bias)
     if return_attention == "received":
       return out, jnp.mean(weights, axis=2)
     return out, weights[:, :, 0, 1:] if return_attention == "cls" else weights
@@ -173,6 +175,31 @@ class Attention(nn.Module):
       return self.implementation
     nvidia = jax.devices()[0].device_kind.startswith("NVIDIA")
     return "cudnn" if nvidia and self.dtype == jnp.bfloat16 else "xla"
+
+
+def _weights(
+  q: jax.Array, k: jax.Array, logit_bias: jax.Array | None
+) -> jax.Array:
+  """Attention [R, A, Q, L] float32 of queries [R, Q, A, D / A] to keys."""
+  logits = jnp.einsum(
+    "rqad,rkad->raqk", q, k, preferred_element_type=jnp.float32
+  )
+  logits = logits * q.shape[-1] ** -0.5
+  if logit_bias is not None:
+    logits = logits + logit_bias
+  return jax.nn.softmax(logits, axis=-1)
+
+
+def dropout(x: jax.Array, keys: jax.Array, *, rate: float) -> jax.Array:
+  """Zeroes values at random and scales the rest: [R, ...] -> [R, ...].
+
+  Args:
+    x: any values.
+    keys: [R], one stream of draws per row.
+    rate: share of zeros, in [0, 1); the others are divided by 1 - rate.
+  """
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+  return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0.0)
 
 
 class Mlp(nn.Module):
@@ -210,6 +237,7 @@ class Block(nn.Module):
   implementation: str
   initial: str = "normal"
   key_bias: bool = True
+  attn_drop: float = 0.0
 
   @nn.compact
   def __call__(
@@ -217,12 +245,13 @@ class Block(nn.Module):
     x: jax.Array,
     keep: jax.Array | None = None,
     logit_bias: jax.Array | None = None,
+    drop_keys: jax.Array | None = None,
     *,
     return_attention: str = "none",
   ) -> tuple[jax.Array, jax.Array | None]:
     """[R, L, D] -> ([R, L, D], attention); keep [2, R] scales the branches.
 
-    For logit_bias and return_attention see `Attention`.
+    For logit_bias, drop_keys and return_attention see `Attention`.
     """
 
     def residual(x: jax.Array, y: jax.Array, branch: int) -> jax.Array:
@@ -235,11 +264,13 @@ class Block(nn.Module):
       self.implementation,
       self.initial,
       self.key_bias,
+      self.attn_drop,
       name="attn",
     )(
       layer_norm("norm1")(x),
       return_attention=return_attention,
       logit_bias=logit_bias,
+      drop_keys=drop_keys,
     )
     x = residual(x, y, 0)
     hidden = int(x.shape[-1] * self.mlp_ratio)

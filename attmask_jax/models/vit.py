@@ -54,6 +54,19 @@ class BackboneKeys:
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionDropKeys:
+  """Attention dropout, where a release has its flag."""
+
+  attn_drop: float = schema.key(
+    0.0,
+    "attention dropout in all blocks in training: share of attention weights "
+    "that are set to 0; above 0 no fused attention kernel can be used there",
+    low=0,
+    high=0.99,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class ComputeKeys:
   """How the blocks of all networks are computed."""
 
@@ -107,23 +120,6 @@ def denormalize_images(images: jax.Array) -> jax.Array:
   return images * std + mean
 
 
-def sample_drop_path_noise(
-  key: jax.Array, rows: jax.Array, *, depth: int
-) -> jax.Array:
-  """Uniform draws for stochastic depth, one stream per row: [depth, 2, R].
-
-  Args:
-    key: random key of this step and this forward pass.
-    rows: [R] int32, identities of the rows in the global batch; they make the
-      draws independent of the number of devices and of accumulation.
-    depth: number of blocks; two residual branches each.
-  """
-  draw = lambda row: jax.random.uniform(
-    jax.random.fold_in(key, row), (depth, 2)
-  )
-  return jnp.moveaxis(jax.vmap(draw)(rows), 0, -1)
-
-
 class ViT(nn.Module):
   """Vision Transformer.
 
@@ -136,6 +132,7 @@ class ViT(nn.Module):
     mlp_ratio: hidden width of the MLP over D.
     drop_path: stochastic-depth rate of the last block; block i of n uses
       `drop_path * i / (n - 1)`. Active only when noise is given.
+    attn_drop: rate of attention dropout. Active only when keys are given.
     dtype: of the matrix products; all else is float32.
     scan: scan over stacked blocks (compiles faster) or unroll them.
     remat: "none", "full" or "dots": what the backward pass recomputes.
@@ -161,6 +158,7 @@ class ViT(nn.Module):
   image_size: int = 224
   mlp_ratio: float = 4.0
   drop_path: float = 0.0
+  attn_drop: float = 0.0
   dtype: Any = jnp.float32
   scan: bool = ComputeKeys.scan
   remat: str = ComputeKeys.remat
@@ -192,6 +190,7 @@ class ViT(nn.Module):
     *,
     keep_ids: jax.Array | None = None,
     drop_path_noise: jax.Array | None = None,
+    attn_drop_keys: jax.Array | None = None,
     last: int = 1,
     return_attention: str = "none",
     logit_bias: jax.Array | None = None,
@@ -205,7 +204,9 @@ class ViT(nn.Module):
       keep_ids: [R, T, M] int32, visible patches, in T subsets of each image:
         rows become R * T, image-major. None = all patches.
       drop_path_noise: [depth, 2, R * T] uniform in [0, 1) from
-        `sample_drop_path_noise`, or None for no stochastic depth.
+        `noise.drop_path`, or None for no stochastic depth.
+      attn_drop_keys: [depth, R * T] keys from `noise.attention_keys`, or None
+        for no attention dropout.
       last: how many block outputs to return, 1 to depth.
       return_attention: "none", "cls", "full" or "all": see `Output.attention`.
       logit_bias: [depth, R * T, A, L, L], see `layers.Attention`: for the
@@ -247,6 +248,7 @@ class ViT(nn.Module):
       self.attention,
       self.initial,
       self.key_bias,
+      self.attn_drop,
       parent=None,
     )
     outputs, attention = blocks.apply(
@@ -259,6 +261,7 @@ class ViT(nn.Module):
       last=last,
       return_attention=kind,
       logit_bias=logit_bias,
+      attn_drop_keys=attn_drop_keys,
       scan=self.scan,
       remat=self.remat,
     )
@@ -315,7 +318,8 @@ def from_config(config: ml_collections.ConfigDict) -> ViT:
   """Builds the backbone from the sections method, data and run.
 
   Raises:
-    InputError: unknown variant or option, or an indivisible size.
+    InputError: unknown variant or option, an indivisible size, or a kernel
+      without attention dropout.
   """
   m, run, image_size = config.method, config.run, config.data.image_size
   schema.check("method", m, BackboneKeys)
@@ -323,11 +327,19 @@ def from_config(config: ml_collections.ConfigDict) -> ViT:
   schema.check_multiple(
     "data.image_size", image_size, m.patch_size, "method.patch_size"
   )
+  attn_drop = m.get("attn_drop", 0.0)  # absent from some methods, older runs
+  if attn_drop and run.attention == "cudnn":
+    raise InputError(
+      f"method.attn_drop {attn_drop} needs the attention weights, which "
+      "run.attention=cudnn does not compute: use --config.run.attention=auto, "
+      "or --config.method.attn_drop=0"
+    )
   return ViT(
     **variant_size(m.variant),
     patch_size=m.patch_size,
     image_size=image_size,
     drop_path=m.drop_path,
+    attn_drop=attn_drop,
     dtype=jnp.dtype(m.dtype),
     scan=run.scan,
     remat=run.remat,

@@ -144,7 +144,7 @@ class Checkpoints:
     self,
     workdir: pathlib.Path,
     *,
-    keep_steps: int = 0,
+    keep_steps: Sequence[int] = (),
     best: str = "",
     alone: bool = False,
   ) -> None:
@@ -152,7 +152,7 @@ class Checkpoints:
 
     Args:
       workdir: run directory.
-      keep_steps: keep every checkpoint at a multiple of this, 0 = none.
+      keep_steps: keep every checkpoint at a multiple of one of these.
       best: name of the metric whose maximum is kept, "" = none.
       alone: whether no other process writes here, see `RunLock.alone`: deletes
         what half-written saves have left.
@@ -167,8 +167,7 @@ class Checkpoints:
           get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False
         )
       )
-    if keep_steps:
-      policies.append(keep.EveryNSteps(keep_steps))
+    policies += [keep.EveryNSteps(period) for period in keep_steps]
     self._manager = ocp.CheckpointManager(
       self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(

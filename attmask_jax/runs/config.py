@@ -118,6 +118,9 @@ class RunKeys:
   keep_steps: int = schema.key(
     0, "keep checkpoints at multiples of this permanently, 0 = none", low=0
   )
+  keep_epochs: int = schema.key(
+    0, "the same in epochs: keep every Nth one permanently, 0 = none", low=0
+  )
   break_lock: bool = schema.key(
     False, "train in a directory that another process seems to train in"
   )

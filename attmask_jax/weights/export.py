@@ -34,6 +34,13 @@ DTYPES = {
 }
 SUFFIXES = (".pth", ".safetensors")
 PAIRS = ("attmask", "mae", "extrema")  # formats that hold student and teacher
+# What a classifier's linear layer reads.
+_LAYER_READS = {
+  "attmask": "normed class tokens of any number of blocks but two, or one with "
+  "the mean patch, without another norm",
+  "timm": "one normed class token or the normed mean patch",
+  "hf": "one normed class token",
+}
 Flat = dict[str, np.ndarray]
 
 
@@ -82,7 +89,7 @@ def export(
     )
   content = FORMATS[format](student, teacher, backbone_only)
   content = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), content)
-  if format == "attmask" and not backbone_only:
+  if format == "attmask" and "student" in content:
     if centers:
       content["ibot_loss"] = names.to_theirs(centers, tables.CENTERS)
     content["epoch"] = epoch
@@ -128,14 +135,15 @@ def _flatten(tree: dict[str, Any]) -> tuple[Flat, dict[str, str]]:
 
 
 def _attmask(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
-  """The release's checkpoint, or its extracted backbone."""
+  """The release's checkpoint, its extracted backbone, or a combined file."""
   backbone = teacher.method.backbone
   plain = backbone.positions == "learned" and backbone.class_token == "input"
   _needs(teacher, "attmask", plain)
   _needs(teacher, "attmask", "head" in teacher.params or bare, bare_fits=True)
   if bare:
     return {"state_dict": _backbone(teacher)}
-  _needs(teacher, "attmask", not teacher.method.classifies, bare_fits=True)
+  if teacher.method.classifies:
+    return {"state_dict": _combined(teacher)}
 
   def renamed(weights: Weights) -> Flat:
     head = weights.params["head"]
@@ -150,6 +158,22 @@ def _attmask(student: Weights, teacher: Weights, bare: bool) -> dict[str, Any]:
 
   wrapped = {f"module.{name}": x for name, x in renamed(student).items()}
   return {"student": wrapped, "teacher": renamed(teacher)}
+
+
+def _combined(teacher: Weights) -> Flat:
+  """Backbone and linear probe in one file, for the backgrounds challenge.
+
+  The number of features says what the layer reads, see `networks.probe_of`.
+
+  Source: combine_ckpt.py of AttMask.
+  """
+  method, head = teacher.method, teacher.params["head"]
+  reads = method.pool, method.last_blocks
+  fits = (method.pool == "cls" and reads[1] != 2) or reads == ("cls+mean", 1)
+  fits &= method.final_norm and method.head_norm == "none"
+  _needs_layer(teacher, "attmask", fits)
+  tree = {"backbone": _trunk(teacher), "head": head}
+  return names.to_theirs(tree, tables.combined())
 
 
 def _timm(student: Weights, teacher: Weights, bare: bool) -> Flat:
@@ -169,7 +193,7 @@ def _hf(student: Weights, teacher: Weights, bare: bool) -> Flat:
   method, params = teacher.method, teacher.params
   if method.classifies and not bare:
     with_class = method.pool == "cls"
-    _needs(teacher, "hf", with_class, bare_fits=True)
+    _needs_layer(teacher, "hf", with_class)
     return names.to_theirs(_classifier(teacher, "hf"), tables.hf_classifier())
   tree = {"backbone": _trunk(teacher)}
   if method.backbone.class_token != "input":
@@ -216,7 +240,7 @@ def _classifier(weights: Weights, format: str) -> Params:
     and (means or method.backbone.class_token == "input")
     and method.final_norm == (norm is None)
   )
-  _needs(weights, format, fits, bare_fits=True)
+  _needs_layer(weights, format, fits)
   if norm is not None and means:
     return {
       "backbone": _without(backbone, ("norm",)),
@@ -331,19 +355,23 @@ def _needs(
   """Raises InputError unless a format can hold these weights."""
   if fits:
     return
-  method, kind = weights.method, weights.config.method.name
-  if method.classifies and format in ("timm", "hf"):
-    raise InputError(
-      f'format "{format}" cannot hold a linear layer behind last_blocks='
-      f"{method.last_blocks}, pool={method.pool}, "
-      f"final_norm={method.final_norm}: it reads one normed class token"
-      + " or the normed mean patch" * (format == "timm")
-      + "; train such a layer"
-      + ", or add --backbone_only" * bare_fits
-    )
+  kind = weights.config.method.name
   known = [name for name in ("timm", "hf", kind) if name in FORMATS]
   others = " or ".join(name for name in known if name != format)
   raise InputError(
     f'format "{format}" cannot hold {weights.where} (method {kind}): choose '
     f"{others}" + ", or --backbone_only" * bare_fits
+  )
+
+
+def _needs_layer(weights: Weights, format: str, fits: bool) -> None:
+  """Raises InputError unless a format's linear layer reads what this does."""
+  if fits:
+    return
+  method = weights.method
+  raise InputError(
+    f'format "{format}" cannot hold a linear layer behind last_blocks='
+    f"{method.last_blocks}, pool={method.pool}, final_norm="
+    f"{method.final_norm}, head_norm={method.head_norm}: it reads "
+    f"{_LAYER_READS[format]}; train such a layer, or add --backbone_only"
   )

@@ -7,7 +7,7 @@ import pytest
 import reference
 
 from attmask_jax.errors import InputError
-from attmask_jax.models import blocks, embedding, layers, positions, vit
+from attmask_jax.models import blocks, embedding, layers, noise, positions, vit
 from attmask_jax.training import setup
 
 
@@ -130,7 +130,7 @@ def test_scan_and_remat_change_nothing(remat, last):
   model = vit.ViT(24, 3, 2, 4, 16, drop_path=0.3, scan=False)
   images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
   variables = model.init(jax.random.key(1), images)
-  draws = vit.sample_drop_path_noise(jax.random.key(2), jnp.arange(2), depth=3)
+  draws = noise.drop_path(jax.random.key(2), jnp.arange(2), depth=3)
 
   def loss(variables, model):
     out = model.apply(variables, images, drop_path_noise=draws, last=last)
@@ -206,7 +206,7 @@ def test_the_branches_of_a_block_are_dropped_apart(dropped):
 
 def test_drop_path_noise_follows_the_row_and_not_its_place():
   key = jax.random.key(0)
-  draws = vit.sample_drop_path_noise(key, jnp.array([5, 7, 5]), depth=2)
+  draws = noise.drop_path(key, jnp.array([5, 7, 5]), depth=2)
   np.testing.assert_array_equal(draws[..., 0], draws[..., 2])
   assert not np.array_equal(draws[..., 0], draws[..., 1])
 

@@ -273,6 +273,17 @@ def test_the_last_two_the_best_and_every_n_are_kept(tmp_path):
   assert steps_of(tmp_path) == sorted({5, 10, 15, 16, best})
 
 
+def test_every_second_epoch_is_kept(tmp_path):
+  changes = {
+    "optim.epochs": 5,
+    "run.keep_epochs": 2,
+    "evals.knn": False,
+    "evals.overlap_images": 0,
+  }
+  train.train(small.config(changes), str(tmp_path))
+  assert steps_of(tmp_path) == [16, 32, 40]  # 40 is the last one
+
+
 def save(folder, scores, **options):
   """Saves {step: k-NN or None} in one sitting; what is on disk after each."""
   kept = []
@@ -297,8 +308,10 @@ def test_the_best_is_known_after_a_stop(tmp_path):
 
 
 def test_every_n_steps_stay_for_good(tmp_path):
-  assert save(tmp_path, {2: 9.0, 3: 8.0, 4: 7.0}, keep_steps=3)[-1] == [2, 3, 4]
-  assert save(tmp_path, {5: 10.0, 6: 1.0, 7: 1.0}, keep_steps=3)[-1] == [
+  assert save(tmp_path, {2: 9.0, 3: 8.0, 4: 7.0}, keep_steps=[3])[-1] == [
+    2, 3, 4
+  ]  # fmt: skip
+  assert save(tmp_path, {5: 10.0, 6: 1.0, 7: 1.0}, keep_steps=[3])[-1] == [
     3, 5, 6, 7
   ]  # fmt: skip
 

@@ -49,6 +49,7 @@ EVALS = (
   *("linear_mae_lars_cls", "linear_extrema", "finetune", "cifar10"),
   *("cifar100", "flowers", "finetune_mae_50e_gap", "finetune_mae_50e_cls"),
   *("finetune_mae_50e_gap_erasing", "finetune_mae_100e_gap"),
+  "finetune_mae_150e_gap",
   *("finetune_extrema", "masked", "masked_30", "masked_70", "backgrounds"),
   *("clusters", "attention", "masks", "overlap", "pca", "reconstruct"),
   *("rollout", "tokens", "token_clusters", "compare"),
@@ -420,6 +421,7 @@ FINE_TUNED = {
   "finetune_mae_50e_gap_erasing": (50, 10, 4e-3, "mean", 0.25, 0.75, 0.1),
   "finetune_mae_50e_cls": (50, 10, 4e-3, "cls", 0.0, 0.75, 0.1),
   "finetune_mae_100e_gap": (100, 10, 4e-3, "mean", 0.0, 0.75, 0.1),
+  "finetune_mae_150e_gap": (150, 10, 4e-3, "mean", 0.0, 0.75, 0.1),
   "finetune_extrema": (100, 5, 2e-3, "mean", 0.25, 0.65, 0.2),
 }
 

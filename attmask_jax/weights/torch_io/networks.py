@@ -10,6 +10,7 @@ import ml_collections
 
 from attmask_jax import Batch, Params
 from attmask_jax.errors import InputError
+from attmask_jax.methods import mae
 from attmask_jax.methods.attmask import AttMask
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.methods.classify import Classify
@@ -40,6 +41,12 @@ _PLAIN = (
 @dataclasses.dataclass(frozen=True)
 class Backbone(Method):
   """A bare ViT: features and attention, no loss."""
+
+  def pool_warning(self, pool: str) -> str:
+    """That of MAE, whose encoders alone have fixed positions."""
+    if self.backbone.positions == "learned":
+      return ""
+    return mae.pool_warning(self.backbone, pool)
 
   @classmethod
   def from_config(
