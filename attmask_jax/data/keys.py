@@ -14,8 +14,8 @@ class SourceKeys:
 
   source: str = schema.key(
     "folder",
-    "shapes, folder, flat, segmented, flowers, cifar10, cifar100, or one of "
-    "tensorflow-datasets as tfds:NAME",
+    "objects, shapes, folder, flat, segmented, flowers, cifar10, cifar100, or "
+    "one of tensorflow-datasets as tfds:NAME",
   )
   path: str = schema.key("", "folder of the data set")
   extensions: str = schema.inherit(Reading, "extensions", Reading.extensions)
@@ -26,12 +26,12 @@ class SourceKeys:
     "bicubic", "filter of evaluation crops", choices=tuple(RESAMPLE)
   )
   shapes_train: int = schema.key(
-    4000, 'training images of source "shapes"', low=1
+    4000, "training images of the generated sources", low=1
   )
   shapes_val: int = schema.key(
-    800, 'validation images of source "shapes"', low=1
+    800, "validation images of the generated sources", low=1
   )
-  seed: int = schema.key(0, 'of order, augmentation and "shapes"', low=0)
+  seed: int = schema.key(0, "of order, crops and generated images", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,15 @@ class OpenKeys:
     choices=("", *RESAMPLE),
   )
   seed: int = schema.key(
-    -1, 'of order, augmentation and "shapes"; -1 = as in the run', low=-1
+    -1,
+    "of order, crops and generated images; -1 = as in the run",
+    low=-1,
   )
   shapes_train: int = schema.key(
-    0, 'training images of source "shapes"; 0 = as in the run', low=0
+    0, "training images of the generated sources; 0 = as in the run", low=0
   )
   shapes_val: int = schema.key(
-    0, 'validation images of source "shapes"; 0 = as in the run', low=0
+    0, "validation images of the generated sources; 0 = as in the run", low=0
   )
 
 

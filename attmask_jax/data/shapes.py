@@ -17,6 +17,9 @@ CLASSES = (
 )  # fmt: skip
 AREA = (0.08, 0.35)  # share of the picture an object covers
 
+KEPT = 128 * 2**20  # bytes: a larger set is drawn anew in every epoch
+MATERIALS = 5  # gradient, stripes, checks, dots, mottled
+
 _SPLITS = {"train": 0, "val": 1}
 _TAG = 3  # keeps these draws apart from those of the input pipeline
 _STAR_INNER = 0.45  # inner radius of the star, its outer radius being 1
@@ -89,12 +92,14 @@ class Shapes:
   """
 
   class_names = list(CLASSES)
+  area = AREA
 
   def __init__(self, count: int, *, size: int, seed: int, split: str) -> None:
     self.name = f"{count} generated shapes ({split})"
     self.size = size
     self.labels = (np.arange(count) % len(CLASSES)).astype(np.int32)
     self._key = (seed, _SPLITS[split])
+    self._drawn: dict[int, np.ndarray] = {}
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size
     # Rows are y, columns x; both in units of the side.
     self._x, self._y = np.meshgrid(centres, centres)
@@ -124,21 +129,39 @@ class Shapes:
   def _layers(
     self, index: int, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    distance = self._distance(index, rng)
-    # One pixel of slope around the edge; half of it is covered.
-    cover = np.clip(0.5 - distance * self.size, 0, 1)[..., None]
+    cover = self._cover(index, rng)
     palettes = _palettes(rng)
     back, front = (self._texture(rng, palette) for palette in palettes)
     return back, front, cover
 
+  def _cover(self, index: int, rng: np.random.Generator) -> np.ndarray:
+    """The object's share of each pixel: [size, size, 1]."""
+    distance = self._distance(index, rng)
+    # One pixel of slope around the edge; half of it is covered.
+    return np.clip(0.5 - distance * self.size, 0, 1)[..., None]
+
   def load(self, index: int) -> Image.Image:
-    """Draws picture `index`: RGB, `size` x `size`."""
+    """Picture `index`: RGB, `size` x `size`; drawn once if all fit in KEPT."""
+    pixels = self._drawn.get(index)
+    if pixels is None:
+      pixels = self._draw(index)
+      if pixels.nbytes * len(self) <= KEPT:
+        self._drawn[index] = pixels
+    return Image.fromarray(pixels)
+
+  def _draw(self, index: int) -> np.ndarray:
+    """[size, size, 3] uint8."""
     rng = self._rng(index)
     back, front, cover = self._layers(index, rng)
     picture = back + (front - back) * cover
     picture *= self._light(rng)[..., None]
     picture += rng.normal(0, 5, size=(self.size, self.size, 1))
-    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+  def outline_name(self, index: int, rng: np.random.Generator) -> str:
+    """The outline of picture `index`."""
+    del rng  # not random
+    return CLASSES[self.labels[index]]
 
   def object_mask(self, index: int) -> np.ndarray:
     """Where the object is: [size, size] bool, True inside its outline."""
@@ -149,9 +172,9 @@ class Shapes:
 
   def _distance(self, index: int, rng: np.random.Generator) -> np.ndarray:
     """Signed distance to the object in units of the side: [size, size]."""
-    name = CLASSES[self.labels[index]]
+    name = self.outline_name(index, rng)
     area, reach = _EXTENT[name]
-    scale = math.sqrt(rng.uniform(*AREA) / area)
+    scale = math.sqrt(rng.uniform(*self.area) / area)
     turn = rng.uniform(0, 2 * math.pi)
     stretch = math.exp(rng.uniform(-0.15, 0.15))  # keeps the area
     # Inside the picture where it fits, else in the middle.
@@ -169,14 +192,19 @@ class Shapes:
     return 1 + np.float32(strength) * slope
 
   def _texture(
-    self, rng: np.random.Generator, palette: np.ndarray
+    self,
+    rng: np.random.Generator,
+    palette: np.ndarray,
+    kind: int | None = None,
   ) -> np.ndarray:
     """A patterned surface: [size, size, 3] float32 in 0-255.
 
     A pattern value in [0, 1] blends the two colours of the palette [2, 3].
+    The material `kind` is one of MATERIALS; None draws it.
     """
     clouds = self._clouds(rng, int(rng.integers(2, 6)))
-    kind = rng.integers(5)
+    if kind is None:
+      kind = rng.integers(MATERIALS)
     turn = rng.uniform(0, 2 * math.pi)
     waves = 2 * math.pi * math.exp(rng.uniform(math.log(3), math.log(11)))
     sharp = math.exp(rng.uniform(0, 2))

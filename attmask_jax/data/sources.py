@@ -14,13 +14,23 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from attmask_jax.data import cifar, files, flowers, segmented, shapes, tfds
+from attmask_jax.data import (
+  cifar,
+  files,
+  flowers,
+  objects,
+  segmented,
+  shapes,
+  tfds,
+)
 from attmask_jax.data.decoding import Reading
 from attmask_jax.errors import InputError
 
 KINDS = (
-  "shapes, folder, flat, segmented, flowers, cifar10, cifar100 or tfds:NAME"
+  "objects, shapes, folder, flat, segmented, flowers, cifar10, cifar100 or "
+  "tfds:NAME"
 )
+GENERATED = {"objects": objects.Objects, "shapes": shapes.Shapes}
 
 _log = logging.getLogger(__name__)
 
@@ -93,11 +103,11 @@ def build(data: Any, split: str) -> Source | None:
 
 def _build_whole(data: Any, kind: str, split: str) -> Source:
   reading = Reading.of(data)
-  if kind == "shapes":
+  if kind in GENERATED:
     count = data.shapes_train if split == "train" else data.shapes_val
     if count < 1:
       raise InputError(f"data.shapes_{split}={count} must be at least 1.")
-    return shapes.Shapes(
+    return GENERATED[kind](
       count, size=data.image_size, seed=data.seed, split=split
     )
   if kind.startswith("tfds:") and kind != "tfds:":

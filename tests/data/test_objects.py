@@ -1,0 +1,101 @@
+"""Generated objects: outline, material and hue go with the class, no more."""
+
+import numpy as np
+import pytest
+
+from attmask_jax.data import objects, shapes, sources
+
+
+def make(count: int = 64, size: int = 32, **options: object) -> objects.Objects:
+  return objects.Objects(
+    count, size=size, **(dict(seed=0, split="train") | options)
+  )
+
+
+def test_objects_are_a_function_of_seed_split_and_index() -> None:
+  first = np.asarray(make().load(5))
+  np.testing.assert_array_equal(first, make(count=8).load(5))
+  for other in (make(seed=1), make(split="val")):
+    assert not np.array_equal(first, other.load(5))
+  assert not np.array_equal(first, make().load(13))  # the same class
+
+
+def test_a_picture_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+  source = make()
+  first = np.asarray(source.load(3))
+  monkeypatch.setattr(source, "_draw", None)
+  np.testing.assert_array_equal(first, source.load(3))
+  # A set that does not fit is not kept.
+  monkeypatch.setattr(shapes, "KEPT", 64 * 32 * 32 * 3 - 1)
+  source = make()
+  source.load(3)
+  monkeypatch.setattr(source, "_draw", lambda index: np.zeros((1, 1, 3), "u1"))
+  assert source.load(3).size == (1, 1)
+
+
+def test_classes_share_materials_and_hues_but_no_pair_of_them() -> None:
+  pairs = [(objects.material(c), objects.hue(c)) for c in range(8)]
+  assert len(set(pairs)) == 8
+  for values in zip(*pairs, strict=True):
+    assert np.bincount(values).tolist() == [2, 2, 2, 2]
+
+
+def test_an_outline_is_typical_in_most_pictures() -> None:
+  source = make(count=4000)
+  names = [source.outline_name(i, source._rng(i)) for i in range(4000)]
+  own = np.mean([n == shapes.CLASSES[i % 8] for i, n in enumerate(names)])
+  # Its own, or one of eight at random that happens to be it: 4 std errors.
+  want = objects.TYPICAL + (1 - objects.TYPICAL) / 8
+  assert abs(own - want) < 4 * np.sqrt(want * (1 - want) / 4000)
+
+
+def test_the_mask_is_where_the_object_is() -> None:
+  source = make(count=40, size=64)
+  for i in range(40):
+    back, front, cover = source.layers(i)
+    mask = source.object_mask(i)
+    assert np.all(cover[..., 0][mask] >= 0.5)
+    assert np.all(cover[..., 0][~mask] <= 0.5)
+    assert back.shape == front.shape == (64, 64, 3)
+
+
+def test_the_background_does_not_tell_the_class() -> None:
+  """k-NN on the colours of a background, drawn without the object."""
+  neighbors = pytest.importorskip("sklearn.neighbors")
+  source = make(count=1600)
+  backs, fronts = (
+    np.stack([source.layers(i)[which] for i in range(1600)]) / 255
+    for which in (0, 1)
+  )
+
+  def accuracy(images: np.ndarray) -> float:
+    values = np.concatenate([images.mean((1, 2)), images.std((1, 2))], axis=1)
+    knn = neighbors.KNeighborsClassifier(20).fit(
+      values[:800], source.labels[:800]
+    )
+    return knn.score(values[800:], source.labels[800:])
+
+  # Chance is 1/8; four standard errors of 800 draws.
+  assert accuracy(backs) < 0.125 + 4 * 0.0117
+  assert accuracy(fronts) > 0.25  # surfaces of objects do
+
+
+def test_brightness_does_not_tell_the_hue() -> None:
+  source = make(count=1600)
+  levels = np.array([source.layers(i)[1].mean() for i in range(1600)])
+  hues = np.array([objects.hue(label) for label in source.labels])
+  means = [levels[hues == hue].mean() for hue in range(objects.HUES)]
+  # U(60, 195) has a standard deviation of 39; 400 pictures per hue.
+  np.testing.assert_allclose(means, 127.5, atol=4 * (39 + 10) / 20)
+
+
+def test_a_config_names_them() -> None:
+  class Data:
+    source, seed, image_size = "objects", 0, 32
+    shapes_train, shapes_val, subset = 16, 8, 0
+    extensions, white, max_pixels = "", 0.0, 0
+
+  train, val = (sources.build(Data, split) for split in ("train", "val"))
+  assert (len(train), len(val)) == (16, 8)
+  assert train.name == "16 generated objects (train)"
+  assert train.fingerprint() != val.fingerprint()
