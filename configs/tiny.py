@@ -14,8 +14,8 @@ policies do. `mae` and `extrema` run the other two methods (arXiv:2111.06377,
 arXiv:2206.04667).
 
 `objects` trains AttMask-High on other images, whose classes go with outline,
-material and hue, as docs/data.md describes. There k-NN rises, and the mask
-moves onto the object: see docs/results.md.
+material and hue, as docs/data.md describes, and `objects_mae` MAE. There k-NN
+rises, and the mask moves onto the object: see docs/results.md.
 """
 
 import ml_collections
@@ -38,8 +38,13 @@ MASKS = {
 
 
 def get_config(arg: str = "attmask") -> ml_collections.ConfigDict:
-  """The config for one of MASKS, "objects", "mae" or "extrema"."""
-  others = {"objects": objects, "mae": mae, "extrema": extrema}
+  """The config for one of MASKS or of the functions below."""
+  others = {
+    "objects": objects,
+    "objects_mae": objects_mae,
+    "mae": mae,
+    "extrema": extrema,
+  }
   choice = common.choose(MASKS | others, arg)
   return choice() if arg in others else attmask(choice)
 
@@ -123,6 +128,16 @@ def mae() -> ml_collections.ConfigDict:
   )
   config.optim.update(epochs=10, lr_per_256=4e-3, warmup_epochs=1)
   return _shapes(config, scale=(0.4, 1.0))
+
+
+def objects_mae() -> ml_collections.ConfigDict:
+  """MAE on the images of `objects`."""
+  config = mae()
+  config.method.patch_size = 8
+  config.data.source = "objects"
+  config.optim.epochs = 12
+  config.evals.eval_epochs = 4
+  return config
 
 
 def extrema() -> ml_collections.ConfigDict:

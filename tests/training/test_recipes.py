@@ -33,7 +33,7 @@ ARGUMENTS = {  # the first is the default
   "cifar10": SMALL,
   "tiny": (
     *("attmask", "hint", "low", "random", "ibot", "dino"),
-    *("objects", "mae", "extrema"),
+    *("objects", "objects_mae", "mae", "extrema"),
   ),
   "mae": (
     *("small_100e_gap", "small_100e_cls", "small_200e_gap", "small_400e_gap"),
