@@ -9,19 +9,20 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attmask_jax import Batch, Params
-from attmask_jax.errors import InputError
+from attmask_jax.errors import DamagedError, InputError
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
 # Smaller tensors stay whole on every device: splitting them saves little and
 # costs a message each.
 FSDP_MIN_SIZE = 2**16
+T = TypeVar("T")
 
 
 def init_distributed(detect: bool) -> None:
@@ -214,6 +215,39 @@ def union(mine: dict[int, str]) -> dict[int, str]:
     part = json.loads(row[: int(size)].tobytes())
     merged |= {int(k): v for k, v in part.items()}
   return merged
+
+
+def together(read: Callable[[], T]) -> T:
+  """The result of `read`, if it succeeds on every process.
+
+  Otherwise all processes raise errors of one kind: none goes on and waits for
+  one that has failed, and all can try something else.
+
+  Args:
+    read: waits for no other process.
+
+  Raises:
+    DamagedError: some processes raised it, and none raised anything else.
+    InputError: the same of it and DamagedError.
+    Exception: any other; RuntimeError where only another process raised it.
+  """
+  kinds = (DamagedError, InputError, RuntimeError)  # the gravest last
+  error: Exception | None = None
+  mine: dict[int, str] = {}
+  try:
+    result = read()
+  except Exception as raised:
+    error = raised
+    own = [i for i, kind in enumerate(kinds) if isinstance(raised, kind)]
+    mine[jax.process_index()] = f"{own[0] if own else 2}{raised}"
+  failed = union(mine)
+  if not failed:
+    return result
+  gravest = max(text[0] for text in failed.values())
+  number = min(i for i, text in failed.items() if text[0] == gravest)
+  if error is not None and mine[jax.process_index()][0] == gravest:
+    raise error
+  raise kinds[int(gravest)](f"process {number}: {failed[number][1:]}")
 
 
 def ahead(

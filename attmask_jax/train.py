@@ -126,7 +126,7 @@ class Loop:
     parts = (run.method, run.tx, run.mesh)
     # Steps done in this directory, or by the run that `init_from` continues.
     self._start = begun
-    if saved.latest is None:
+    if saved.agreed_latest() is None:
       self._state, shardings = train_step.init_state(
         *parts, seed=config.method.seed
       )
@@ -303,10 +303,13 @@ class Loop:
   def _restore(self, like: train_step.TrainState) -> train_step.TrainState:
     """Restores state, epoch sums and broken files of the newest checkpoint."""
     wanted = like.items() | {"epoch": self._epoch.items(self._run.mesh)}
-    self._start, items, sums = self._saved.restore_latest(wanted)
-    self._epoch.restore(items["epoch"], sums)
-    broken = {int(k): v for k, v in sums["broken"].items()}
-    self._run.pipeline.restore_broken(broken)
+
+    def use(items: dict[str, Params], sums: dict[str, Any]) -> None:
+      self._epoch.restore(items["epoch"], sums)
+      broken = {int(k): str(v) for k, v in sums["broken"].items()}
+      self._run.pipeline.restore_broken(broken)
+
+    self._start, items = self._saved.restore_latest(wanted, use)
     return like.from_items(items)
 
   def _draw(self, done: int) -> dict[str, float]:

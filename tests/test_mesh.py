@@ -9,7 +9,7 @@ import small
 
 from attmask_jax import mesh as meshes
 from attmask_jax import trees
-from attmask_jax.errors import InputError
+from attmask_jax.errors import DamagedError, InputError
 
 # Sums over the batch are taken in another order on every mesh: a few units in
 # the last place of float32 (6e-8 of losses of about 3), grown over 8 steps.
@@ -162,6 +162,39 @@ def test_two_batches_are_on_the_devices_before_they_are_asked_for():
   batches = meshes.ahead(meshes.make_mesh(), host())
   next(batches)
   assert taken == [0, 1, 2]
+
+
+def failing(error):
+  def read():
+    raise error
+
+  return read
+
+
+@pytest.mark.parametrize(
+  "own, other, kind, words",
+  [
+    (None, None, None, ""),
+    (None, "0cut", DamagedError, "process 3: cut"),
+    (DamagedError("hole"), None, DamagedError, "^hole"),
+    (DamagedError("hole"), "1size", InputError, "process 3: size"),
+    (InputError("size"), "0cut", InputError, "^size"),
+    (InputError("size"), "2memory", RuntimeError, "process 3: memory"),
+    (MemoryError("full"), "1size", MemoryError, "^full"),
+  ],
+)
+def test_processes_fail_together_with_the_gravest_error(
+  monkeypatch, own, other, kind, words
+):
+  others = {3: other} if other else {}
+  monkeypatch.setattr(meshes, "union", lambda mine: mine | others)
+  read = failing(own) if own else lambda: "read"
+  if kind is None:
+    assert meshes.together(read) == "read"
+    return
+  with pytest.raises(kind, match=words) as error:
+    meshes.together(read)
+  assert type(error.value) is kind
 
 
 def test_some_variables_for_several_processes_are_not_enough(monkeypatch):

@@ -12,7 +12,7 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -201,6 +201,11 @@ class Checkpoints:
     """Step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
+  def agreed_latest(self) -> int | None:
+    """The `latest` of process 0, which all processes ask for together."""
+    step = meshes.from_first(-1 if self.latest is None else self.latest)
+    return None if step < 0 else step
+
   def save(
     self,
     step: int,
@@ -273,27 +278,33 @@ class Checkpoints:
       )
 
   def restore_latest(
-    self, like: dict[str, Params]
-  ) -> tuple[int, dict[str, Params], dict[str, Any]]:
-    """Reads the newest checkpoint that can be read.
+    self,
+    like: dict[str, Params],
+    use: Callable[[dict[str, Params], dict[str, Any]], None],
+  ) -> tuple[int, dict[str, Params]]:
+    """Reads the newest checkpoint that every process can read.
 
-    Damaged ones that are newer are renamed to STEP.damaged.
+    Those that are damaged for some process and newer are renamed to
+    STEP.damaged.
 
     Args:
       like: trees of arrays or ShapeDtypeStructs with shardings.
+      use: takes the items and the progress; what it cannot use is damaged.
 
     Returns:
-      Its step, trees on the shardings of `like`, and the progress.
+      Its step, and trees on the shardings of `like`.
 
     Raises:
       InputError: a checkpoint of another architecture, with the first tensor
-        that differs.
+        that differs; or one that some process does not see.
       DamagedError: none can be read.
     """
     while True:
-      step = self.latest
+      step = self.agreed_latest()
       try:
-        return step, *self._restore(step, like)
+        return step, meshes.together(
+          lambda step=step: self._restore(step, like, use)
+        )
       except DamagedError as error:
         if len(self._manager.all_steps()) == 1:
           raise DamagedError(
@@ -321,27 +332,33 @@ class Checkpoints:
     return aside
 
   def _restore(
-    self, step: int, like: dict[str, Params]
-  ) -> tuple[dict[str, Params], dict[str, Any]]:
+    self,
+    step: int,
+    like: dict[str, Params],
+    use: Callable[[dict[str, Params], dict[str, Any]], None],
+  ) -> dict[str, Params]:
+    """Reads this process's part; waits for no other process."""
     wanted = {
       name: tree for name, tree in like.items() if jax.tree.leaves(tree)
     }
-    args = {
-      name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
-      for name, tree in wanted.items()
-    }
     folder = self.folder / str(step)
+    if not folder.is_dir():
+      raise InputError(
+        f"{folder} is not there for this process: --workdir must lie on a disk "
+        "that all processes of the run share"
+      )
     check_whole(folder)
     with reading(folder):
       for name, tree in wanted.items():
         self._check_shapes(step, name, tree)
-      items = self._manager.restore(
-        step,
-        args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()),
-      )
+      items = dict(like)
+      for name, tree in wanted.items():
+        items[name] = read_item(folder / name, jax.tree.map(_abstract, tree))
+      with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
+        progress = reader.restore(folder / "progress")
+      use(items, progress)
     logging.info("restored step %d of %s", step, self.folder)
-    restored = {name: items[name] for name in wanted}
-    return like | restored, items["progress"]
+    return items
 
   def _check_shapes(self, step: int, name: str, tree: Params) -> None:
     saved = self._manager.item_metadata(step)[name]
@@ -354,6 +371,23 @@ class Checkpoints:
           f"{name}/{key} has shape {there.get(key, 'absent')} there and "
           f"{here.get(key, 'absent')} here; use the config it was made with"
         )
+
+
+def read_item(folder: pathlib.Path, like: Params) -> Params:
+  """Arrays of one item of a checkpoint, on the shardings of `like`.
+
+  Unlike Orbax's checkpointers it waits for no other process at the end, which
+  may have failed.
+
+  Args:
+    folder: RUN/checkpoints/STEP/ITEM.
+    like: ShapeDtypeStructs with shardings.
+
+  Raises:
+    Exception: nearly any, see `reading`.
+  """
+  with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+    return reader.restore(folder, args=ocp.args.StandardRestore(like))
 
 
 def _first_line(error: Exception) -> str:

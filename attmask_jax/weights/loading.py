@@ -191,6 +191,7 @@ def load(
     options = dict(num_heads=num_heads, allow_missing=allow_missing)
     return _of_file(file, network, mesh, options)
   run_dir, steps = _locate(pathlib.Path(where).expanduser())
+  steps = sorted(meshes.union(dict.fromkeys(steps, "")))
   config = run_config.read_config(run_dir)
   method = method_of(config)
   # The moving average of a short fine-tuning is still close to its start.
@@ -288,10 +289,13 @@ def digest(tree: Params) -> str:
 def _newest(
   steps: Sequence[int], read: Callable[[int], tuple[Params, Params]]
 ) -> tuple[int, Params, Params]:
-  """The last of the steps that can be read, and what `read` returns of it."""
+  """The last of the steps that can be read, and what `read` returns of it.
+
+  The same on all processes: `read` waits for none of them.
+  """
   *older, step = steps
   try:
-    return step, *read(step)
+    return step, *meshes.together(lambda: read(step))
   except DamagedError as error:
     if not older:
       raise

@@ -1,5 +1,6 @@
 """Reads parts of a checkpoint onto the devices, for evaluation and loading."""
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ def network(
     raise DamagedError(
       f"{folder} is missing: {folder.parent} is not a complete checkpoint"
     )
-  with checkpoint.reading(folder), ocp.StandardCheckpointer() as reader:
+  with checkpoint.reading(folder):
     # The checkpointer's own method warns about a file that we do not write.
     metadata = ocp.StandardCheckpointHandler().metadata(folder)
     saved, expected = trees.shapes(metadata.tree), trees.shapes(shapes)
@@ -55,7 +56,7 @@ def network(
     place = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=meshes.replicated(mesh)
     )
-    return reader.restore(folder, jax.tree.map(place, shapes))
+    return checkpoint.read_item(folder, jax.tree.map(place, shapes))
 
 
 def aux(
@@ -85,7 +86,9 @@ def aux(
   )
   target = {"aux": jax.tree.map(place, {name: shapes[name] for name in names})}
   folder = run_dir / "checkpoints" / str(step) / "train"
-  with checkpoint.reading(folder), ocp.PyTreeCheckpointer() as reader:
+  # A checkpointer would wait for the other processes.
+  handler = ocp.PyTreeCheckpointHandler()
+  with checkpoint.reading(folder), contextlib.closing(handler) as reader:
     restored = reader.restore(
       folder,
       args=ocp.args.PyTreeRestore(

@@ -1,5 +1,7 @@
 """The projection head against recorded numbers and hand-made ones."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,3 +90,63 @@ def test_one_norm_serves_all_hidden_layers():
   mlp = variables["params"]["mlp"]
   assert set(mlp) == {"layer_0", "layer_1", "layer_2", "norm"}
   assert mlp["norm"]["scale"].shape == (8,)
+
+
+def dense(x, weights):
+  """float64 by hand."""
+  kernel, bias = (np.float64(weights[name]) for name in ("kernel", "bias"))
+  return x @ kernel + bias
+
+
+def normed(x, weights, eps):
+  mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+  scale, bias = (np.float64(weights[name]) for name in ("scale", "bias"))
+  return (x - mean) / np.sqrt(var + eps) * scale + bias
+
+
+def gelu(x):
+  return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+# Hidden values of about 1e-3: a variance at which another epsilon shows.
+FAINT = 1e-3 * np.random.default_rng(0).normal(size=(3, 6))
+
+
+def noise(module):
+  """Its parameters, of noise; norms keep their scales near 1."""
+  rng = np.random.default_rng(1)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), FAINT)["params"]
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: np.float32(
+      ("scale" in str(path))
+      + (0 if "layer_0" in str(path) and "bias" in str(path) else 0.3)
+      * rng.normal(size=x.shape)
+    ),
+    shapes,
+  )
+
+
+def test_norm_of_the_projection_by_hand():
+  """PyTorch's default epsilon, 1e-5, and one norm for both hidden layers."""
+  module = heads.ProjectionMlp(8, 4, 3, "gelu", "ln", jnp.float32)
+  weights = noise(module)
+  x = FAINT
+  for i in range(2):
+    x = gelu(normed(dense(x, weights[f"layer_{i}"]), weights["norm"], 1e-5))
+  x = dense(x, weights["layer_2"])
+  want = x / np.linalg.norm(x, axis=-1, keepdims=True)
+  got = module.apply({"params": weights}, np.float32(FAINT))
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_projector_and_predictor_of_extrema_by_hand(layers):
+  module = heads.Projector(hidden=8, out=4, layers=layers)
+  weights = noise(module)
+  x = FAINT
+  for i in range(layers - 1):
+    x = dense(x, weights[f"layer_{i}"])
+    x = gelu(normed(x, weights[f"norm_{i}"], 1e-5))
+  want = dense(x, weights[f"layer_{layers - 1}"])
+  got = module.apply({"params": weights}, np.float32(FAINT))
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)

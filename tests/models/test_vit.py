@@ -204,6 +204,29 @@ def test_the_branches_of_a_block_are_dropped_apart(dropped):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_key_bias_that_is_off_has_no_effect_and_no_gradient():
+  """Not even rounding, which Adam would blow up to steps of size lr."""
+  model = vit.ViT(8, 2, 2, patch_size=4, image_size=8, key_bias=False)
+  images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+  params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+
+  @jax.jit
+  def outcome(keys):
+    def loss(bias):
+      layers = params["blocks"]["attn"]
+      qkv = layers["qkv"] | {"bias": bias}
+      blocks = params["blocks"] | {"attn": layers | {"qkv": qkv}}
+      weights = {"params": params | {"blocks": blocks}}
+      return jnp.sum(model.apply(weights, images).tokens ** 3)
+
+    bias = params["blocks"]["attn"]["qkv"]["bias"] + 0.1  # of queries, values
+    return jax.value_and_grad(loss)(bias.at[:, 8:16].set(keys))
+
+  (want, _), (got, slope) = outcome(0.0), outcome(0.7)
+  assert got == want and slope.shape == (2, 24)
+  assert not slope[:, 8:16].any() and slope[:, :8].any()
+
+
 def test_drop_path_noise_follows_the_row_and_not_its_place():
   key = jax.random.key(0)
   draws = noise.drop_path(key, jnp.array([5, 7, 5]), depth=2)

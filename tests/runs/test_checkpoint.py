@@ -21,6 +21,7 @@ from stopping import (
 )
 
 from attmask_jax import data, train
+from attmask_jax import mesh as meshes
 from attmask_jax.errors import (
   DamagedError,
   InputError,
@@ -29,6 +30,7 @@ from attmask_jax.errors import (
 )
 from attmask_jax.runs import checkpoint, lock
 from attmask_jax.runs import config as run_config
+from attmask_jax.weights import loading
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -80,6 +82,10 @@ def cut(folder):
     (lambda newest: cut(newest / "params"), "checkpoints/16 is damaged"),
     (lambda newest: shutil.rmtree(newest / "train"), "16/train is missing"),
     (lambda newest: cut(newest / "train"), "checkpoints/16 is damaged"),
+    (
+      lambda newest: (newest / "progress" / "metadata").write_text("{}"),
+      "checkpoints/16 is damaged ('window')",
+    ),
   ],
 )
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
@@ -96,6 +102,18 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
   (message,) = (m for m in caplog.messages if "damaged" in m)
   assert reason in message and "continues from step 8" in message
   assert "\n" not in message
+
+
+def test_a_bare_exception_about_a_file_is_damage(tmp_path, whole):
+  """Orbax raises one where a file that a manifest names is gone."""
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  newest = folder / "checkpoints" / "16"
+  for chunk in (newest / "params" / "ocdbt.process_0" / "d").iterdir():
+    chunk.unlink()
+  with pytest.raises(DamagedError, match="16/params is damaged") as error:
+    loading.load(str(newest), network="student", mesh=meshes.make_mesh())
+  assert type(error.value.__cause__) is Exception
 
 
 def test_the_only_checkpoint_is_damaged(tmp_path, whole):
