@@ -189,12 +189,12 @@ def test_a_run_is_measured_as_a_loop_over_its_images(monkeypatch, family):
   recipe = TRANSFORMS[config.data.transform]
   recipe = recipe(**schema.take(recipe, config.data))
   weights = state.teacher or state.params
-  features = jax.jit(run.method.features)
+  features = jax.jit(run.method.features, static_argnames="norm")
   rows, prototypes = [], []
   for index in inputs.spread(64, 13):
     rng = np.random.default_rng([config.data.seed, 0, int(index), 5])
     views = recipe.pair(run.train_source.load(int(index)), rng)
-    cls, patches = features(weights, views)
+    cls, patches = features(weights, views, norm=config.evals.final_norm)
     pooled = patches.mean(1) if config.evals.pool == "mean" else cls
     rows.append(np.asarray(pooled))
     if family == "attmask":
