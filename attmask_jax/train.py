@@ -322,10 +322,12 @@ class Loop:
     return scores
 
   def _report(self) -> None:
-    """Rewrites report.html."""
+    """Rewrites report.html, and warns of a collapse."""
     self._writer.flush()
     if jax.process_index() == 0:
       report.write(self._folder)
+      if collapse := judgement.read(self._folder).collapse:
+        logging.warning("%s", collapse)
 
   def _write(
     self, done: int, values: dict[str, float], prefix: str = ""

@@ -12,6 +12,7 @@ Writes:    DIR/results.json, DIR/report.html, pictures in DIR/figures/, and a
 Names:     knn             weighted k-NN (knn_mae, knn_mae_cls: as in MAE-priv,
                            on the mean patch or the class token)
            fewshot         k-NN on 1, 5, 10, 20 images per class, five runs
+           label_free      rank, alignment, uniformity, retrieval, prototypes
            linear, finetune and their published variants: configs/supervised.py
            masked          a probe's accuracy with patches blacked out, as the
                            attention of the evaluated network selects them
@@ -73,6 +74,11 @@ def knn_mae(*, cls: bool = False) -> ml_collections.ConfigDict:
 def fewshot() -> ml_collections.ConfigDict:
   """k-NN on few images per class: mean and spread of five runs each."""
   return _evaluation("fewshot")
+
+
+def label_free() -> ml_collections.ConfigDict:
+  """What the features are like, without labels."""
+  return _evaluation("label_free")
 
 
 def _probed(name: str, **settings: object) -> ml_collections.ConfigDict:
@@ -163,6 +169,7 @@ NAMES: dict[str, Callable[[], ml_collections.ConfigDict]] = {
   "knn_mae": knn_mae,
   "knn_mae_cls": functools.partial(knn_mae, cls=True),
   "fewshot": fewshot,
+  "label_free": label_free,
   **supervised.NAMES,
   "masked": masked,
   "backgrounds": backgrounds,

@@ -49,6 +49,7 @@ SIZES = {
   "evals.batch_size": 32,
   "evals.mask_images": 0,
   "evals.overlap_images": 8,
+  "evals.label_free_images": 16,
   "run.scan": True,
   "run.log_steps": 3,
   "run.tensorboard": False,

@@ -276,6 +276,16 @@ class Recipe:
     """Rejects invalid settings before the first image is read."""
     schema.check("data", vars(self), type(self))
 
+  def pair(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    """Two views of one RGB image: [2, image_size, image_size, 3] uint8.
+
+    The first two that the recipe makes together or, if it makes one, two draws.
+    """
+    views = self(image, rng)["images"]
+    if len(views) < 2:
+      views = np.concatenate([views, self(image, rng)["images"]])
+    return views[:2]
+
 
 @dataclasses.dataclass(frozen=True)
 class MultiCrop(Recipe):
@@ -336,6 +346,11 @@ class MultiCrop(Recipe):
       colours = [local] * self.local_crops
       crops["local_images"] = views(colours, self.local_size, self.local_scale)
     return crops
+
+  def pair(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    """The two global views of a training step, see `Recipe.pair`."""
+    both = dataclasses.replace(self, global_crops=2, local_crops=0)
+    return both(image, rng)["images"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,6 +261,7 @@ def eval_batches(
   prefetch: int = 2,
   max_broken: float = keys.ReadKeys.max_broken,
   crop: Callable[[Image.Image, int], Image.Image] = transforms.eval_crop,
+  views: Callable[[Image.Image, int], np.ndarray] | None = None,
 ) -> Generator[HostBatch, None, None]:
   """Images in order, with the evaluation crop, in full batches only.
 
@@ -271,13 +272,14 @@ def eval_batches(
     indices: which images, all by default.
     threads, prefetch, max_broken: as in `TrainPipeline`.
     crop: `(image, size) -> image` of size x size pixels.
+    views: `(image, index) -> [2, size, size, 3]` uint8, instead of a crop.
 
   Yields:
-    "images" [B, H, W, 3] uint8, "label" and "index" [B] int32, "valid" [B]
-    bool. Rows that fill up the last batch are zero images with label -1, index
-    -1, valid False. An unreadable image is never replaced, since a score must
-    not count another one twice: its row is a zero image with label -1, valid
-    False and its own index.
+    "images" [B, H, W, 3] uint8, of views [B, 2, H, W, 3], "label" and "index"
+    [B] int32, "valid" [B] bool. Rows that fill up the last batch are zero
+    images with label -1, index -1, valid False. An unreadable image is never
+    replaced, since a score must not count another one twice: its row is a zero
+    image with label -1, valid False and its own index.
 
   Raises:
     InputError: too many files cannot be read.
@@ -287,12 +289,16 @@ def eval_batches(
 
   def row(item: int) -> HostBatch:
     index = int(chosen[item]) if item < len(chosen) else -1
-    image = np.zeros((image_size, image_size, 3), np.uint8)
+    shape = (image_size, image_size, 3)
+    image = np.zeros(shape if views is None else (2, *shape), np.uint8)
     label, valid = -1, False
     if index >= 0:
       try:
         picture = source.load(index)
-        image = np.asarray(crop(picture, image_size))
+        if views is None:
+          image = np.asarray(crop(picture, image_size))
+        else:
+          image = views(picture, index)
         label, valid = source.label(index), True
       except BrokenImage as err:
         broken.add(index, str(err))

@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
 NAMES = (
   "knn",
   "fewshot",
+  "label_free",
   "linear",
   "finetune",
   "masked",

@@ -28,6 +28,7 @@ def batches(
   indices: np.ndarray | None = None,
   *,
   crop: Callable[[Image.Image, int], Image.Image] | None = None,
+  views: Callable[[Image.Image, int], np.ndarray] | None = None,
 ) -> tuple[Generator[HostBatch, None, None], int]:
   """Padded batches, the same number on every process, and this number.
 
@@ -39,6 +40,8 @@ def batches(
       data.max_broken, run.threads.
     indices: of the images, all by default.
     crop: (image, size) -> square, by default the evaluation crop.
+    views: see `data.eval_batches`; a batch then has half as many images, so
+      that the network sees as many rows.
   """
   resample = config.data.eval_resample
   if crop is None:
@@ -48,7 +51,12 @@ def batches(
   # Equal numbers of batches on every process; -1 is a padding row.
   chosen = np.pad(chosen, (0, -len(chosen) % processes), constant_values=-1)
   mine = np.split(chosen, processes)[jax.process_index()]
-  rows = -(-config.evals.batch_size // (devices * processes)) * devices
+  size = (
+    config.evals.batch_size
+    if views is None
+    else (-(-config.evals.batch_size // 2))
+  )
+  rows = -(-size // (devices * processes)) * devices
   host = data.eval_batches(
     source,
     image_size=config.data.image_size,
@@ -57,6 +65,7 @@ def batches(
     threads=config.run.threads,
     max_broken=config.data.max_broken,
     crop=crop,
+    views=views,
   )
   return host, -(-len(mine) // rows)
 

@@ -127,6 +127,7 @@ class Job:
     *,
     desc: str,
     crop: Callable[[Image.Image, int], Image.Image] | None = None,
+    views: Callable[[Image.Image, int], np.ndarray] | None = None,
   ) -> Iterator[Iterator[features.HostBatch]]:
     """This process's rows of padded batches, behind a progress bar.
 
@@ -138,18 +139,38 @@ class Job:
       indices: of the images, all by default.
       desc: label of the bar.
       crop: (image, size) -> square, by default the evaluation crop.
+      views: see `inputs.batches`.
     """
-    host, total = inputs.batches(source, self.config, indices, crop=crop)
+    host, total = inputs.batches(
+      source, self.config, indices, crop=crop, views=views
+    )
     with contextlib.closing(host):
       yield progress.track(host, total, desc)
+
+  def embedder(self) -> features.FeaturesFn:
+    """[B, H, W, 3] uint8 -> [B, F] by evals.last_blocks, pool and final_norm.
+
+    Raises:
+      InputError: the network does not have such features.
+    """
+    evals, weights = self.config.evals, self.weights
+    network = weights.method.backbone
+    features.check(evals, depth=network.depth, class_token=network.class_token)
+    return functools.partial(
+      _embed,
+      weights.method,
+      evals.last_blocks,
+      evals.pool,
+      evals.final_norm,
+      weights.params,
+    )
 
   def embed(
     self, source: data.Source, indices: np.ndarray | None = None, *, desc: str
   ) -> features.Features:
     """Features by evals.last_blocks, pool and final_norm; uses the cache."""
     evals, weights = self.config.evals, self.weights
-    network = weights.method.backbone
-    features.check(evals, depth=network.depth, class_token=network.class_token)
+    embed = self.embedder()
     key = cache.key(
       weights=weights.digest,
       config=weights.config.method,
@@ -165,14 +186,6 @@ class Job:
     cached = cache.read(evals.cache, key)
     if cached is not None:
       return cached
-    embed = functools.partial(
-      _embed,
-      weights.method,
-      evals.last_blocks,
-      evals.pool,
-      evals.final_norm,
-      weights.params,
-    )
     with self.batches(source, indices, desc=desc) as batches:
       extracted = features.extract(embed, batches, mesh=self.mesh)
     cache.write(evals.cache, key, extracted)

@@ -1,4 +1,4 @@
-"""Evaluations during pretraining: k-NN, masks, reconstructions."""
+"""Evaluations during pretraining: k-NN, measures without labels, pictures."""
 
 import pathlib
 from typing import Any
@@ -13,6 +13,7 @@ from attmask_jax.evals import (
   features,
   inputs,
   knn,
+  label_free,
   masks,
   nearest,
   pictures,
@@ -92,38 +93,56 @@ class Evaluator:
     self._config, self._method, self._mesh = config, method, mesh
     self._sources = {"train": train_source, "val": val_source}
     self.best = "knn/top1" if enabled(config, val_source) else ""
+    # Two images are the least to compare.
+    self._label_free = (
+      config.evals.label_free and len(val_source or train_source) > 1
+    )
     if config.evals.knn and val_source and not val_source.class_names:
       logging.warning(
         "online k-NN is off: %s has no labels", config.data.source
       )
 
   def before(self, state: State) -> dict[str, float]:
-    """k-NN of the untrained network, see `scores`, and what it is worth.
+    """Scores of the untrained network, see `scores`, and what they are worth.
 
     Returns:
       `scores`, and the constants of all evaluations: "knn/queries", their
       number; "knn/chance", the share of the largest class among them, in
-      percent; "knn/teacher", 1 if the teacher is measured, 0 if the student.
+      percent; "knn/teacher", 1 if the teacher is measured, 0 if the student;
+      "label_free/images", the number of images that are compared.
     """
-    if not self.best:
-      return {}
-    result = self._knn(state)
-    queries = result.counts["queries"]
-    largest = result.counts[knn.LARGEST_CLASS]
-    return self._named(result) | {
-      "knn/queries": queries,
-      "knn/chance": 100 * largest / queries,
-      "knn/teacher": float(bool(state.teacher)),
-    }
+    scores: dict[str, float] = {}
+    if self.best:
+      result = self._knn(state)
+      queries = result.counts["queries"]
+      largest = result.counts[knn.LARGEST_CLASS]
+      scores = self._named(result) | {
+        "knn/queries": queries,
+        "knn/chance": 100 * largest / queries,
+        "knn/teacher": float(bool(state.teacher)),
+      }
+    if self._label_free:
+      result = self._without_labels(state)
+      scores |= _prefixed(result)
+      scores["label_free/images"] = result.counts["images"]
+    return scores
 
   def scores(self, state: State) -> dict[str, float]:
     """After an epoch: weighted k-NN of validation images, in percent.
 
     Returns:
       "knn/k10/top1" and "knn/k10/top5" for every k of `evals.knn_ks`, and
-      "knn/top1", "knn/top5" for the first; {} where k-NN is off.
+      "knn/top1", "knn/top5" for the first; "label_free/NAME", see
+      `label_free.measures`. What is off is left out.
     """
-    return self._named(self._knn(state)) if self.best else {}
+    scores = self._named(self._knn(state)) if self.best else {}
+    if self._label_free:
+      scores |= _prefixed(self._without_labels(state))
+    return scores
+
+  def _without_labels(self, state: State) -> Result:
+    """The measures without labels of the current state."""
+    return label_free.run(self._job("label_free", state))
 
   def _knn(self, state: State) -> Result:
     """The k-NN evaluation of the current state."""
@@ -219,6 +238,11 @@ class Evaluator:
       sources=self._sources,
       guide=state.teacher or None,
     )
+
+
+def _prefixed(result: Result) -> dict[str, float]:
+  """Values of `label_free` by their logged names."""
+  return {f"label_free/{k}": v for k, v in result.values.items()}
 
 
 def _rename(result: Result, path: pathlib.Path) -> None:

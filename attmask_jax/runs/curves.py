@@ -17,6 +17,12 @@ CURVES = {
     "overlap/attmask_high", "overlap/attmask_hint", "overlap/attmask_low",
     "overlap/random",
   ),
+  "Effective rank (RankMe)": ("label_free/rankme",),
+  "Alignment and uniformity": ("label_free/alignment", "label_free/uniformity"),
+  "Other view found first, %": ("label_free/retrieval",),
+  "Prototypes in use": (
+    "label_free/prototypes_used", "label_free/prototypes_effective",
+  ),
   "Clusters against labels": ("epoch/nmi", "epoch/ari", "epoch/fscore"),
   "Teacher's entropy, nats": ("train/teacher_entropy",),
   "Teacher's temperature": ("train/teacher_temp", "train/teacher_patch_temp"),

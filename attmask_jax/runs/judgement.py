@@ -1,5 +1,7 @@
 """Whether a run has learned: its main numbers, and one sentence with its rule.
 
+A second sentence says if it has collapsed, see collapse.py.
+
 The k-NN accuracy now is compared with that before the first step and with
 chance. Accuracies over n queries are uncertain like n coin tosses, so a
 difference within two standard errors counts as noise.
@@ -12,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from attmask_jax.runs import metric_names, records
+from attmask_jax.runs import collapse, metric_names, records
 from attmask_jax.runs.metrics import percent
 
 NOISE_ERRORS = 2  # standard errors that still count as noise
@@ -20,7 +22,15 @@ KNN, ACCURACY = "knn/top1", "val/top1"
 CLUSTERS = ("nmi", "ari", "fscore")
 # Measures that need no labels. One more is one more name here, with its line
 # in metric_names.py.
-LABEL_FREE = ("agreement", "teacher_entropy", "target_std")
+LABEL_FREE = (
+  "label_free/rankme",
+  "label_free/uniformity",
+  "label_free/alignment",
+  "label_free/retrieval",
+  "label_free/prototypes_used",
+  "label_free/prototypes_effective",
+)
+WHILE_TRAINING = ("agreement", "teacher_entropy", "target_std")
 RULE = (
   f"Rule: k-NN over n queries is uncertain like n coin tosses. Noise is "
   f"{NOISE_ERRORS} standard errors: {NOISE_ERRORS}·√(2·p·(1 − p)/n) for the "
@@ -59,6 +69,7 @@ class Judgement:
   Attributes:
     sentence: what the numbers say.
     rule: how it was decided; "" where nothing was.
+    collapse: see `collapse.sentence`; "" = no sign of one.
     rows: the measures.
     step: last step in the log.
     total: steps of the whole run, 0 = unknown.
@@ -68,6 +79,7 @@ class Judgement:
 
   sentence: str
   rule: str
+  collapse: str
   rows: tuple[Row, ...]
   step: int
   total: int
@@ -95,10 +107,12 @@ def judge(config: Mapping[str, Any], lines: Lines) -> Judgement:
   score = _row(lines, KNN, chance=first(lines, "knn/chance"))
   sentence = _sentence(config, lines, score, done=0 < total <= step)
   rates = [rate for _, rate in points(lines, "train/img_per_s")]
+  rows = [row for row in _rows(config, lines, score) if row.now is not None]
   return Judgement(
     sentence,
     RULE if "noise" in sentence else "",
-    tuple(row for row in _rows(config, lines, score) if row.now is not None),
+    _collapse(config, rows),
+    tuple(rows),
     step,
     total,
     _seconds(config, lines, step),
@@ -195,7 +209,13 @@ def _rows(config: Mapping[str, Any], lines: Lines, score: Row) -> list[Row]:
       rank=False,
     )
   )
+  images = first(lines, "label_free/images")
   for name in LABEL_FREE:
+    chance = None
+    if name == "label_free/retrieval" and images:
+      chance = 100 / images
+    rows.append(_row(lines, name, chance=chance, rank=False))
+  for name in WHILE_TRAINING:
     phase = "epoch" if points(lines, f"epoch/{name}") else "train"
     chance = None
     if name == "teacher_entropy" and config.get("method.out_dim"):
@@ -257,6 +277,17 @@ def _sentence(
     f"k-NN is above {whose} by more than noise: this run has {what} "
     f"({figures})."
   )
+
+
+def _collapse(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
+  """The sentence on a collapse, from the rows that are measured."""
+  start = {
+    row.metric: row.start
+    for row in rows
+    # Of what is only measured while training there is no value before it.
+    if row.start is not None and not row.metric.startswith(metric_names.PHASES)
+  }
+  return collapse.sentence({row.metric: row.now for row in rows}, start, config)
 
 
 def _seconds(

@@ -120,6 +120,41 @@ METRICS = {
   "knn/teacher": Metric(
     "1 if k-NN measures the teacher, 0 if the student; logged once, at step 0"
   ),
+  "label_free/rankme": Metric(
+    "RankMe: effective rank of the features of `label_free/images` images, "
+    "from 1 (all alike) to the smaller of images and feature width",
+    better="higher",
+  ),
+  "label_free/alignment": Metric(
+    "mean squared distance of two views of an image, as unit vectors; 0 also "
+    "after a collapse",
+    "0-4",
+    "lower",
+  ),
+  "label_free/uniformity": Metric(
+    "log of the mean of exp(-2 d²) over the distances d of all pairs of "
+    "images, as unit vectors; 0 = all alike, about -4 = spread evenly",
+    better="lower",
+  ),
+  "label_free/retrieval": Metric(
+    "share of images whose first view is nearest to its own second view among "
+    "those of all images; chance is 100 / images",
+    "%",
+    "higher",
+  ),
+  "label_free/prototypes_used": Metric(
+    "AttMask: prototypes that are the most probable one of an image, at most "
+    "the smaller of images and `method.out_dim`",
+    "prototypes",
+  ),
+  "label_free/prototypes_effective": Metric(
+    "AttMask: as many prototypes in equal use have the entropy of these "
+    "prototypes' shares of the images",
+    "prototypes",
+  ),
+  "label_free/images": Metric(
+    "images that are compared without labels; logged once, at step 0", "images"
+  ),
   "overlap/POLICY": Metric(
     "share of the policy's mask that lies on the object (data sets with object "
     "masks); `overlap/random` is that of a random mask",

@@ -13,6 +13,12 @@ LABELS = {
   "nmi": "prototypes and labels, NMI",
   "ari": "prototypes and labels, ARI",
   "fscore": "prototypes and labels, F",
+  "label_free/rankme": "effective rank (RankMe)",
+  "label_free/uniformity": "uniformity",
+  "label_free/alignment": "alignment of two views",
+  "label_free/retrieval": "other view found first",
+  "label_free/prototypes_used": "prototypes in use",
+  "label_free/prototypes_effective": "prototypes in effect",
   "agreement": "student agrees with teacher",
   "teacher_entropy": "entropy of the teacher",
   "target_std": "spread of the targets",
@@ -50,6 +56,9 @@ def section(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
   numbers = [_measure(row, per_epoch) for row in found.rows]
   return (
     f'<section class="panel"><p class="verdict">{text(found.sentence)}</p>'
+    + (
+      f'<p class="verdict">{text(found.collapse)}</p>' if found.collapse else ""
+    )
     + f'<div class="facts">{cards}</div>'
     + (table(headings, numbers) if numbers else "")
     + (f'<p class="note">{text(found.rule)}</p>' if found.rule else "")
@@ -87,6 +96,8 @@ def _number(name: str, value: float) -> str:
     return f"{metrics.percent(value)} %"
   if unit == "nats":
     return f"{value:.2f} nats"
+  if unit == "prototypes":
+    return f"{value:.4g}"
   return f"{value:z.3f}"  # no "-0.000"
 
 

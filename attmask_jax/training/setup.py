@@ -14,6 +14,7 @@ from attmask_jax.data import keys
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, inputs, online
 from attmask_jax.evals.knn import BankKeys, SearchKeys
+from attmask_jax.evals.label_free import SizeKeys
 from attmask_jax.methods import losses
 from attmask_jax.methods.base import Method
 from attmask_jax.models import vit
@@ -25,10 +26,13 @@ Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineKeys(BankKeys, features.Keys):
+class OnlineKeys(SizeKeys, BankKeys, features.Keys):
   """Evaluation of the teacher during pretraining."""
 
   knn: bool = schema.key(True, "evaluate k-NN; needs labels")
+  label_free: bool = schema.key(
+    True, "evaluate rank, uniformity, ... (label_free/*); needs no labels"
+  )
   eval_epochs: int = schema.key(
     20, "period; also before the first step and at the end", low=1
   )

@@ -48,6 +48,7 @@ BATCHES = {
   "evals.batch_size": 32,
   "evals.mask_images": 0,
   "evals.overlap_images": 0,
+  "evals.label_free": False,
   "run.log_steps": 3,
   "run.tensorboard": False,
 }
