@@ -37,6 +37,10 @@ class Objects(shapes.Shapes):
     super().__init__(count, size=size, seed=seed, split=split)
     self.name = f"{count} generated objects ({split})"
 
+  def describe(self, index: int) -> str:
+    """Name of a picture for logs."""
+    return f"objects[{index}]"
+
   def fingerprint(self) -> str:
     """All that a picture depends on."""
     return f"objects {self._key} {len(self)} {self.size}"

@@ -97,5 +97,6 @@ def test_a_config_names_them() -> None:
 
   train, val = (sources.build(Data, split) for split in ("train", "val"))
   assert (len(train), len(val)) == (16, 8)
+  assert train.describe(3) == "objects[3]"
   assert train.name == "16 generated objects (train)"
   assert train.fingerprint() != val.fingerprint()
