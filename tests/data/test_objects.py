@@ -89,6 +89,18 @@ def test_brightness_does_not_tell_the_hue() -> None:
   np.testing.assert_allclose(means, 127.5, atol=4 * (39 + 10) / 20)
 
 
+def test_whatever_changes_a_picture_changes_the_fingerprint() -> None:
+  others = [
+    make(),
+    make(count=65),
+    make(size=33),
+    make(seed=1),
+    make(split="val"),
+    shapes.Shapes(64, size=32, seed=0, split="train"),
+  ]
+  assert len({source.fingerprint() for source in others}) == len(others)
+
+
 def test_a_config_names_them() -> None:
   class Data:
     source, seed, image_size = "objects", 0, 32
@@ -99,4 +111,3 @@ def test_a_config_names_them() -> None:
   assert (len(train), len(val)) == (16, 8)
   assert train.describe(3) == "objects[3]"
   assert train.name == "16 generated objects (train)"
-  assert train.fingerprint() != val.fingerprint()
