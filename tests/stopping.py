@@ -15,7 +15,7 @@ import small
 
 from attmask_jax import train
 from attmask_jax.errors import InputError, StoppedError
-from attmask_jax.runs import checkpoint, metrics
+from attmask_jax.runs import metrics, saved_items
 from attmask_jax.training import train_step
 
 MAIN = pathlib.Path(__file__).parents[1] / "main.py"
@@ -77,7 +77,7 @@ def checkpoint_of(folder, step):
   arrays = {}
   with ocp.StandardCheckpointer() as reader:
     # A method that keeps no rows of an epoch saves no item of it.
-    for item in (i for i in checkpoint.ARRAY_ITEMS if (root / i).exists()):
+    for item in (i for i in saved_items.ARRAY_ITEMS if (root / i).exists()):
       tree = reader.restore((root / item).absolute())
       for path, leaf in jax.tree.leaves_with_path(tree):
         arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)

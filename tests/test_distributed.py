@@ -23,16 +23,16 @@ CHANGES = {"run.fsdp": 2}
 DAMAGED = """
 import sys
 from attmask_jax import cli
-from attmask_jax.runs import checkpoint
+from attmask_jax.runs import saved_items
 
-read = checkpoint.read_item
+read = saved_items.read_item
 
 def damaged(folder, like):
   if folder.parent.name == "16":
     raise Exception("chunk is gone")
   return read(folder, like)
 
-checkpoint.read_item = damaged
+saved_items.read_item = damaged
 cli.entry()
 """
 

@@ -10,7 +10,7 @@ from absl import logging
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from attmask_jax import schema
-from attmask_jax.augment import transforms
+from attmask_jax.augment.rgb import to_rgb
 from attmask_jax.errors import InputError
 from attmask_jax.text import printable
 
@@ -107,7 +107,7 @@ def decode(file: Any, reading: Reading = PLAIN) -> Image.Image:
         raise InputError(_too_large(image.size, limit))
       _warn_of_bands(file, image)
       white = reading.white or _declared_white(image)
-      return transforms.to_rgb(image, white=white)
+      return to_rgb(image, white=white)
   except InputError as err:
     raise BrokenImage(str(err)) from err
   except Image.DecompressionBombError as err:

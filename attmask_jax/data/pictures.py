@@ -5,7 +5,7 @@ import os
 from absl import logging
 from PIL import Image, ImageSequence
 
-from attmask_jax.augment import transforms
+from attmask_jax.augment.rgb import to_rgb
 from attmask_jax.data import files
 from attmask_jax.data.decoding import PLAIN, BrokenImage, Reading, decode
 from attmask_jax.errors import InputError
@@ -79,7 +79,7 @@ def _frames(path: str, every: int, limit: int, reading: Reading) -> Named:
         if limit and len(images) == limit:
           break
         if i % every == 0:
-          rgb = transforms.to_rgb(frame.copy(), white=reading.white)
+          rgb = to_rgb(frame.copy(), white=reading.white)
           images.append((f"{name} {i}", rgb))
   except Exception as error:  # Pillow's decoders have a dozen kinds
     if not images:

@@ -8,7 +8,6 @@ and progress (running sums, as JSON). Evaluation restores single items.
 import contextlib
 import dataclasses
 import itertools
-import json
 import pathlib
 import shutil
 import tempfile
@@ -24,8 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import DamagedError, InputError, SaveError
-
-ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
+from attmask_jax.runs import saved_items
 
 
 def check_workdir(name: str) -> pathlib.Path:
@@ -61,49 +59,6 @@ def steps(workdir: pathlib.Path) -> list[int]:
   return sorted(int(e.name) for e in entries if e.name.isdigit())
 
 
-@contextlib.contextmanager
-def reading(folder: pathlib.Path) -> Iterator[None]:
-  """Turns what Orbax raises on damaged files into one sentence.
-
-  It raises nearly anything, down to a bare Exception; what comes from the
-  device, such as a lack of memory, passes through.
-
-  Args:
-    folder: of a checkpoint, or of one of its items.
-
-  Raises:
-    DamagedError: in the place of errors about the files.
-  """
-  try:
-    yield
-  except (InputError, MemoryError, RuntimeError):
-    raise
-  except Exception as error:
-    reason = _first_line(error)[:200]
-    raise DamagedError(f"checkpoint {folder} is damaged ({reason})") from error
-
-
-def check_whole(folder: pathlib.Path) -> None:
-  """Makes sure that every item of a checkpoint is there; reads no arrays.
-
-  Args:
-    folder: RUN/checkpoints/STEP.
-
-  Raises:
-    DamagedError: with the first item that is missing.
-  """
-  path = folder / "_CHECKPOINT_METADATA"
-  try:
-    items = sorted(json.loads(path.read_text())["item_handlers"])
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise DamagedError(f"{path} cannot be read ({error})") from error
-  for item in items:
-    # Orbax writes this file of an item last.
-    last = "_METADATA" if item in ARRAY_ITEMS else "*"
-    if not any((folder / item).glob(last)):
-      raise DamagedError(f"{folder / item} is missing or not complete")
-
-
 @dataclasses.dataclass(frozen=True)
 class _LatestWhole(keep.PreservationPolicy):
   """Keeps the newest checkpoint and the newest whole one before it.
@@ -124,7 +79,7 @@ class _LatestWhole(keep.PreservationPolicy):
     preserved[-1:] = [True]
     for i in reversed(range(len(checkpoints) - 1)):
       try:
-        check_whole(self.folder / str(checkpoints[i].step))
+        saved_items.check_whole(self.folder / str(checkpoints[i].step))
       except DamagedError as error:
         logging.warning("%s", error)
         continue
@@ -179,7 +134,10 @@ class Checkpoints:
         enable_async_checkpointing=True,
       ),
       item_handlers={
-        **{name: ocp.StandardCheckpointHandler() for name in ARRAY_ITEMS},
+        **{
+          name: ocp.StandardCheckpointHandler()
+          for name in saved_items.ARRAY_ITEMS
+        },
         "progress": ocp.JsonCheckpointHandler(),
       },
     )
@@ -218,7 +176,7 @@ class Checkpoints:
 
     Args:
       step: completed steps.
-      items: one tree of global arrays per name in ARRAY_ITEMS.
+      items: one tree of global arrays per name in saved_items.ARRAY_ITEMS.
       progress: values for JSON.
       metrics: `best` is one of them; a step without metrics is never the best.
 
@@ -347,13 +305,15 @@ class Checkpoints:
         f"{folder} is not there for this process: --workdir must lie on a disk "
         "that all processes of the run share"
       )
-    check_whole(folder)
-    with reading(folder):
+    saved_items.check_whole(folder)
+    with saved_items.reading(folder):
       for name, tree in wanted.items():
         self._check_shapes(step, name, tree)
       items = dict(like)
       for name, tree in wanted.items():
-        items[name] = read_item(folder / name, jax.tree.map(_abstract, tree))
+        items[name] = saved_items.read_item(
+          folder / name, jax.tree.map(_abstract, tree)
+        )
       with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
         progress = reader.restore(folder / "progress")
       use(items, progress)
@@ -373,31 +333,9 @@ class Checkpoints:
         )
 
 
-def read_item(folder: pathlib.Path, like: Params) -> Params:
-  """Arrays of one item of a checkpoint, on the shardings of `like`.
-
-  Unlike Orbax's checkpointers it waits for no other process at the end, which
-  may have failed.
-
-  Args:
-    folder: RUN/checkpoints/STEP/ITEM.
-    like: ShapeDtypeStructs with shardings.
-
-  Raises:
-    Exception: nearly any, see `reading`.
-  """
-  with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-    return reader.restore(folder, args=ocp.args.StandardRestore(like))
-
-
-def _first_line(error: Exception) -> str:
-  """Of the message; the name of the error if it has none."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _reason(error: Exception) -> str:
   """The end of the first line, where TensorStore names the cause."""
-  line = _first_line(error).split(" [os_error_code")[0]
+  line = saved_items.first_line(error).split(" [os_error_code")[0]
   return line[-120:].rsplit(": ", 1)[-1]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax.augment import transforms
+from attmask_jax.augment.rgb import to_rgb
 from attmask_jax.data.decoding import PLAIN, BrokenImage, Reading, decode
 from attmask_jax.errors import InputError
 
@@ -74,7 +75,7 @@ def _row(image: Any, size: int, resample: str, reading: Reading) -> np.ndarray:
         f"the image {os.fspath(image)} cannot be read: {error}"
       ) from error
   elif isinstance(image, Image.Image):
-    image = transforms.to_rgb(image, white=reading.white)
+    image = to_rgb(image, white=reading.white)
   if isinstance(image, Image.Image):
     return np.asarray(transforms.eval_crop(image, size, resample=resample))
   return np.asarray(image)

@@ -22,7 +22,7 @@ from attmask_jax.data.decoding import Reading
 from attmask_jax.errors import DamagedError, InputError
 from attmask_jax.methods import METHODS, base
 from attmask_jax.methods.base import Method
-from attmask_jax.runs import checkpoint
+from attmask_jax.runs import checkpoint, saved_items
 from attmask_jax.runs import config as run_config
 from attmask_jax.weights import restore
 from attmask_jax.weights.images import as_batch
@@ -362,7 +362,7 @@ def load_centers(source: Weights) -> Params:
   folder = source.run_dir / "checkpoints" / str(source.step) / "train"
   if not folder.is_dir():
     return {}
-  with checkpoint.reading(folder):
+  with saved_items.reading(folder):
     metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
   saved = trees.shapes(metadata.tree)
   names = jax.eval_shape(method.init, jax.random.key(0)).aux

@@ -11,7 +11,7 @@ from attmask_jax import Params, trees
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import DamagedError, InputError
 from attmask_jax.methods.base import Method
-from attmask_jax.runs import checkpoint
+from attmask_jax.runs import saved_items
 
 
 def network(
@@ -42,7 +42,7 @@ def network(
     raise DamagedError(
       f"{folder} is missing: {folder.parent} is not a complete checkpoint"
     )
-  with checkpoint.reading(folder):
+  with saved_items.reading(folder):
     # The checkpointer's own method warns about a file that we do not write.
     metadata = ocp.StandardCheckpointHandler().metadata(folder)
     saved, expected = trees.shapes(metadata.tree), trees.shapes(shapes)
@@ -56,7 +56,7 @@ def network(
     place = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=meshes.replicated(mesh)
     )
-    return checkpoint.read_item(folder, jax.tree.map(place, shapes))
+    return saved_items.read_item(folder, jax.tree.map(place, shapes))
 
 
 def aux(
@@ -88,7 +88,7 @@ def aux(
   folder = run_dir / "checkpoints" / str(step) / "train"
   # A checkpointer would wait for the other processes.
   handler = ocp.PyTreeCheckpointHandler()
-  with checkpoint.reading(folder), contextlib.closing(handler) as reader:
+  with saved_items.reading(folder), contextlib.closing(handler) as reader:
     restored = reader.restore(
       folder,
       args=ocp.args.PyTreeRestore(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from attmask_jax.augment import transforms
+from attmask_jax.augment.rgb import to_rgb
 
 
 def _rng(seed: int = 0) -> np.random.Generator:
@@ -42,7 +43,7 @@ def _plain(colour: tuple[int, int, int], side: int = 4) -> Image.Image:
   ],
 )
 def test_every_mode_becomes_rgb(mode: str, value: int, want: tuple) -> None:
-  image = transforms.to_rgb(Image.new(mode, (3, 2), value))
+  image = to_rgb(Image.new(mode, (3, 2), value))
   assert image.mode == "RGB"
   assert image.size == (3, 2)
   assert image.getpixel((1, 1)) == want
@@ -53,7 +54,7 @@ def test_palette_with_transparency(recwarn: pytest.WarningsRecorder) -> None:
   image.putpalette([10, 20, 30, 200, 100, 50])
   image.putpixel((1, 0), 1)
   image.info["transparency"] = b"\x00\xff"
-  image = transforms.to_rgb(image)
+  image = to_rgb(image)
   assert image.getpixel((0, 0)) == (10, 20, 30)
   assert image.getpixel((1, 0)) == (200, 100, 50)
   assert not recwarn.list
@@ -74,7 +75,7 @@ def test_exif_rotation(
   exif[0x0112] = orientation
   stored.save(tmp_path / "x.png", exif=exif)
   with Image.open(tmp_path / "x.png") as image:
-    upright = transforms.to_rgb(image)
+    upright = to_rgb(image)
   assert upright.size == ((2, 3) if orientation in (6, 8) else (3, 2))
   assert upright.getpixel(corner) == (255, 0, 0)
 
@@ -84,7 +85,7 @@ def test_garbage_in_the_exif_header_is_ignored(
 ) -> None:
   _plain((9, 9, 9)).save(tmp_path / "x.png", exif=b"Exif\x00\x00garbage!")
   with Image.open(tmp_path / "x.png") as image:
-    assert transforms.to_rgb(image).getpixel((0, 0)) == (9, 9, 9)
+    assert to_rgb(image).getpixel((0, 0)) == (9, 9, 9)
 
 
 # --- geometry ---------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attmask_jax.augment import transforms
+from attmask_jax.augment.rgb import to_rgb
 from attmask_jax.data import decoding, pipeline, sources
 
 SIDE = 40
@@ -187,7 +187,7 @@ def test_sixteen_bit_colour(tmp_path: pathlib.Path) -> None:
 
 def test_white_of_a_picture_in_memory() -> None:
   values = np.round(RAMP * 4095).astype(np.uint16)
-  got = np.asarray(transforms.to_rgb(Image.fromarray(values), white=4095))
+  got = np.asarray(to_rgb(Image.fromarray(values), white=4095))
   np.testing.assert_allclose(got[..., 1], RAMP * 255, atol=0.6)
 
 

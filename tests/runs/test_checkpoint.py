@@ -28,7 +28,7 @@ from attmask_jax.errors import (
   NotFiniteError,
   SaveError,
 )
-from attmask_jax.runs import checkpoint, lock
+from attmask_jax.runs import checkpoint, lock, saved_items
 from attmask_jax.runs import config as run_config
 from attmask_jax.weights import loading
 
@@ -130,7 +130,7 @@ def test_the_only_checkpoint_is_damaged(tmp_path, whole):
 
 
 def test_an_older_checkpoint_stays_until_a_newer_one_is_whole(tmp_path):
-  items = {name: {"x": np.ones(3)} for name in checkpoint.ARRAY_ITEMS}
+  items = {name: {"x": np.ones(3)} for name in saved_items.ARRAY_ITEMS}
   with checkpoint.Checkpoints(tmp_path) as saved:
     for step in (1, 2, 3):
       saved.save(step, items, {})
@@ -145,7 +145,7 @@ def test_an_older_checkpoint_stays_until_a_newer_one_is_whole(tmp_path):
 def test_half_written_saves_are_deleted_by_who_is_alone(tmp_path):
   left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp" / "params"
   left.mkdir(parents=True)
-  items = {name: {"x": np.ones(3)} for name in checkpoint.ARRAY_ITEMS}
+  items = {name: {"x": np.ones(3)} for name in saved_items.ARRAY_ITEMS}
   for alone in (False, True):
     with checkpoint.Checkpoints(tmp_path, alone=alone) as saved:
       assert saved.latest == (None if not alone else 1)
@@ -307,7 +307,9 @@ def save(folder, scores, **options):
   kept = []
   with checkpoint.Checkpoints(folder, best="knn/top1", **options) as saved:
     for step, score in scores.items():
-      items = {name: {"x": np.full(3, step)} for name in checkpoint.ARRAY_ITEMS}
+      items = {
+        name: {"x": np.full(3, step)} for name in saved_items.ARRAY_ITEMS
+      }
       values = {} if score is None else {"knn/top1": score}
       saved.save(step, items, {"step": step}, metrics=values)
       saved.wait()
@@ -336,7 +338,7 @@ def test_every_n_steps_stay_for_good(tmp_path):
 
 def test_checkpoints_without_scores_do_not_pile_up(tmp_path):
   with checkpoint.Checkpoints(tmp_path) as saved:  # k-NN off
-    items = {name: {"x": np.zeros(3)} for name in checkpoint.ARRAY_ITEMS}
+    items = {name: {"x": np.zeros(3)} for name in saved_items.ARRAY_ITEMS}
     saved.save(1, items, {})
   assert save(tmp_path, {2: None, 3: 5.0, 4: None})[-1] == [3, 4]
 
