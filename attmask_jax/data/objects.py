@@ -1,4 +1,4 @@
-"""Generated pictures of objects on clutter, of which a class can be learned.
+"""Generated pictures of objects on clutter, easier to tell apart than shapes.
 
 As in photographs, a class goes with outline, material and hue, none of which
 decides alone: two classes share each material, two others each hue, and every

@@ -15,8 +15,6 @@ from PIL import Image
 CLASSES = (
   "bar", "crescent", "cross", "disc", "ring", "square", "star", "triangle",
 )  # fmt: skip
-AREA = (0.08, 0.35)  # share of the picture an object covers
-
 KEPT = 128 * 2**20  # bytes: a larger set is drawn anew in every epoch
 MATERIALS = 5  # gradient, stripes, checks, dots, mottled
 
@@ -92,7 +90,7 @@ class Shapes:
   """
 
   class_names = list(CLASSES)
-  area = AREA
+  area = (0.08, 0.35)  # share of the picture an object covers
 
   def __init__(self, count: int, *, size: int, seed: int, split: str) -> None:
     self.name = f"{count} generated shapes ({split})"
