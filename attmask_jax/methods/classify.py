@@ -27,7 +27,7 @@ from attmask_jax.errors import InputError
 from attmask_jax.methods import layer_decay
 from attmask_jax.methods.base import InitialState, LossOutput, Method, Scalars
 from attmask_jax.models import embedding, noise, vit
-from attmask_jax.models.layers import layer_norm, trunc_normal
+from attmask_jax.models.layers import LayerNorm, trunc_normal
 from attmask_jax.models.positions import DINO_OFFSET
 
 MIX_TAG = 5  # last entry of the seed of the host's mixup draws
@@ -335,7 +335,7 @@ class Classify(Method):
     """Features to logits of every linear layer: [B, F] -> [B, J, C]."""
     head = weights["head"]
     if self.head_norm == "layer":
-      x = layer_norm(None).apply({"params": head["norm"]}, x)
+      x = LayerNorm(name=None).apply({"params": head["norm"]}, x)
     if self.head_norm == "batch":
       norm = weights["batch_norm"]
       x = (x - norm["mean"][None]) * jax.lax.rsqrt(norm["var"][None] + BN_EPS)

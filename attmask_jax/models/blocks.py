@@ -9,12 +9,16 @@ import numpy as np
 from flax import linen as nn
 
 from attmask_jax import Params
-from attmask_jax.models import layers
+from attmask_jax.models import layers, ops
 
 REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "elementwise": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ops.ATTENTION),
+  ),
 }
 
 

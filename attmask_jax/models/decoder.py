@@ -102,7 +102,7 @@ class Decoder(nn.Module):
     (x,), _ = blocks.apply(
       self, block, x, depth=self.depth, scan=self.scan, remat=self.remat
     )
-    x = layers.layer_norm("norm")(x)
+    x = layers.LayerNorm(name="norm")(x)
     head = nn.Dense(
       self.pixels,
       dtype=self.dtype,

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from attmask_jax.models import ops
+
 LAYER_NORM_EPS = 1e-6
 ATTENTION = ("auto", "xla", "cudnn")
 INITS = ("normal", "xavier")
@@ -151,13 +153,16 @@ class Attention(nn.Module):
     qkv = Qkv(self.dtype, self.initial, self.key_bias, name="qkv")(x)
     qkv = qkv.reshape(rows, tokens, 3, self.num_heads, d // self.num_heads)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [R, L, A, D/A]
-    if self.drop and drop_keys is not None:
-      weights = dropout(_weights(q, k, logit_bias), drop_keys, rate=self.drop)
+    dropped = self.drop and drop_keys is not None
+    if dropped or logit_bias is not None:
+      weights = _weights(q, k, logit_bias)
+      if dropped:
+        weights = dropout(weights, drop_keys, rate=self.drop)
       out = jnp.einsum("raqk,rkad->rqad", weights.astype(v.dtype), v)
+    elif self._implementation() == "cudnn":
+      out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     else:
-      out = jax.nn.dot_product_attention(
-        q, k, v, logit_bias, implementation=self._implementation()
-      )
+      out = ops.attention(q, k, v)
     out = nn.Dense(
       d, dtype=self.dtype, kernel_init=linear_init(self.initial), name="proj"
     )(out.reshape(rows, tokens, d))
@@ -214,18 +219,19 @@ class Mlp(nn.Module):
     dense = functools.partial(
       nn.Dense, dtype=self.dtype, kernel_init=linear_init(self.initial)
     )
-    hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
+    hidden = ops.gelu(dense(self.hidden, name="fc1")(x))
     return dense(x.shape[-1], name="fc2")(hidden)
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
-  """LayerNorm in float32 with the reference's epsilon.
+class LayerNorm(nn.Module):
+  """LayerNorm in float32 with the reference's epsilon: [..., D] -> [..., D]."""
 
-  The two-pass variance keeps parity: E[x^2] - E[x]^2 loses three digits.
-  """
-  return nn.LayerNorm(
-    epsilon=LAYER_NORM_EPS, use_fast_variance=False, name=name
-  )
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    d = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (d,))
+    bias = self.param("bias", nn.initializers.zeros, (d,))
+    return ops.layer_norm(x.astype(jnp.float32), scale, bias, LAYER_NORM_EPS)
 
 
 class Block(nn.Module):
@@ -267,7 +273,7 @@ class Block(nn.Module):
       self.attn_drop,
       name="attn",
     )(
-      layer_norm("norm1")(x),
+      LayerNorm(name="norm1")(x),
       return_attention=return_attention,
       logit_bias=logit_bias,
       drop_keys=drop_keys,
@@ -275,7 +281,7 @@ class Block(nn.Module):
     x = residual(x, y, 0)
     hidden = int(x.shape[-1] * self.mlp_ratio)
     y = Mlp(hidden, self.dtype, self.initial, name="mlp")(
-      layer_norm("norm2")(x)
+      LayerNorm(name="norm2")(x)
     )
     return residual(x, y, 1), attention
 
@@ -328,11 +334,11 @@ class ReadoutBlock(nn.Module):
     d = cls.shape[-1]
     constant = nn.initializers.constant(self.layer_scale)
     scales = [self.param(f"gamma_{i}", constant, (d,)) for i in (1, 2)]
-    tokens = layer_norm("norm1")(jnp.concatenate([cls, patches], axis=1))
+    tokens = LayerNorm(name="norm1")(jnp.concatenate([cls, patches], axis=1))
     y, attention = ClassAttention(
       self.num_heads, self.dtype, self.initial, name="attn"
     )(tokens[:, :1], tokens)
     cls = cls + scales[0][None, None] * y.astype(jnp.float32)
     mlp = Mlp(int(d * self.mlp_ratio), self.dtype, self.initial, name="mlp")
-    y = mlp(layer_norm("norm2")(cls))
+    y = mlp(LayerNorm(name="norm2")(cls))
     return cls + scales[1][None, None] * y.astype(jnp.float32), attention
