@@ -29,7 +29,7 @@ def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
   wide = x.astype(jnp.float32)
   below = 0.5 * jax.lax.erfc(-math.sqrt(0.5) * wide)
   density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-  return ((below + wide * density) * grad).astype(x.dtype),
+  return (((below + wide * density) * grad).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)

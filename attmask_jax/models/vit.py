@@ -270,7 +270,9 @@ class ViT(nn.Module):
       cls, row = self._read(tokens)
       tokens = jnp.concatenate([cls, tokens], axis=1)
       attention = row if return_attention == "cls" else attention
-    return Output(layers.LayerNorm(name="norm")(tokens), tokens, outputs, attention)
+    return Output(
+      layers.LayerNorm(name="norm")(tokens), tokens, outputs, attention
+    )
 
   def _class_token(self, rows: int) -> jax.Array:
     """The class token, repeated for all rows: [R, 1, D]."""

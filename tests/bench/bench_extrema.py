@@ -27,9 +27,7 @@ def program(variant: str, batch: int, case: dict[str, float]) -> steps.Program:
   config.method.update(variant=variant, drop_path=0.0, **case)
   config.data.batch_size = batch
   config.run.scan = False  # the compiler counts a loop's body once
-  size = config.data.image_size
-  images = {"images": steps.pictures(batch, 1, size, size, 3)}
-  return steps.build(config, images)
+  return steps.build(config)
 
 
 def main() -> None:

@@ -38,15 +38,7 @@ def program(options: argparse.Namespace, masks: dict) -> steps.Program:
     local_crops=options.local_crops,
   )
   config.run.scan = False  # the compiler counts a loop's body once
-  shape = lambda views, side: (options.batch, views, side, side, 3)
-  data = config.data
-  images = {
-    "images": steps.pictures(*shape(data.global_crops, data.image_size))
-  }
-  if data.local_crops:
-    local = shape(data.local_crops, data.local_size)
-    images["local_images"] = steps.pictures(*local)
-  return steps.build(config, images)
+  return steps.build(config)
 
 
 def main() -> None:

@@ -34,13 +34,8 @@ class Program(NamedTuple):
     return self.step.cost_analysis()["flops"]
 
 
-def build(config: ml_collections.ConfigDict, images: Batch) -> Program:
-  """Compiles the train step of a config, for one device.
-
-  Args:
-    config: of a training run.
-    images: arrays [B, ...] uint8, by their names in a batch.
-  """
+def build(config: ml_collections.ConfigDict) -> Program:
+  """Compiles the train step of a training config, for one device."""
   mesh = meshes.make_mesh(devices=jax.devices()[:1])
   method = METHODS[config.method.name].from_config(
     config, steps_per_epoch=STEPS_PER_EPOCH
@@ -53,7 +48,8 @@ def build(config: ml_collections.ConfigDict, images: Batch) -> Program:
   )
   state, shardings = train_step.init_state(method, tx, mesh, seed=0)
   step = train_step.make_step(method, tx, mesh, shardings, seed=0)
-  rows = np.arange(len(images["images"]), dtype=np.int32)
+  images = pictures(config)
+  rows = np.arange(config.data.batch_size, dtype=np.int32)
   extras = [method.item_extras(0, int(row)) for row in rows]
   data = images | {"index": rows, "position": rows, "label": rows}
   data |= {name: np.stack([e[name] for e in extras]) for name in extras[0]}
@@ -66,10 +62,17 @@ def build(config: ml_collections.ConfigDict, images: Batch) -> Program:
   return Program(compiled, state, data, scalars)
 
 
-def pictures(*shape: int) -> np.ndarray:
-  """Random images of this shape, uint8."""
+def pictures(config: ml_collections.ConfigDict) -> Batch:
+  """Random images in the shapes of a batch of this config."""
+  data = config.data
   rng = np.random.default_rng(0)
-  return rng.integers(0, 256, shape, dtype=np.uint8)
+  draw = lambda views, side: rng.integers(
+    0, 256, (data.batch_size, views, side, side, 3), dtype=np.uint8
+  )
+  images = {"images": draw(data.get("global_crops", 1), data.image_size)}
+  if data.get("local_crops", 0):
+    images["local_images"] = draw(data.local_crops, data.local_size)
+  return images
 
 
 def medians(programs: dict[str, Program], turns: int) -> dict[str, float]:
