@@ -11,7 +11,9 @@ from flax import linen as nn
 from attmask_jax import Params
 from attmask_jax.models import layers, ops
 
+# What the backward pass recomputes: policies of what is kept instead.
 REMAT = {
+  "auto": None,  # see `recomputed`
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -20,6 +22,17 @@ REMAT = {
     jax.checkpoint_policies.save_only_these_names(ops.ATTENTION),
   ),
 }
+
+
+def recomputed(remat: str, *, scan: bool) -> str:
+  """The policy that "auto" stands for, else `remat` itself.
+
+  On a CPU, writing what a scan keeps takes longer than computing norms and
+  activations again. Other devices and unrolled blocks keep everything.
+  """
+  if remat != "auto":
+    return remat
+  return "elementwise" if scan and jax.default_backend() == "cpu" else "none"
 
 
 def branch_scales(drop_path_noise: jax.Array, drop_path: float) -> jax.Array:
@@ -50,7 +63,7 @@ def apply(
   logit_bias: jax.Array | None = None,
   attn_drop_keys: jax.Array | None = None,
   scan: bool = True,
-  remat: str = "none",
+  remat: str = "auto",
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
   """Runs `depth` blocks whose parameters are `module`'s "blocks".
 
@@ -91,6 +104,7 @@ def apply(
   def body(x: jax.Array, layer: tuple[Params, *tuple[jax.Array | None, ...]]):
     return block.apply({"params": layer[0]}, x, *layer[1:])[0], None
 
+  remat = recomputed(remat, scan=scan)
   if remat != "none":
     body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
   stacked = (weights, keep, logit_bias, attn_drop_keys)

@@ -55,7 +55,7 @@ class Decoder(nn.Module):
   class_token: bool = False
   dtype: Any = jnp.float32
   scan: bool = True
-  remat: str = "none"
+  remat: str = "auto"
   attention: str = "auto"
 
   @nn.compact

@@ -10,10 +10,10 @@ from flax import linen as nn
 
 from attmask_jax import schema
 from attmask_jax.errors import InputError
-from attmask_jax.models import layers
+from attmask_jax.models import layers, ops
 
 ACTIVATIONS = {
-  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu": ops.gelu,
   "relu": nn.relu,
 }
 NORMS = ("none", "ln")
@@ -116,7 +116,7 @@ class ProjectionMlp(nn.Module):
     # quirk: one norm instance serves all hidden layers, as in iBOT.
     norm = None
     if self.norm == "ln":
-      norm = nn.LayerNorm(1e-5, use_fast_variance=False, name="norm")
+      norm = layers.LayerNorm(1e-5, name="norm")
     for i in range(self.layers):
       width = self.bottleneck if i == self.layers - 1 else self.hidden
       x = nn.Dense(
@@ -252,8 +252,5 @@ class Projector(nn.Module):
         name=f"layer_{i}",
       )(x)
       if i < self.layers - 1:
-        x = nn.LayerNorm(
-          epsilon=1e-5, use_fast_variance=False, name=f"norm_{i}"
-        )(x.astype(jnp.float32))
-        x = nn.gelu(x, approximate=False)
+        x = ops.gelu(layers.LayerNorm(1e-5, name=f"norm_{i}")(x))
     return x.astype(jnp.float32)

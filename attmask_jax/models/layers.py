@@ -224,14 +224,16 @@ class Mlp(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """LayerNorm in float32 with the reference's epsilon: [..., D] -> [..., D]."""
+  """LayerNorm in float32: [..., D] -> [..., D]."""
+
+  epsilon: float = LAYER_NORM_EPS
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     d = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (d,))
     bias = self.param("bias", nn.initializers.zeros, (d,))
-    return ops.layer_norm(x.astype(jnp.float32), scale, bias, LAYER_NORM_EPS)
+    return ops.layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
 
 
 class Block(nn.Module):

@@ -81,8 +81,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     q, k, v: [R, L, A, C] each.
 
   Returns:
-    [R, L, A, C]. For `jax.checkpoint` it and its log-sum-exp have the name
-    ATTENTION.
+    [R, L, A, C]. For policies of `jax.checkpoint` it and the softmax's maxima
+    and sums have the name ATTENTION.
   """
   return _attention_forward(q, k, v)[0]
 
@@ -95,16 +95,18 @@ def _attention_forward(q, k, v):
   weights = jnp.exp(logits - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)
   out = _product("raqk,rakc->raqc", (weights / total).astype(v.dtype), v)
-  out = checkpoint_name(out.astype(v.dtype), ATTENTION)
-  log_total = checkpoint_name(largest + jnp.log(total), ATTENTION)
-  return _swap_heads(out), (q, k, v, out, log_total)
+  kept = out.astype(v.dtype), largest, total
+  out, largest, total = (checkpoint_name(x, ATTENTION) for x in kept)
+  return _swap_heads(out), (q, k, v, out, largest, total)
 
 
 def _attention_backward(saved, grad):
-  q, k, v, out, log_total = saved
+  q, k, v, out, largest, total = saved
   dtype, scale = q.dtype, q.shape[-1] ** -0.5
   grad = _swap_heads(grad)
-  weights = jnp.exp(_product("raqc,rakc->raqk", q, k) * scale - log_total)
+  logits = _product("raqc,rakc->raqk", q, k) * scale
+  # Not exp(logits - log-sum-exp), which loses digits where logits are large.
+  weights = jnp.exp(logits - largest) / total
   # The gradient of a softmax takes off its mean, which is <grad, out>.
   mean = jnp.sum(
     grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True

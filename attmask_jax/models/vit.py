@@ -72,7 +72,11 @@ class ComputeKeys:
 
   scan: bool = schema.key(True, "one compiled block for all layers")
   remat: str = schema.key(
-    "none", "what the backward pass recomputes", choices=tuple(blocks.REMAT)
+    "auto",
+    "what the backward pass recomputes: elementwise is norms and activations, "
+    "dots also attention, full everything; auto is elementwise for scanned "
+    "blocks on a CPU, else none",
+    choices=tuple(blocks.REMAT),
   )
   attention: str = schema.key(
     "auto",
@@ -135,7 +139,7 @@ class ViT(nn.Module):
     attn_drop: rate of attention dropout. Active only when keys are given.
     dtype: of the matrix products; all else is float32.
     scan: scan over stacked blocks (compiles faster) or unroll them.
-    remat: "none", "full" or "dots": what the backward pass recomputes.
+    remat: what the backward pass recomputes, see `blocks.REMAT`.
     attention: "auto" (cuDNN for bfloat16 on a GPU), "xla" or "cudnn".
     class_token: "input" (runs through all blocks, first of the L tokens),
       "readout" (enters after them and reads the patches by class-attention) or

@@ -124,7 +124,9 @@ def test_positions_of_a_non_square_image_with_equal_count_are_resampled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize(
+  "remat", ["auto", "none", "elementwise", "dots", "full"]
+)
 @pytest.mark.parametrize("last", [1, 3])
 def test_scan_and_remat_change_nothing(remat, last):
   model = vit.ViT(24, 3, 2, 4, 16, drop_path=0.3, scan=False)
@@ -281,7 +283,7 @@ def test_normalize_images_by_hand():
     ({"data.image_size": 8}, ["8", "16 or 32"]),
     ({"method.variant": "vast"}, ["vast", "tiny, small, base, large"]),
     ({"method.variant": "100x2x3"}, ["100", "3 heads", "99"]),
-    ({"run.remat": "some"}, ["some", "none, full, dots"]),
+    ({"run.remat": "some"}, ["some", "auto, none, full, dots, elementwise"]),
     ({"run.attention": "flash"}, ["flash", "auto, xla, cudnn"]),
   ],
 )
