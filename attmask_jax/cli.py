@@ -5,9 +5,9 @@ file of configs/, or a path to a config file of your own; an argument for it
 follows after a colon, as in --config=tiny:mae.
 
 --mode=train (the default) trains; --mode=eval --config=evals:NAME
---config.weights=RUN measures what a run has learned; --mode=export
---output=FILE and --mode=import --output=DIR move weights to and from PyTorch
-code bases.
+--config.weights=RUN measures what a run has learned; --mode=bench measures how
+fast a config trains here; --mode=export --output=FILE and --mode=import
+--output=DIR move weights to and from PyTorch code bases.
 
 Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
 --config.data.batch_size=64; docs/config.md lists all keys with their meaning,
@@ -58,8 +58,12 @@ _WORKDIR = flags.DEFINE_string(
   "Run directory: made if missing, continued if it holds a run.",
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "import", "export"], "What to do."
+  "mode",
+  "train",
+  ["train", "eval", "bench", "import", "export"],
+  "What to do.",
 )
+_REPEATS = flags.DEFINE_integer("repeats", 5, "bench: turns that are timed.")
 _OUTPUT = flags.DEFINE_string(
   "output", None, "import: new directory; export: .pth or .safetensors file."
 )
@@ -80,7 +84,7 @@ def main(argv: list[str]) -> int:
   An error that the user can act on becomes one sentence, not a traceback.
   """
   # Here, so that a wrong flag is answered at once.
-  from attmask_jax import evaluate, interchange, train
+  from attmask_jax import benchmark, evaluate, interchange, train
 
   _quiet_libraries()
   config, workdir = _CONFIG.value, _WORKDIR.value
@@ -90,6 +94,8 @@ def main(argv: list[str]) -> int:
       train.train(config, workdir)
     elif _MODE.value == "eval":
       evaluate.evaluate(config, workdir)
+    elif _MODE.value == "bench":
+      benchmark.bench(config, workdir, repeats=_REPEATS.value)
     elif _MODE.value == "import":
       interchange.import_weights(config, _OUTPUT.value)
     else:
@@ -127,7 +133,8 @@ def _check(argv: list[str], config: ml_collections.ConfigDict) -> None:
     raise InputError(
       f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
     )
-  if _MODE.value == "train" and "name" in config.get("evals", {}):
+  trains = _MODE.value in ("train", "bench")
+  if trains and "name" in config.get("evals", {}):
     from attmask_jax import evals
 
     needs = evals.by_name(config.evals.name).needed(config.evals)
@@ -176,6 +183,7 @@ def _example() -> str:
     "train": EXAMPLE,
     "eval": "--mode=eval --config=evals:knn --config.weights=runs/tiny "
     "--workdir=runs/tiny_knn",
+    "bench": "--mode=bench --config=tiny --workdir=bench/tiny",
     "import": "--mode=import --config.weights=FILE.pth --output=DIR",
     "export": "--mode=export --config.weights=runs/tiny "
     "--output=backbone.safetensors",

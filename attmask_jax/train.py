@@ -155,6 +155,7 @@ class Loop:
       config=run_config.flat_config(config),
     )
     self._signal: int | None = None
+    self._tracing = False
 
   def run(self) -> None:
     """Trains from the restored step to the last one."""
@@ -168,6 +169,7 @@ class Loop:
       with self._progress(total) as bar, self._batches(total) as batches:
         pending: tuple | None = None
         for i in range(start, total):
+          self._trace(i + 1)
           with self._clock.waiting():
             batch = next(batches)
           scalars = self._run.schedules.at(i) | self._run.method.at(i)
@@ -183,7 +185,20 @@ class Loop:
             self._record(*pending, bar)
             pending = None
             self._evaluate_and_save(i + 1, total)
+        self._trace(total + 1)
     logging.info("finished %d steps in %s", total, self._folder)
+
+  def _trace(self, step: int) -> None:
+    """Before a step: begins or ends the trace of run.profile_steps."""
+    first, last = self._run.config.run.profile_steps
+    if step == first:
+      jax.profiler.start_trace(self._folder / "profile")
+      self._tracing = True
+    elif self._tracing and step > last:
+      jax.block_until_ready(self._state)
+      jax.profiler.stop_trace()
+      self._tracing = False
+      logging.info("trace: %s", self._folder / "profile")
 
   def _evaluate_untrained(self) -> None:
     """Scores and figures at step 0."""

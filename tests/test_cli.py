@@ -261,6 +261,8 @@ def test_an_evaluation_is_not_trained(call, tmp_path):
     code, words = call(f"{path}:{name}", *flags)
     check_sentence(code, words, ["describes an evaluation", "--mode=eval"])
     assert "weights" not in words  # they were given
+  code, words = call("--mode=bench", f"{path}:knn", f"--workdir={tmp_path}/new")
+  check_sentence(code, words, ["describes an evaluation", "--mode=eval"])
   code, words = call(f"{path}:compare", f"--workdir={tmp_path}/new")
   assert "--mode=eval" in words and "weights" not in words  # it takes none
   assert contents(tmp_path) == {}

@@ -125,6 +125,9 @@ class RunKeys:
     False, "train in a directory that another process seems to train in"
   )
   tensorboard: bool = schema.key(True, "write TensorBoard's event files")
+  profile_steps: tuple[int, int] = schema.key(
+    (0, 0), "write a trace of the steps from the first to the last; 0,0 = none"
+  )
   wandb: WandbKeys = schema.key(WandbKeys(), "Weights & Biases")
 
 

@@ -1,0 +1,307 @@
+"""How fast a config trains on this machine: --mode=bench.
+
+Times the input pipeline, the parts of a train step and steps that are fed by
+the pipeline. Parts run in turns with a large matrix product, whose rate is what
+the machine can do in that precision: machines are not always equally fast.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import logging
+
+from attmask_jax import Batch, atomic, runtime
+from attmask_jax import mesh as meshes
+from attmask_jax.errors import InputError
+from attmask_jax.methods import METHODS
+from attmask_jax.methods.base import Method
+from attmask_jax.runs import config as run_config
+from attmask_jax.runs import progress
+from attmask_jax.training import setup, train_step
+from attmask_jax.training.setup import Run
+
+FILE = "bench.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+SIDE = {"cpu": 2048}  # of the matrix product, by platform
+ACCELERATOR_SIDE = 8192
+AHEAD = 2  # batches on the devices before they are needed
+
+
+def bench(
+  config: ml_collections.ConfigDict, workdir: str, *, repeats: int = 5
+) -> dict[str, Any]:
+  """Measures a training config; prints a table and writes workdir/bench.json.
+
+  Nothing is saved of the training itself.
+
+  Args:
+    config: a complete training config, see configs/.
+    workdir: directory without a bench.json; made if missing.
+    repeats: turns that are timed, at least 1; the results are medians.
+
+  Returns:
+    What bench.json holds, see docs/performance.md.
+
+  Raises:
+    InputError: bad config, data or directory; nothing was written.
+  """
+  if repeats < 1:
+    raise InputError(f"--repeats {repeats} must be at least 1")
+  path = pathlib.Path(workdir).expanduser() / FILE
+  if path.exists():
+    raise InputError(f"{path} exists: give another --workdir, or remove it")
+  runtime.setup(config.run)
+  run = setup.build(config)
+  results = _measure(run, repeats)
+  if jax.process_index() == 0:
+    with atomic.replaced(path) as temporary:
+      temporary.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"{_table(results)}\nwritten: {path}")
+  return results
+
+
+def _measure(run: Run, repeats: int) -> dict[str, Any]:
+  config, mesh = run.config, run.mesh
+  size = config.data.batch_size
+  with _host_batches(run, 1) as batches:
+    host = next(batches)
+  batch = meshes.shard(mesh, host)
+  scalars = meshes.put(mesh, run.schedules.at(0) | run.method.at(0))
+  parts = (run.method, run.tx, mesh)
+  seed = config.method.seed
+  state, shardings = train_step.init_state(*parts, seed=seed)
+  start = time.perf_counter()
+  step = train_step.make_step(
+    *parts, shardings, seed=seed, accumulate=config.run.accumulate
+  )
+  step = step.lower(state, batch, scalars).compile()
+  compile_seconds = time.perf_counter() - start
+  loop = _Loop(step, state, scalars)
+  product = _Product(config.method.dtype)
+  timed = {
+    "matrix product": product,
+    "transfer": lambda: meshes.shard(mesh, host),
+    **_passes(run, loop, batch),
+    "step": lambda: loop.step(batch),
+  }
+  seconds = _medians(timed, repeats)
+  # Of one device; virtual ones of a CPU share its cores.
+  devices = mesh.size if mesh.devices.flat[0].platform != "cpu" else 1
+  peak = devices * product.flops / seconds.pop("matrix product")
+  flops = model_flops(config, run, loop.state, batch)
+  seconds["data"] = _data_seconds(run, repeats)
+  rates = _fed(run, loop, repeats)
+  seconds["step with data"] = size / rates["img_per_s"]
+  return {
+    "config": run_config.flat_config(config),
+    "machine": _machine(mesh),
+    "seconds": seconds,
+    "images_per_s": {k: size / v for k, v in seconds.items()},
+    "data_wait": rates["data_wait"],
+    "compile_seconds": compile_seconds,
+    "flops": flops,
+    "peak_flops_per_s": peak,
+    "share_of_peak": flops / seconds["step"] / peak,
+    "memory_gb": _memory(step, mesh),
+  }
+
+
+class _Loop:
+  """A compiled step with its state, which every step replaces."""
+
+  def __init__(
+    self,
+    step: jax.stages.Compiled,
+    state: train_step.TrainState,
+    scalars: Batch,
+  ) -> None:
+    self._step, self.state, self.scalars = step, state, scalars
+
+  def step(self, batch: Batch) -> dict[str, jax.Array]:
+    """One step; returns its metrics."""
+    result = self._step(self.state, batch, self.scalars)
+    self.state = result.state
+    return result.metrics
+
+
+def _passes(
+  run: Run, loop: _Loop, batch: Batch
+) -> dict[str, Callable[[], Any]]:
+  """The loss alone, and with its gradient, each compiled on its own."""
+  rng = jax.random.key(0)
+
+  def loss(
+    params: Any, state: train_step.TrainState, batch: Batch, scalars: Batch
+  ) -> jax.Array:
+    return run.method.loss(
+      params, state.teacher, state.aux, batch, rng, scalars
+    ).loss
+
+  forward, backward = jax.jit(loss), jax.jit(jax.grad(loss))
+  arguments = lambda: (loop.state.params, loop.state, batch, loop.scalars)
+  return {
+    "forward": lambda: forward(*arguments()),
+    "forward and backward": lambda: backward(*arguments()),
+  }
+
+
+class _Product:
+  """A large matrix product in a precision; called, it runs once."""
+
+  def __init__(self, dtype: str) -> None:
+    side = SIDE.get(jax.default_backend(), ACCELERATOR_SIDE)
+    self.flops = 2 * side**3
+    self._matrix = jnp.ones((side, side), dtype)
+    self._run = jax.jit(jnp.matmul)
+
+  def __call__(self) -> jax.Array:
+    return self._run(self._matrix, self._matrix)
+
+
+def _medians(
+  timed: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, float]:
+  """Median seconds of each program, in turns, after one turn of warm-up."""
+  seconds: dict[str, list[float]] = {name: [] for name in timed}
+  logging.info("timing %d turns", repeats)
+  for turn in range(repeats + 1):
+    for name, program in timed.items():
+      start = time.perf_counter()
+      jax.block_until_ready(program())
+      if turn:
+        seconds[name].append(time.perf_counter() - start)
+  return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def model_flops(
+  config: ml_collections.ConfigDict,
+  run: Run,
+  state: train_step.TrainState,
+  batch: Batch,
+) -> float:
+  """FLOPs of a train step on the global batch.
+
+  Counted by the compiler in the program with unrolled blocks, since the body of
+  a loop counts once, and before optimisation; what `run.remat` recomputes is
+  not counted.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.run.update(scan=False, remat="none", accumulate=1, patch_loss_chunks=1)
+  method: Method = METHODS[config.method.name].from_config(
+    config, steps_per_epoch=run.schedules.steps_per_epoch
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_step(
+    method, run.tx, run.mesh, shardings, seed=config.method.seed
+  )
+  scalars = run.schedules.at(0) | method.at(0)
+  return step.lower(state, batch, scalars).cost_analysis()["flops"]
+
+
+@contextlib.contextmanager
+def _host_batches(run: Run, steps: int) -> Iterator[Iterator[Batch]]:
+  batches = run.pipeline.batches(0, steps)
+  with contextlib.closing(batches):
+    yield batches
+
+
+def _data_seconds(run: Run, repeats: int) -> float:
+  """Seconds per batch of decoding and augmentation, with nothing else to do."""
+  ready = run.config.run.prefetch + 1  # batches prepared while the first came
+  with _host_batches(run, ready + repeats) as batches:
+    for _ in range(ready):
+      next(batches)
+    start = time.perf_counter()
+    for _ in range(repeats):
+      next(batches)
+    return (time.perf_counter() - start) / repeats
+
+
+def _fed(run: Run, loop: _Loop, repeats: int) -> dict[str, float]:
+  """Rates of steps on new batches, as in training: see `progress.Clock`."""
+  warm = run.config.run.prefetch + AHEAD + 1  # on batches prepared before
+  steps = warm + 2 * repeats
+  clock = progress.Clock(run.config.data.batch_size)
+  # Enough batches that the last step waits for a new one, too.
+  with _host_batches(run, steps + AHEAD) as host:
+    batches = meshes.ahead(run.mesh, host, depth=AHEAD)
+    metrics: Any = None
+    for i in range(steps):
+      with clock.waiting():
+        batch = next(batches)
+      jax.block_until_ready(metrics)  # as the log does, one step late
+      metrics = loop.step(batch)
+      clock.step()
+      if i == warm - 1:
+        jax.block_until_ready(metrics)
+        clock.lap()
+    jax.block_until_ready(metrics)
+  return clock.lap()
+
+
+def _memory(
+  step: jax.stages.Compiled, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+  """GB per device: state and batch, temporary arrays of a step, the peak.
+
+  The peak is the device's, or on a CPU the process's.
+  """
+  planned = step.memory_analysis()
+  statistics_of_device = mesh.local_devices[0].memory_stats()
+  if statistics_of_device:
+    peak = statistics_of_device["peak_bytes_in_use"]
+  else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return {
+    "arguments": planned.argument_size_in_bytes / 1e9,
+    "temporaries": planned.temp_size_in_bytes / 1e9,
+    "peak": peak / 1e9,
+  }
+
+
+def _machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {
+    "devices": mesh.size,
+    "device": mesh.devices.flat[0].device_kind,
+    "processes": jax.process_count(),
+    "cores": len(os.sched_getaffinity(0)),
+    "system": platform.platform(),
+    "python": platform.python_version(),
+    **versions,
+  }
+
+
+def _table(results: dict[str, Any]) -> str:
+  """The results as lines for a terminal."""
+  machine, memory = results["machine"], results["memory_gb"]
+  lines = [
+    f"{machine['devices']} x {machine['device']}, {machine['cores']} cores, "
+    f"jax {machine['jax']}, batch {results['config']['data.batch_size']}",
+    f"{'':22}{'seconds':>10}{'images/s':>12}",
+  ]
+  for name, seconds in results["seconds"].items():
+    rate = results["images_per_s"][name]
+    lines.append(f"{name:22}{seconds:10.4f}{rate:12.1f}")
+  lines += [
+    f"waiting for data: {results['data_wait']:.0%} of the time",
+    f"compilation: {results['compile_seconds']:.1f} s",
+    f"FLOPs of a step: {results['flops'] / 1e9:.1f} G, "
+    f"{results['share_of_peak']:.0%} of the rate of a large matrix product "
+    f"({results['peak_flops_per_s'] / 1e12:.3f} TFLOP/s)",
+    f"memory: {memory['arguments']:.2f} GB state and batch, "
+    f"{memory['temporaries']:.2f} GB temporaries, {memory['peak']:.2f} GB peak",
+  ]
+  return "\n".join(lines)
