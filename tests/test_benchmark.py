@@ -87,6 +87,15 @@ def test_flops_are_those_of_the_formula(scan, remat):
   assert want < got < 1.1 * want  # heads, softmax, norms, the optimiser
 
 
+def test_compilation_is_timed_although_programs_are_kept(tmp_path):
+  with small.keep_programs(tmp_path / "kept", seconds=0):
+    for name in ("first", "second"):
+      benchmark.bench(small.config(), str(tmp_path / name), repeats=1)
+    kept = [p.name for p in (tmp_path / "kept").iterdir()]
+  assert any("loss" in name for name in kept)  # other programs are kept
+  assert not any("train_step" in name for name in kept)
+
+
 def test_nothing_is_overwritten(tmp_path):
   (tmp_path / "bench.json").write_text("mine")
   with pytest.raises(InputError, match="bench.json exists: give another"):
