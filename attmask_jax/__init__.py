@@ -25,9 +25,8 @@ compiled code as traced arguments, so no new value ever compiles a new program.
 
 from typing import TYPE_CHECKING, Any
 
-import jax
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a wrong flag is answered without them
+  import jax
   import ml_collections
 
   from attmask_jax.weights.loading import Weights
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 Params = Any  # a nested dict of arrays
-Batch = dict[str, jax.Array]
+Batch = dict[str, "jax.Array"]
 
 
 def load(
@@ -66,6 +65,8 @@ def load(
   Raises:
     InputError: see `weights.loading.load`.
   """
+  import jax
+
   from attmask_jax import mesh
   from attmask_jax.weights import loading
 

@@ -4,8 +4,13 @@ Every command applies them itself, so that a notebook and the command line
 compute the same numbers.
 """
 
+import os
+import pathlib
+import tempfile
+
 import jax
 import ml_collections
+from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import mesh
@@ -13,7 +18,7 @@ from attmask_jax.errors import InputError
 
 
 def setup(run: ml_collections.ConfigDict) -> None:
-  """Applies matmul_precision, compilation_cache and distributed.
+  """Applies matmul_precision, distributed and compilation_cache.
 
   It can be called again with other settings.
 
@@ -30,8 +35,40 @@ def setup(run: ml_collections.ConfigDict) -> None:
       f'run.matmul_precision "{run.matmul_precision}" is unknown: use highest, '
       "high or default"
     ) from error
-  folder = run.compilation_cache
-  if folder and folder != jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # or JAX keeps the first folder
   mesh.init_distributed(run.distributed)
+  _keep_programs(run.compilation_cache)
+
+
+def _keep_programs(folder: str) -> None:
+  """Keeps compiled programs in a folder, or says why not.
+
+  Args:
+    folder: "auto" = the user's, but none if JAX has one already or the run has
+      several processes; "" = what JAX has.
+  """
+  before = jax.config.jax_compilation_cache_dir
+  auto = folder == "auto"
+  # Processes with GPUs compile together. Where each host has its own folders,
+  # one could wait for others that have the program.
+  if auto and (before or jax.process_count() > 1):
+    return
+  try:
+    folder = _user_folder() if auto else folder
+    if not folder or folder == before:
+      return
+    if "://" not in folder:  # a bucket
+      pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryFile(dir=folder).close()
+  except (OSError, RuntimeError) as error:
+    logging.warning(
+      "run.compilation_cache: compiled programs are not kept: %s", error
+    )
+    return
+  jax.config.update("jax_compilation_cache_dir", folder)
+  compilation_cache.reset_cache()  # or JAX keeps the first folder
+
+
+def _user_folder() -> str:
+  """attmask_jax/xla in the user's cache folder; RuntimeError if homeless."""
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return os.fspath(pathlib.Path(caches, "attmask_jax", "xla"))

@@ -82,8 +82,9 @@ def programs(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def keep_programs(programs):
-  """See `small.keep_programs`."""
+  """See `small.keep_programs`; no process uses the folder of the user."""
   import small  # after jax is set up, above
 
-  with small.keep_programs(programs):
+  with small.keep_programs(programs), pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
     yield

@@ -234,10 +234,10 @@ def visible(method, trees, batch, rng, scalars):
 
 @contextlib.contextmanager
 def keep_programs(folder, *, seconds=MIN_COMPILE_SECONDS):
-  """Keeps programs that take `seconds` to compile in `folder`."""
+  """Keeps programs that take `seconds` to compile in `folder`, None = none."""
   settings = {
     "jax_persistent_cache_min_compile_time_secs": seconds,
-    "jax_compilation_cache_dir": os.fspath(folder),
+    "jax_compilation_cache_dir": folder and os.fspath(folder),
   }
   before = {name: jax.config.values[name] for name in settings}
   for name, value in settings.items():

@@ -385,15 +385,26 @@ def test_lists_of_words_reach_the_program(call, monkeypatch):
   assert schema.words(config.evals.labels) == ("A", "B")
 
 
-def shell(programs, *flags):
+def shell(programs, *flags, python=()):
   """The program as a user starts it."""
   return subprocess.run(
-    [sys.executable, "main.py", *flags],
+    [sys.executable, *python, "main.py", *flags],
     cwd=ROOT,
     env=small.environment(programs),
     capture_output=True,
     text=True,
   )
+
+
+@pytest.mark.parametrize(
+  "flags", [["--help"], ["--workdir=W"], ["--config=nope", "--workdir=W"]]
+)
+def test_program_answers_without_jax(programs, flags):
+  done = shell(programs, *flags, python=["-X", "importtime"])
+  imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+  assert "attmask_jax.cli" in imported
+  assert not imported & {"jax", "numpy", "attmask_jax.train"}
+  assert "--config" in done.stdout + done.stderr.splitlines()[-1]
 
 
 def test_program_ends_a_wrong_flag_with_one_sentence(programs, tmp_path):

@@ -1,12 +1,14 @@
 """A call from Python computes what the command line does."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
 import small
+from absl import logging
 from test_cli import ROOT, flags_of
 
 from attmask_jax import mesh, runtime
@@ -102,6 +104,58 @@ def test_settings_of_the_last_call_count(tmp_path):
       assert jax.config.jax_default_matmul_precision == precision
       jax.jit(lambda x, i=i: x + i)(1.0)
       assert any(folder.iterdir())  # programs are kept in the new folder
+
+
+@pytest.fixture
+def keep(monkeypatch):
+  """keep(folder) -> JAX's folder after the setup of a run."""
+
+  def keep(folder=None, *, processes=1, before=None):
+    run = tiny.get_config().run
+    if folder is not None:
+      run.compilation_cache = str(folder)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with small.keep_programs(before):  # which restores it
+      runtime.setup(run)
+      return jax.config.jax_compilation_cache_dir
+
+  return keep
+
+
+def test_where_programs_are_kept_by_default(keep, monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  own = tmp_path / ".cache" / "attmask_jax" / "xla"
+  assert keep(processes=2) is None
+  assert keep("") is None
+  assert keep(before=tmp_path / "a") == str(tmp_path / "a")
+  assert not own.exists()
+  assert keep() == str(own) and own.is_dir()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+  there = tmp_path / "caches" / "attmask_jax" / "xla"
+  assert keep() == str(there) and there.is_dir()
+  monkeypatch.chdir(tmp_path)
+  assert keep("gs://bucket/a") == "gs://bucket/a"
+  assert not (tmp_path / "gs:").exists()
+
+
+def test_a_run_goes_on_without_kept_programs(keep, monkeypatch, tmp_path):
+  said = []
+  monkeypatch.setattr(logging, "warning", lambda *args: said.append(args))
+  (tmp_path / "file").touch()
+  # Nobody can write to /proc, root neither; elsewhere nobody can make it.
+  for folder in (tmp_path / "file" / "below", "/proc"):
+    assert keep(folder) is None
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  assert keep() is None
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setattr(
+    pathlib.Path, "home", lambda: pathlib.Path("~a/b").expanduser()
+  )
+  assert keep() is None
+  places = (tmp_path / "file", "/proc", tmp_path / "file", "home directory")
+  for (words, error), place in zip(said, places, strict=True):
+    assert "are not kept" in words and str(place) in str(error)
 
 
 def test_unknown_precision():

@@ -109,7 +109,12 @@ class RunKeys:
     "of float32 matrix products: highest, high, default, or an algorithm of "
     "jax.lax.DotAlgorithmPreset",
   )
-  compilation_cache: str = schema.key("", "folder for compiled programs")
+  compilation_cache: str = schema.key(
+    "auto",
+    "folder for compiled programs, which the next start loads; auto = "
+    "attmask_jax/xla in the user's cache folder, or none with several "
+    'processes; "" = none',
+  )
   distributed: bool = schema.key(False, "call jax.distributed.initialize()")
   log_steps: int = schema.key(10, "steps between lines of metrics.jsonl", low=1)
   save_steps: int = schema.key(

@@ -66,7 +66,7 @@ def test_knn_equals_loop_whatever_the_chunks_and_devices(shape, chunks):
   )
   got = nearest.knn(
     *problem,
-    ks=(1, 4, 20),
+    ks=(4, 1, 20, 4),
     temp=0.1,
     num_classes=9,
     mesh=make_mesh(shape),
@@ -167,15 +167,43 @@ def test_knn_small_temperature_does_not_overflow():
   assert got["k4/top5"] == 100.0
 
 
-def test_knn_many_neighbours_in_pieces(monkeypatch):
-  problem = knn_problem(
-    np.random.default_rng(3), bank=90, queries=30, classes=5
+@pytest.mark.parametrize("shape", [None, (8, 1)])
+@pytest.mark.parametrize("bank_chunk", [300, 130])
+def test_knn_many_ties(shape, bank_chunk):
+  # Rows of length 4 with products from -16 to 16: exact, and many are equal.
+  rng = np.random.default_rng(3)
+  bank, queries = (rng.choice(np.float32([-1, 1]), (n, 16)) for n in (300, 40))
+  order = np.argsort(-(queries @ bank.T), axis=1, kind="stable")
+  got = nearest.knn(
+    bank,
+    np.arange(300),  # a class each: they are ranked as the neighbours are
+    np.repeat(queries, 5, axis=0),
+    order[:, :5].ravel(),  # each of the first five in turn
+    ks=(7,),
+    temp=1.0,
+    num_classes=300,
+    mesh=make_mesh(shape),
+    bank_chunk=bank_chunk,
   )
-  monkeypatch.setattr(nearest, "VOTE_PAIRS", 7 * 90**2)
-  nearest.count_hits.clear_cache()
-  got = nearest.knn(*problem, ks=(90,), temp=0.1, num_classes=5)
-  nearest.count_hits.clear_cache()
-  assert got["k90/top1"] == pytest.approx(knn_loop(*problem, 90, 0.1)[0])
+  assert got == {"k7/top1": 20.0, "k7/top5": 100.0}
+
+
+@pytest.mark.parametrize("shape", [None, (8, 1)])
+@pytest.mark.parametrize("k", [1, 2])
+def test_knn_padding_hides_no_neighbour(shape, k):
+  # All similarities are negative, so rows of zeros would be nearer than any.
+  bank = np.stack([np.full(70, -1.0), np.linspace(9, 0, 70)], 1).astype("f4")
+  got = nearest.knn(
+    bank,
+    np.arange(70),
+    np.asarray([[1, 0]] * 2, np.float32),
+    np.asarray([0, 69]),
+    ks=(k,),
+    temp=1.0,
+    num_classes=70,
+    mesh=make_mesh(shape),
+  )
+  assert got == {f"k{k}/top1": 50.0, f"k{k}/top5": 50.0}
 
 
 def test_knn_refuses_what_it_cannot_do():
