@@ -310,13 +310,8 @@ class ClassAttention(nn.Module):
     split = lambda x: x.reshape(rows, -1, self.num_heads, d // self.num_heads)
     q = split(dense(name="q")(cls))
     k, v = split(dense(name="k")(tokens)), split(dense(name="v")(tokens))
-    logits = jnp.einsum(
-      "rqad,rkad->raqk", q, k, preferred_element_type=jnp.float32
-    )
-    weights = jax.nn.softmax(logits * (d // self.num_heads) ** -0.5, axis=-1)
-    out = jnp.einsum("raqk,rkad->rqad", weights.astype(v.dtype), v)
-    out = dense(name="proj")(out.reshape(rows, 1, d))
-    return out, weights[:, :, 0, 1:]
+    out = dense(name="proj")(ops.attention(q, k, v).reshape(rows, 1, d))
+    return out, _weights(q, k, None)[:, :, 0, 1:]
 
 
 class ReadoutBlock(nn.Module):

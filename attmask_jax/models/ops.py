@@ -78,10 +78,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Products run in the type of the arguments, the softmax in float32.
 
   Args:
-    q, k, v: [R, L, A, C] each.
+    q: [R, Q, A, C].
+    k, v: [R, L, A, C].
 
   Returns:
-    [R, L, A, C]. For policies of `jax.checkpoint` it and the softmax's maxima
+    [R, Q, A, C]. For policies of `jax.checkpoint` it and the softmax's maxima
     and sums have the name ATTENTION.
   """
   return _attention_forward(q, k, v)[0]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from attmask_jax.models import blocks, layers, ops, vit
 
@@ -115,6 +116,21 @@ def test_products_in_bfloat16_are_so_backwards_as_well():
   found = products(grads.jaxpr, [])
   assert len(found) == 7  # 2 forward, 5 backward
   assert all(types == {"bfloat16"} for types in found)
+
+
+@pytest.mark.parametrize(
+  "arg, wide",
+  # AttMask: positions of local views 4, the class loss 2, with gradients.
+  [("attmask", 6), ("mae", 0), ("extrema", 0)],
+)
+def test_products_of_a_step_in_bfloat16(arg, wide):
+  config = small.config({"method.dtype": "bfloat16"}, arg=arg)
+  run, state, step = small.parts(config)
+  batch = next(run.pipeline.batches(0, 1))
+  scalars = run.schedules.at(0) | run.method.at(0)
+  found = products(jax.make_jaxpr(step)(state, batch, scalars).jaxpr, [])
+  assert all(len(types) == 1 for types in found)  # none is converted on the way
+  assert found.count({"float32"}) == wide
 
 
 def test_bfloat16_is_close_to_float32():
