@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
+from absl import logging
 
 from attmask_jax import Params
 from attmask_jax.errors import DamagedError, InputError
@@ -54,6 +55,31 @@ def check_whole(folder: pathlib.Path) -> None:
     last = "_METADATA" if item in ARRAY_ITEMS else "*"
     if not any((folder / item).glob(last)):
       raise DamagedError(f"{folder / item} is missing or not complete")
+
+
+def set_aside_damaged_metrics(folder: pathlib.Path) -> None:
+  """Renames metrics that are no numbers, so that a checkpoint has none.
+
+  Orbax reads those of every checkpoint before any of its arrays, and they only
+  decide which one is the best.
+
+  Args:
+    folder: RUN/checkpoints.
+  """
+  for path in folder.glob("*/metrics/metrics"):
+    try:
+      values = json.loads(path.read_text()).values()
+      damaged = not all(isinstance(x, int | float) for x in values)
+    except (ValueError, AttributeError):  # no JSON, not UTF-8, no object
+      damaged = True
+    if damaged:
+      path.rename(f"{path}.damaged")
+      logging.warning(
+        "%s is damaged: kept as %s.damaged, and this checkpoint counts as one "
+        "that was not evaluated",
+        path,
+        path.name,
+      )
 
 
 def read_item(folder: pathlib.Path, like: Params) -> Params:
