@@ -31,7 +31,7 @@ from attmask_jax import data, train
 from attmask_jax.data import BrokenImage
 from attmask_jax.errors import InputError
 from attmask_jax.mesh import make_mesh
-from attmask_jax.training import setup
+from attmask_jax.training import setup, train_step
 from attmask_jax.weights import loading
 from attmask_jax.weights.torch_io import pth
 from configs import tiny
@@ -124,7 +124,12 @@ def checkpoints(folder, rng):
   shutil.rmtree(kept / "checkpoints" / "8")  # or it would go on from there
   config = old_runs.attmask_config()
   built, mesh = setup.build(config), make_mesh()
-  train.build = lambda config: built  # it does not depend on the files
+  like = train_step.abstract_state(
+    built.method, built.tx, built.mesh, seed=config.method.seed
+  )
+  # These do not depend on the files.
+  train.build = lambda config: built
+  train_step.abstract_state = lambda *_, **__: like
   paths = [p for p in sorted(kept.rglob("*")) if p.is_file()]
   originals = [
     Original(_short(p.relative_to(kept)), p.read_bytes(), p.relative_to(kept))

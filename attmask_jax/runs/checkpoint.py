@@ -124,8 +124,8 @@ class Checkpoints:
       )
     policies += [keep.EveryNSteps(period) for period in keep_steps]
     if jax.process_index() == 0:
-      saved_items.set_aside_damaged_metrics(self.folder)
-    meshes.barrier("metrics of checkpoints: read")
+      saved_items.prepare(self.folder)
+    meshes.barrier("checkpoints: prepared")
     self._manager = ocp.CheckpointManager(
       self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(

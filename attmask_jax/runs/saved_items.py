@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import Params
+from attmask_jax import Params, atomic
 from attmask_jax.errors import DamagedError, InputError
 
+_TIMES = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
 
 
@@ -57,15 +58,37 @@ def check_whole(folder: pathlib.Path) -> None:
       raise DamagedError(f"{folder / item} is missing or not complete")
 
 
-def set_aside_damaged_metrics(folder: pathlib.Path) -> None:
-  """Renames metrics that are no numbers, so that a checkpoint has none.
+def prepare(folder: pathlib.Path) -> None:
+  """Sets aside what Orbax reads of all checkpoints, and cannot read of one.
 
-  Orbax reads those of every checkpoint before any of its arrays, and they only
-  decide which one is the best.
+  It would open none of them. Without metrics a checkpoint is not the best one,
+  and without times the age of its folder counts; its arrays stay.
 
   Args:
     folder: RUN/checkpoints.
   """
+  _set_aside_damaged_metrics(folder)
+  for path in folder.glob("*/_CHECKPOINT_METADATA"):
+    try:
+      content = json.loads(path.read_text())
+      times = {key: content[key] for key in _TIMES if key in content}
+    except (ValueError, TypeError):
+      continue  # which is noticed by `check_whole`
+    wrong = [k for k, t in times.items() if not _is_time(t)]
+    if wrong:
+      logging.warning("%s holds impossible times: they are removed", path)
+      with atomic.replaced(path) as temporary:
+        repaired = content | dict.fromkeys(wrong)
+        temporary.write_text(json.dumps(repaired))
+
+
+def _is_time(value: object) -> bool:
+  """Whether this is None or nanoseconds that end before the year 2262."""
+  return value is None or type(value) is int and 0 < value < 2**63
+
+
+def _set_aside_damaged_metrics(folder: pathlib.Path) -> None:
+  """Renames metrics that are no numbers."""
   for path in folder.glob("*/metrics/metrics"):
     try:
       values = json.loads(path.read_text()).values()

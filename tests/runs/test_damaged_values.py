@@ -58,6 +58,18 @@ def test_a_run_with_damaged_metrics_of_a_checkpoint_goes_on(run):
   loading.load(str(run), network="student", mesh=meshes.make_mesh())
 
 
+@pytest.mark.parametrize("time", [10**30, -(10**30), 2**63, "now", 0.5, []])
+def test_a_checkpoint_of_an_impossible_time_is_read(run, time):
+  """Its arrays are those of the run; the folder's time takes the place."""
+  path = run / "checkpoints" / "16" / "_CHECKPOINT_METADATA"
+  content = json.loads(path.read_text())
+  content |= {"commit_timestamp_nsecs": time, "init_timestamp_nsecs": time}
+  path.write_text(json.dumps(content))
+  train.train(small.config(), str(run))
+  assert steps_of(run) == [8, 16]
+  assert not list((run / "checkpoints").glob("*.damaged"))
+
+
 @pytest.mark.parametrize(
   "text",
   ["[1]", "null", '{"a": 1, "a.b": 2}', '{"evals.avgpool": 9}', '{"a'],
