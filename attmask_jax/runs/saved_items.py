@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from absl import logging
 
-from attmask_jax import Params, atomic
+from attmask_jax import Params
 from attmask_jax.errors import DamagedError, InputError
 
-_TIMES = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
 ARRAY_ITEMS = ("params", "teacher", "train", "epoch")
 
 
@@ -61,34 +60,12 @@ def check_whole(folder: pathlib.Path) -> None:
 def prepare(folder: pathlib.Path) -> None:
   """Sets aside what Orbax reads of all checkpoints, and cannot read of one.
 
-  It would open none of them. Without metrics a checkpoint is not the best one,
-  and without times the age of its folder counts; its arrays stay.
+  It would open none of them. Without metrics a checkpoint is not the best one;
+  without its description it is damaged, see `check_whole`.
 
   Args:
     folder: RUN/checkpoints.
   """
-  _set_aside_damaged_metrics(folder)
-  for path in folder.glob("*/_CHECKPOINT_METADATA"):
-    try:
-      content = json.loads(path.read_text())
-      times = {key: content[key] for key in _TIMES if key in content}
-    except (ValueError, TypeError):
-      continue  # which is noticed by `check_whole`
-    wrong = [k for k, t in times.items() if not _is_time(t)]
-    if wrong:
-      logging.warning("%s holds impossible times: they are removed", path)
-      with atomic.replaced(path) as temporary:
-        repaired = content | dict.fromkeys(wrong)
-        temporary.write_text(json.dumps(repaired))
-
-
-def _is_time(value: object) -> bool:
-  """Whether this is None or nanoseconds that end before the year 2262."""
-  return value is None or type(value) is int and 0 < value < 2**63
-
-
-def _set_aside_damaged_metrics(folder: pathlib.Path) -> None:
-  """Renames metrics that are no numbers."""
   for path in folder.glob("*/metrics/metrics"):
     try:
       values = json.loads(path.read_text()).values()
@@ -96,13 +73,18 @@ def _set_aside_damaged_metrics(folder: pathlib.Path) -> None:
     except (ValueError, AttributeError):  # no JSON, not UTF-8, no object
       damaged = True
     if damaged:
-      path.rename(f"{path}.damaged")
-      logging.warning(
-        "%s is damaged: kept as %s.damaged, and this checkpoint counts as one "
-        "that was not evaluated",
-        path,
-        path.name,
-      )
+      _set_aside(path)
+  names = ocp.path.step.standard_name_format()
+  for step in names.find_all(folder.absolute()) if folder.is_dir() else ():
+    try:
+      _ = step.commit_timestamp  # checks the types of all values
+    except Exception:  # values of wrong types and sizes cause many
+      _set_aside(folder / step.path.name / "_CHECKPOINT_METADATA")
+
+
+def _set_aside(path: pathlib.Path) -> None:
+  logging.warning("%s is damaged: kept as %s.damaged", path, path.name)
+  path.rename(f"{path}.damaged")
 
 
 def read_item(folder: pathlib.Path, like: Params) -> Params:

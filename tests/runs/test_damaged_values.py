@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import small
-from stopping import steps_of
+from stopping import assert_same_end, steps_of
 
 from attmask_jax import mesh as meshes
 from attmask_jax import train
@@ -58,16 +58,25 @@ def test_a_run_with_damaged_metrics_of_a_checkpoint_goes_on(run):
   loading.load(str(run), network="student", mesh=meshes.make_mesh())
 
 
-@pytest.mark.parametrize("time", [10**30, -(10**30), 2**63, "now", 0.5, []])
-def test_a_checkpoint_of_an_impossible_time_is_read(run, time):
-  """Its arrays are those of the run; the folder's time takes the place."""
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("commit_timestamp_nsecs", 10**30),
+    ("commit_timestamp_nsecs", "now"),
+    ("performance_metrics", 1),
+    ("item_handlers", [[]]),
+  ],
+)
+def test_a_checkpoint_of_another_description_is_damaged(run, whole, key, value):
+  """Orbax reads the descriptions of all checkpoints before it opens one."""
   path = run / "checkpoints" / "16" / "_CHECKPOINT_METADATA"
-  content = json.loads(path.read_text())
-  content |= {"commit_timestamp_nsecs": time, "init_timestamp_nsecs": time}
-  path.write_text(json.dumps(content))
+  path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+  before = path.read_bytes()
   train.train(small.config(), str(run))
   assert steps_of(run) == [8, 16]
-  assert not list((run / "checkpoints").glob("*.damaged"))
+  aside = run / "checkpoints" / "16.damaged" / "_CHECKPOINT_METADATA.damaged"
+  assert aside.read_bytes() == before
+  assert_same_end(run, whole)
 
 
 @pytest.mark.parametrize(
