@@ -81,7 +81,7 @@ def checkpoint_of(folder, step):
       tree = reader.restore((root / item).absolute())
       for path, leaf in jax.tree.leaves_with_path(tree):
         arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-  progress = next((root / "progress").glob("*"))
+  progress = root / "progress" / "metadata"  # beside a note that it is whole
   return arrays, json.loads(progress.read_text())
 
 

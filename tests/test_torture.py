@@ -3,6 +3,7 @@
 ATTMASK_TORTURE scales the counts: 1 is 100 kills and 10,000 files.
 """
 
+import collections
 import os
 import random
 import subprocess
@@ -17,51 +18,97 @@ pytestmark = pytest.mark.slow
 
 SCALE = float(os.environ.get("ATTMASK_TORTURE", "0.05"))
 SEED = int(os.environ.get("ATTMASK_SEED", random.randrange(10**6)))
+HANGS = 1800  # seconds without what a run is waited for
 
 
-def run_of(folder, programs, steps):
-  """Starts a run of so many steps that saves every third of them."""
-  changes = {
-    "optim.epochs": steps // small.STEPS_PER_EPOCH,
-    "evals.knn": False,
-    "evals.mask_images": 0,
-    "run.log_steps": 1,
-    "run.save_steps": 3,
-  }
-  return subprocess.Popen(
-    command(folder, changes),
-    cwd=MAIN.parent,
-    env=small.environment(programs),
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+class KilledRun:
+  """A run in another process, on two devices."""
+
+  def __init__(self, folder, programs, steps, save_steps=3):
+    # Little but starts, steps and saves, which is where a kill can hurt; k-NN
+    # is there for the best checkpoint, which is kept.
+    changes = {
+      "method.variant": "16x1x2",
+      "data.local_crops": 0,
+      "optim.epochs": steps // small.STEPS_PER_EPOCH,
+      "evals.eval_epochs": 5,
+      "evals.label_free": False,
+      "evals.overlap_images": 0,
+      "run.log_steps": 1,
+      "run.save_steps": save_steps,
+    }
+    devices = " --xla_force_host_platform_device_count=2"  # the last one counts
+    environment = small.environment(programs)
+    environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + devices
+    self.folder, self.began = folder, time.monotonic()
+    self.process = subprocess.Popen(
+      command(folder, changes),
+      cwd=MAIN.parent,
+      env=environment,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  def seconds(self):
+    """Since the start."""
+    return time.monotonic() - self.began
+
+  def wait_until(self, true):
+    """Ends early if the run does."""
+    while not true() and self.process.poll() is None:
+      assert self.seconds() < HANGS, self.kill()
+      time.sleep(0.005)
+
+  def reach(self, step):
+    self.wait_until(lambda: newest_step(self.folder) >= step)
+
+  def unfinished_save(self):
+    return any(self.folder.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+  def kill(self):
+    self.process.kill()
+    return self.end(-9)
+
+  def end(self, code=0):
+    _, words = self.process.communicate()
+    assert self.process.returncode == code, words
+    return words
 
 
 def test_a_run_that_is_killed_again_and_again(tmp_path, programs):
   print("ATTMASK_SEED =", SEED)
-  rng, kills = random.Random(SEED), max(1, round(100 * SCALE))
-  steps = small.STEPS_PER_EPOCH * max(2, kills)
-  whole = run_of(tmp_path / "whole", programs, steps)
-  _, words = whole.communicate()
-  assert whole.returncode == 0, words
-  killed = tmp_path / "killed"
+  rng, kills = random.Random(SEED), max(3, round(100 * SCALE))
+  steps = small.STEPS_PER_EPOCH * kills  # more than it can reach
+  KilledRun(tmp_path / "whole", programs, steps, save_steps=0).end()
+  folder, to_first_step = tmp_path / "killed", 10.0
+  hit = collections.Counter()
   for i in range(kills):
-    before, run = newest_step(killed), run_of(killed, programs, steps)
-    if i % 3:  # after its first step; else at any time, as while it starts
-      while newest_step(killed) <= before and run.poll() is None:
-        time.sleep(0.01)
-      time.sleep(rng.uniform(0, 1))
+    before, run = newest_step(folder), KilledRun(folder, programs, steps)
+    moment = ("starting", "training", "saving")[i % 3]
+    if moment == "starting":
+      seconds = rng.uniform(0, to_first_step)
+      run.wait_until(
+        lambda before=before, run=run, seconds=seconds: (
+          run.seconds() >= seconds or newest_step(folder) > before
+        )
+      )
     else:
-      time.sleep(rng.uniform(0, 20))
+      run.reach(before + 1)
+      to_first_step = run.seconds()
+    if moment == "training":
+      run.reach(before + rng.randint(1, 6))
+      time.sleep(rng.uniform(0, 0.1))
+    if moment == "saving":
+      run.wait_until(run.unfinished_save)
+      time.sleep(rng.uniform(0, 0.03))
     run.kill()
-    _, words = run.communicate()
-    assert run.returncode in (-9, 0), words
-  last = run_of(killed, programs, steps)
-  _, words = last.communicate()
-  assert last.returncode == 0, words
-  print(f"killed {kills} times")
-  assert_same_end(killed, tmp_path / "whole", steps)
+    hit[moment] += 1
+    hit["with a save begun"] += run.unfinished_save()
+  reached = newest_step(folder)
+  KilledRun(folder, programs, steps, save_steps=0).end()
+  print(f"{kills} kills in {reached} of {steps} steps: {dict(hit)}")
+  assert_same_end(folder, tmp_path / "whole", steps)
 
 
 @pytest.mark.parametrize(

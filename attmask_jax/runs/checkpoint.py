@@ -123,6 +123,9 @@ class Checkpoints:
         )
       )
     policies += [keep.EveryNSteps(period) for period in keep_steps]
+    if jax.process_index() == 0:
+      saved_items.prepare(self.folder)
+    meshes.barrier("checkpoints: prepared")
     self._manager = ocp.CheckpointManager(
       self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(
@@ -307,8 +310,9 @@ class Checkpoints:
       )
     saved_items.check_whole(folder)
     with saved_items.reading(folder):
+      saved = self._manager.item_metadata(step)  # of all items
       for name, tree in wanted.items():
-        self._check_shapes(step, name, tree)
+        self._check_shapes(step, name, saved[name], tree)
       items = dict(like)
       for name, tree in wanted.items():
         items[name] = saved_items.read_item(
@@ -320,8 +324,9 @@ class Checkpoints:
     logging.info("restored step %d of %s", step, self.folder)
     return items
 
-  def _check_shapes(self, step: int, name: str, tree: Params) -> None:
-    saved = self._manager.item_metadata(step)[name]
+  def _check_shapes(
+    self, step: int, name: str, saved: Any, tree: Params
+  ) -> None:
     there = {} if saved is None else trees.shapes(saved)
     here = trees.shapes(tree)
     for key in sorted(there.keys() | here.keys()):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from attmask_jax.runs import metric_names
+from attmask_jax.runs import metric_names, records
 
 RANK = 1.5  # RankMe
 UNIFORMITY = -0.01  # mean squared distance of unit features 0.005
@@ -59,8 +59,8 @@ def signs(config: Mapping[str, Any]) -> tuple[Sign, ...]:
     Sign("label_free/rankme", 1, RANK, alike, _SLOWER),
     Sign("label_free/uniformity", 0, UNIFORMITY, alike, _SLOWER),
   ]
-  if (config.get("method.out_dim") or 0) > 1:
-    most = math.log(config["method.out_dim"])
+  if (prototypes := records.count(config, "method.out_dim")) > 1:
+    most = math.log(prototypes)
     near = ENTROPY * most
     found += [
       Sign(

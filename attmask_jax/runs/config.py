@@ -15,7 +15,7 @@ import ml_collections
 
 from attmask_jax import atomic, schema
 from attmask_jax.errors import InputError
-from attmask_jax.runs import checkpoint
+from attmask_jax.runs import checkpoint, saved_items
 
 # Sections and keys that may change when a run continues.
 FREE_KEYS = (
@@ -183,6 +183,26 @@ def upgrade(flat: dict[str, Any]) -> dict[str, Any]:
   return new
 
 
+def read_flat(path: pathlib.Path) -> dict[str, Any]:
+  """A config.json of any version, flat, with current keys.
+
+  Raises:
+    OSError: the file is missing.
+    InputError: it is damaged.
+  """
+  try:
+    flat = upgrade(json.loads(path.read_text()))
+    nested_config(flat)
+  except OSError:
+    raise
+  except Exception as error:  # values of the wrong kinds cause many types
+    raise InputError(
+      f"{path} is damaged ({saved_items.first_line(error)}): restore it, or "
+      "use another run directory"
+    ) from error
+  return flat
+
+
 def read_config(run_dir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config of a run from its config.json, nested, with current keys.
 
@@ -191,14 +211,11 @@ def read_config(run_dir: pathlib.Path) -> ml_collections.ConfigDict:
   """
   path = run_dir / "config.json"
   try:
-    flat = json.loads(path.read_text())
+    return nested_config(read_flat(path))
   except OSError as error:
     raise InputError(
       f"{path} is missing: give a run directory, or a checkpoint inside one"
     ) from error
-  except ValueError as error:
-    raise InputError(f"{path} is damaged ({error}): restore it") from error
-  return nested_config(upgrade(flat))
 
 
 def check_config(
@@ -224,12 +241,7 @@ def check_config(
   if not path.exists():
     _check_foreign(workdir)
     return
-  try:
-    old = upgrade(json.loads(path.read_text()))
-  except ValueError as error:
-    raise InputError(
-      f"{path} is damaged ({error}): restore it, or use another --workdir"
-    ) from error
+  old = read_flat(path)
   new = flat_config(config) | {IMAGES: images}
   known = flat_config(defaults) | old
   differing = [

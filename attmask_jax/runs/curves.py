@@ -88,8 +88,8 @@ def temperature_warmup(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
   The temperature of patches begins with the masks.
   """
-  length = int(config.get("method.temp_warmup_epochs") or 0)
-  delay = int(config.get("method.mask_start_epoch") or 0)
+  length = records.count(config, "method.temp_warmup_epochs")
+  delay = records.count(config, "method.mask_start_epoch")
   spans = []
   for name, begin in (("teacher_temp", 0), ("teacher_patch_temp", delay)):
     ends = config.get(f"method.{name}")

@@ -101,8 +101,8 @@ def judge(config: Mapping[str, Any], lines: Lines) -> Judgement:
     lines: of metrics.jsonl.
   """
   step = max((line["step"] for line in lines), default=0)
-  epochs = int(config.get("optim.epochs") or 0)
-  total = int(config.get("optim.steps") or 0)
+  epochs = records.count(config, "optim.epochs")
+  total = records.count(config, "optim.steps")
   total = total or records.steps_per_epoch(config) * epochs
   score = _row(lines, KNN, chance=first(lines, "knn/chance"))
   sentence = _sentence(config, lines, score, done=0 < total <= step)
@@ -128,13 +128,13 @@ def noise(a: float, b: float, queries: int) -> float:
     b: percent; over as many queries.
     queries: n of each.
   """
-  p = (a + b) / 200
+  p = min(max((a + b) / 200, 0.0), 1.0)  # a damaged log may hold any number
   return 100 * NOISE_ERRORS * math.sqrt(2 * p * (1 - p) / queries)
 
 
 def chance_noise(chance: float, queries: int) -> float:
   """Two standard errors of an accuracy at chance, in points; see `noise`."""
-  p = chance / 100
+  p = min(max(chance / 100, 0.0), 1.0)
   return 100 * NOISE_ERRORS * math.sqrt(p * (1 - p) / queries)
 
 
@@ -157,11 +157,11 @@ def number_of_queries(config: Mapping[str, Any], lines: Lines) -> int | None:
   """Queries of the k-NN; of runs that did not log it, from the config."""
   logged = first(lines, "knn/queries")
   if logged is not None:
-    return int(logged)
-  sizes = [config.get("evals.knn_queries")]
+    return max(int(logged), 0) or None
+  sizes = [records.count(config, "evals.knn_queries")]
   if config.get("data.source") == "shapes":
-    sizes.append(config.get("data.shapes_val"))
-  return min((int(size) for size in sizes if size), default=None)
+    sizes.append(records.count(config, "data.shapes_val"))
+  return min(filter(None, sizes), default=None)
 
 
 def points(lines: Lines, name: str) -> list[tuple[int, float]]:
@@ -218,8 +218,9 @@ def _rows(config: Mapping[str, Any], lines: Lines, score: Row) -> list[Row]:
   for name in WHILE_TRAINING:
     phase = "epoch" if points(lines, f"epoch/{name}") else "train"
     chance = None
-    if name == "teacher_entropy" and config.get("method.out_dim"):
-      chance = math.log(config["method.out_dim"])
+    prototypes = records.count(config, "method.out_dim")
+    if name == "teacher_entropy" and prototypes:
+      chance = math.log(prototypes)
     rows.append(_row(lines, f"{phase}/{name}", chance=chance, rank=False))
   return rows
 
@@ -295,10 +296,10 @@ def _seconds(
 ) -> float | None:
   """Time in training steps, from the images per second of each window."""
   rates = [p for p in points(lines, "train/img_per_s") if p[1] > 0]
-  batch = config.get("data.batch_size")
+  batch = records.count(config, "data.batch_size")
   if not rates or not batch:
     return None
-  window = int(config.get("run.log_steps") or rates[0][0])
+  window = records.count(config, "run.log_steps") or rates[0][0]
   seconds, before = 0.0, 0
   for at, rate in rates:
     # The run may have begun, or gone on, after step 0.

@@ -206,9 +206,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
   """A line of metrics.jsonl as a dict, None when it is damaged."""
   try:
     record = json.loads(line)
-  except ValueError:  # not JSON, or not UTF-8
-    return None
-  return record if isinstance(record, dict) and "step" in record else None
+    for value in record.values():
+      float(decode(value))
+  except (ValueError, TypeError, AttributeError, OverflowError):
+    return None  # not JSON, not UTF-8, no object, or of other values
+  return record if type(record.get("step")) is int else None
 
 
 def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -91,6 +91,13 @@ def read_metrics(
   return [line for line in lines if isinstance(line.get("step"), int)]
 
 
+def count(config: Mapping[str, Any], key: str) -> int:
+  """A whole number above 0 of a flat config; 0 if it does not hold one."""
+  value = config.get(key)
+  known = isinstance(value, int | float) and 0 < value < 2**63
+  return int(value) if known else 0
+
+
 def steps_per_epoch(config: Mapping[str, Any]) -> int:
   """Of a flat config; 0 if it does not say."""
   try:

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
+from absl import logging
 
 from attmask_jax import Params
 from attmask_jax.errors import DamagedError, InputError
@@ -54,6 +55,36 @@ def check_whole(folder: pathlib.Path) -> None:
     last = "_METADATA" if item in ARRAY_ITEMS else "*"
     if not any((folder / item).glob(last)):
       raise DamagedError(f"{folder / item} is missing or not complete")
+
+
+def prepare(folder: pathlib.Path) -> None:
+  """Sets aside what Orbax reads of all checkpoints, and cannot read of one.
+
+  It would open none of them. Without metrics a checkpoint is not the best one;
+  without its description it is damaged, see `check_whole`.
+
+  Args:
+    folder: RUN/checkpoints.
+  """
+  for path in folder.glob("*/metrics/metrics"):
+    try:
+      values = json.loads(path.read_text()).values()
+      damaged = not all(isinstance(x, int | float) for x in values)
+    except (ValueError, AttributeError):  # no JSON, not UTF-8, no object
+      damaged = True
+    if damaged:
+      _set_aside(path)
+  names = ocp.path.step.standard_name_format()
+  for step in names.find_all(folder.absolute()) if folder.is_dir() else ():
+    try:
+      _ = step.commit_timestamp  # checks the types of all values
+    except Exception:  # values of wrong types and sizes cause many
+      _set_aside(folder / step.path.name / "_CHECKPOINT_METADATA")
+
+
+def _set_aside(path: pathlib.Path) -> None:
+  logging.warning("%s is damaged: kept as %s.damaged", path, path.name)
+  path.rename(f"{path}.damaged")
 
 
 def read_item(folder: pathlib.Path, like: Params) -> Params:

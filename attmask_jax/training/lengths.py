@@ -7,7 +7,6 @@ then shortens the warm-ups of a shortened run in proportion.
 
 import copy
 import dataclasses
-import json
 import pathlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -178,8 +177,8 @@ def continued(
   """
   try:
     path = pathlib.Path(workdir).expanduser() / "config.json"
-    old = run_config.upgrade(json.loads(path.read_text()))
-  except (OSError, ValueError):
+    old = run_config.read_flat(path)
+  except (OSError, InputError):
     return config  # none, or one that the checks of the directory refuse
   same = lambda key: old.get(f"optim.{key}", 0) == config.optim.get(key, 0)
   if not same("steps") or not (config.optim.get("steps") or same("epochs")):
