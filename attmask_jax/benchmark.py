@@ -8,11 +8,11 @@ the machine can do in that precision: machines are not always equally fast.
 import contextlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,11 +25,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import Batch, atomic, runtime
 from attmask_jax import mesh as meshes
+from attmask_jax.data.pipeline import cores
 from attmask_jax.errors import InputError
 from attmask_jax.methods import METHODS
 from attmask_jax.methods.base import Method
+from attmask_jax.runs import checkpoint, progress
 from attmask_jax.runs import config as run_config
-from attmask_jax.runs import progress
 from attmask_jax.training import setup, train_step
 from attmask_jax.training.setup import Run
 
@@ -50,7 +51,8 @@ def bench(
   Args:
     config: a complete training config, see configs/.
     workdir: directory without a bench.json; made if missing.
-    repeats: turns that are timed, at least 1; the results are medians.
+    repeats: turns that are timed, at least 1; `data` and `step with data` are
+      means over as many batches and twice as many steps, all else medians.
 
   Returns:
     What bench.json holds, see docs/performance.md.
@@ -65,6 +67,7 @@ def bench(
     raise InputError(f"{path} exists: give another --workdir, or remove it")
   runtime.setup(config.run)
   run = setup.build(config)
+  checkpoint.check_workdir(workdir)
   results = _measure(run, repeats)
   if jax.process_index() == 0:
     with atomic.replaced(path) as temporary:
@@ -99,8 +102,9 @@ def _measure(run: Run, repeats: int) -> dict[str, Any]:
     "step": lambda: loop.step(batch),
   }
   seconds = _medians(timed, repeats)
-  # Of one device; virtual ones of a CPU share its cores.
-  devices = mesh.size if mesh.devices.flat[0].platform != "cpu" else 1
+  # Of one device; virtual ones of a CPU share the cores of their process.
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  devices = jax.process_count() if on_cpu else mesh.size
   peak = devices * product.flops / seconds.pop("matrix product")
   flops = model_flops(config, run, loop.state, batch)
   seconds["data"] = _data_seconds(run, repeats)
@@ -122,7 +126,7 @@ def _measure(run: Run, repeats: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _no_kept_programs() -> Iterator[None]:
-  """Compiles what a compilation cache may hold."""
+  """Compiles anew, without reading or writing the compilation cache."""
   before = jax.config.jax_enable_compilation_cache
   _use_cache(False)
   try:
@@ -181,7 +185,8 @@ class _Product:
   def __init__(self, dtype: str) -> None:
     side = SIDE.get(jax.default_backend(), ACCELERATOR_SIDE)
     self.flops = 2 * side**3
-    self._matrix = jnp.ones((side, side), dtype)
+    # Constant values need less power, so that some devices run faster.
+    self._matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
     self._run = jax.jit(jnp.matmul)
 
   def __call__(self) -> jax.Array:
@@ -212,11 +217,13 @@ def model_flops(
   """FLOPs of a train step on the global batch.
 
   Counted by the compiler in the program with unrolled blocks, since the body of
-  a loop counts once, and before optimisation; what `run.remat` recomputes is
-  not counted.
+  a loop counts once, and before optimisation. What `run.remat` recomputes is
+  not counted; one of attention's seven products, which its backward pass
+  recomputes in any case, is.
   """
   config = ml_collections.ConfigDict(config.to_dict())
   config.run.update(scan=False, remat="none", accumulate=1, patch_loss_chunks=1)
+  config.run.attention = "xla"  # the compiler does not count cuDNN's
   method: Method = METHODS[config.method.name].from_config(
     config, steps_per_epoch=run.schedules.steps_per_epoch
   )
@@ -259,8 +266,8 @@ def _fed(run: Run, loop: _Loop, repeats: int) -> dict[str, float]:
     for i in range(steps):
       with clock.waiting():
         batch = next(batches)
-      jax.block_until_ready(metrics)  # as the log does, one step late
-      metrics = loop.step(batch)
+      before, metrics = metrics, loop.step(batch)
+      jax.block_until_ready(before)  # read one step late, as in training
       clock.step()
       if i == warm - 1:
         jax.block_until_ready(metrics)
@@ -281,7 +288,8 @@ def _memory(
   if statistics_of_device:
     peak = statistics_of_device["peak_bytes_in_use"]
   else:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
   return {
     "arguments": planned.argument_size_in_bytes / 1e9,
     "temporaries": planned.temp_size_in_bytes / 1e9,
@@ -295,7 +303,7 @@ def _machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     "devices": mesh.size,
     "device": mesh.devices.flat[0].device_kind,
     "processes": jax.process_count(),
-    "cores": len(os.sched_getaffinity(0)),
+    "cores": cores(),
     "system": platform.platform(),
     "python": platform.python_version(),
     **versions,

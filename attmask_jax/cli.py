@@ -63,7 +63,9 @@ _MODE = flags.DEFINE_enum(
   ["train", "eval", "bench", "import", "export"],
   "What to do.",
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "bench: turns that are timed.")
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "bench: turns that are timed; other modes ignore it."
+)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "import: new directory; export: .pth or .safetensors file."
 )

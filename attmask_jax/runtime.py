@@ -53,7 +53,7 @@ def _keep_programs(folder: str) -> None:
   if auto and (before or jax.process_count() > 1):
     return
   try:
-    folder = _user_folder() if auto else folder
+    folder = _user_folder() if auto else os.path.expanduser(folder)
     if not folder or folder == before:
       return
     if "://" not in folder:  # a bucket

@@ -160,7 +160,11 @@ class Loop:
   def run(self) -> None:
     """Trains from the restored step to the last one."""
     start, total = self._start, self._run.schedules.total_steps
-    with contextlib.closing(self._writer), self._signals_noted():
+    with (
+      contextlib.closing(self._writer),
+      self._signals_noted(),
+      self._trace_ended(),
+    ):
       if start == 0:
         self._evaluate_untrained()
       if start >= total:
@@ -185,20 +189,28 @@ class Loop:
             self._record(*pending, bar)
             pending = None
             self._evaluate_and_save(i + 1, total)
-        self._trace(total + 1)
     logging.info("finished %d steps in %s", total, self._folder)
+
+  @contextlib.contextmanager
+  def _trace_ended(self) -> Iterator[None]:
+    """A trace does not outlive the loop, however it ends."""
+    try:
+      yield
+    finally:
+      self._trace(0)
 
   def _trace(self, step: int) -> None:
     """Before a step: begins or ends the trace of run.profile_steps."""
     first, last = self._run.config.run.profile_steps
-    if step == first:
+    wanted = bool(step) and first <= step <= last
+    if wanted != self._tracing:
+      jax.block_until_ready(self._state)  # only whole steps
+    if wanted and not self._tracing:
       jax.profiler.start_trace(self._folder / "profile")
-      self._tracing = True
-    elif self._tracing and step > last:
-      jax.block_until_ready(self._state)
+    elif self._tracing and not wanted:
       jax.profiler.stop_trace()
-      self._tracing = False
       logging.info("trace: %s", self._folder / "profile")
+    self._tracing = wanted
 
   def _evaluate_untrained(self) -> None:
     """Scores and figures at step 0."""

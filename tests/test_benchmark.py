@@ -4,6 +4,7 @@ import time
 import jax
 import pytest
 import small
+import stopping
 
 from attmask_jax import benchmark, train
 from attmask_jax import mesh as meshes
@@ -31,7 +32,7 @@ def test_what_is_written(arg, tmp_path, capsys):
   assert flops * results["seconds"]["step"] == pytest.approx(results["flops"])
   words = capsys.readouterr().out
   assert all(f"\n{name} " in words for name in PARTS)
-  assert "share" not in words and "nan" not in words
+  assert "nan" not in words
 
 
 def test_a_slow_pipeline_is_seen(tmp_path, monkeypatch):
@@ -135,9 +136,24 @@ def test_steps_that_are_traced(tmp_path, monkeypatch):
   assert not running
 
 
-def test_a_trace_that_ends_before_it_begins(tmp_path):
-  with pytest.raises(InputError, match="profile_steps 4,3 ends before"):
-    train.train(small.config({"run.profile_steps": (4, 3)}), str(tmp_path))
+@pytest.mark.parametrize("steps", [(4, 3), (0, 5), (-1, 2), (16, 17)])
+def test_traces_that_cannot_be(tmp_path, steps):
+  with pytest.raises(InputError, match="from 1 to 16, such as 10,12"):
+    train.train(small.config({"run.profile_steps": steps}), str(tmp_path))
+
+
+def test_a_trace_ends_with_a_run_that_is_stopped(tmp_path):
+  config = small.config({"run.profile_steps": (3, 9)})
+  stopping.stop(config, tmp_path, 5)
+  assert len(list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))) == 1
+  train.train(config, str(tmp_path))  # the rest of the steps
+  assert len(list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))) == 2
+
+
+def test_a_file_as_workdir(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(InputError, match="is a file: give a directory"):
+    benchmark.bench(small.config(), str(tmp_path / "file"))
 
 
 @pytest.mark.slow

@@ -332,7 +332,7 @@ def _stream(
   `load` gives dicts of equally shaped arrays and is called from many threads;
   `items` are a whole number of batches.
   """
-  threads = threads or _cores()
+  threads = threads or cores()
   options = grain.ReadOptions(
     num_threads=threads,
     prefetch_buffer_size=max(prefetch * batch_size, threads),
@@ -350,7 +350,7 @@ def _stack(items: Sequence[HostBatch]) -> HostBatch:
   return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
-def _cores() -> int:
+def cores() -> int:
   """Cores that this process may use."""
   try:
     return len(os.sched_getaffinity(0))

@@ -335,7 +335,7 @@ class Classify(Method):
     """Features to logits of every linear layer: [B, F] -> [B, J, C]."""
     head = weights["head"]
     if self.head_norm == "layer":
-      x = LayerNorm(name=None).apply({"params": head["norm"]}, x)
+      x = LayerNorm().apply({"params": head["norm"]}, x)
     if self.head_norm == "batch":
       norm = weights["batch_norm"]
       x = (x - norm["mean"][None]) * jax.lax.rsqrt(norm["var"][None] + BN_EPS)

@@ -19,7 +19,7 @@ REMAT = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "elementwise": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(ops.ATTENTION),
+    jax.checkpoint_policies.save_only_these_names(ops.KEPT),
   ),
 }
 

@@ -52,7 +52,7 @@ def features(
     logit_bias=logit_bias,
   )
   final = functools.partial(
-    layers.LayerNorm(name=None).apply, {"params": params["norm"]}
+    layers.LayerNorm().apply, {"params": params["norm"]}
   )
   if not norm:
     final = lambda x: x

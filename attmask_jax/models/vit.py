@@ -73,9 +73,9 @@ class ComputeKeys:
   scan: bool = schema.key(True, "one compiled block for all layers")
   remat: str = schema.key(
     "auto",
-    "what the backward pass recomputes: elementwise is norms and activations, "
-    "dots also attention, full everything; auto is elementwise for scanned "
-    "blocks on a CPU, else none",
+    "what the backward pass recomputes: elementwise is norms and activations "
+    "(and attention by cuDNN or with dropout), dots also attention, full "
+    "everything; auto is elementwise for scanned blocks on a CPU, else none",
     choices=tuple(blocks.REMAT),
   )
   attention: str = schema.key(

@@ -113,7 +113,8 @@ class RunKeys:
     "auto",
     "folder for compiled programs, which the next start loads; auto = "
     "attmask_jax/xla in the user's cache folder, or none with several "
-    'processes; "" = none',
+    'processes; "" = what JAX is set to, usually none; a folder that cannot be '
+    "written is one warning",
   )
   distributed: bool = schema.key(False, "call jax.distributed.initialize()")
   log_steps: int = schema.key(10, "steps between lines of metrics.jsonl", low=1)

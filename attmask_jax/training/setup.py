@@ -235,12 +235,6 @@ def build(config: ml_collections.ConfigDict) -> Run:
   check(config, _classes_of(config))
   if config.run.wandb.project:
     metrics.import_wandb()  # before anything is written
-  first, last = config.run.profile_steps
-  if first > last:
-    raise InputError(
-      f"run.profile_steps {first},{last} ends before it begins: give the first "
-      "and the last step, such as 10,12"
-    )
   mesh = meshes.make_mesh(fsdp=config.run.fsdp)
   batch_size, accumulate = config.data.batch_size, config.run.accumulate
   meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
@@ -257,6 +251,12 @@ def build(config: ml_collections.ConfigDict) -> Run:
   rates = schedules.Schedules.from_config(
     config, steps_per_epoch=steps_per_epoch
   )
+  first, last = config.run.profile_steps
+  if (first, last) != (0, 0) and not 1 <= first <= last <= rates.total_steps:
+    raise InputError(
+      f"run.profile_steps {first},{last} must be the first and the last step "
+      f"of a trace, from 1 to {rates.total_steps}, such as 10,12"
+    )
   method = methods.METHODS[config.method.name].from_config(
     config, steps_per_epoch=steps_per_epoch
   )

@@ -4,9 +4,9 @@ python tests/bench/bench_step.py [--config attmask_vits16:high_100] [--batch 8]
     [--turns 5] [--set method.dtype=float32 ...] [--case run.remat=none ...]
     [--code FOLDER ...] [--against attmask=FOLDER]
 
-The first program is this checkout with the settings of --set; every --case
-(settings joined by commas) is one more, every --code FOLDER the same program by
-the code of another checkout, and --against a step of a release, see peers.py.
+The first program is this checkout with the settings of --set. Every --case
+(settings joined by semicolons) is one more, every --code FOLDER the same by the
+code of another checkout, and --against a step of a release, see peers.py.
 Each has a process of its own, and waits while another one steps. A product of
 matrices of 2048 x 2048 before each step tells how fast the machine is then.
 
@@ -51,9 +51,9 @@ class Worker:
 
 
 def settings(text: str) -> dict[str, object]:
-  """KEY=VALUE[,KEY=VALUE ...] with values in Python's notation, or text."""
+  """KEY=VALUE[;KEY=VALUE ...] with values in Python's notation, or text."""
   values = {}
-  for item in filter(None, text.split(",")):
+  for item in filter(None, text.split(";")):
     key, _, value = item.partition("=")
     try:
       values[key] = ast.literal_eval(value)

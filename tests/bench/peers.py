@@ -11,12 +11,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-# What builds of torchvision for GPUs lack on other machines.
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-  LIBRARY.define(
-    f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-  )
+try:
+  import torchvision  # noqa: F401
+except RuntimeError:  # a build for GPUs, which lacks these on other machines
+  LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+  for _name in ("nms", "qnms"):
+    LIBRARY.define(
+      f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    )
 
 PROTOTYPES = 8192
 LOCAL_CROPS = 10

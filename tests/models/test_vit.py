@@ -73,7 +73,7 @@ def test_golden_last_blocks_and_class_row(recorded):
   close(out.attention, want, ATTENTION)
   norm = {"params": variables["params"]["norm"]}
   for i, block in enumerate(out.blocks):
-    got = layers.LayerNorm(name=None).apply(norm, block)
+    got = layers.LayerNorm().apply(norm, block)
     close(got, file[f"out/global/intermediate_n2/{i}"], TOKENS)
 
 
