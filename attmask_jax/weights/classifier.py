@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -82,9 +82,9 @@ def load(
       "probe or fine-tuning that ran to its end (--config=configs/evals.py:"
       "linear)"
     )
-  record = json.loads(path.read_text())
+  record = _finished(path)
   trained = loading.load(
-    f"{folder}/checkpoints/{record['step']}", network="student", mesh=mesh
+    f"{folder}/checkpoints/{record.step}", network="student", mesh=mesh
   )
   loaded = _classifier(trained, source, record)
   if trained.method.frozen and config.digest != source.digest:
@@ -108,11 +108,38 @@ def own(source: loading.Weights) -> Classifier:
     raise InputError(
       f"{source.run_dir} has not finished its training: run it to its end first"
     )
-  return _classifier(source, source, json.loads(path.read_text()))
+  return _classifier(source, source, _finished(path))
+
+
+class _Finished(NamedTuple):
+  """What `finish` wrote."""
+
+  step: int
+  layer: int
+  class_names: tuple[str, ...]
+
+
+def _finished(path: pathlib.Path) -> _Finished:
+  """Reads a FILE.
+
+  Raises:
+    InputError: it is damaged.
+  """
+  try:
+    record = json.loads(path.read_text())
+    step, layer, names = (record[name] for name in _Finished._fields)
+    if not isinstance(names, list):
+      raise ValueError(f"class_names {names!r}")
+    return _Finished(int(step), int(layer), tuple(map(str, names)))
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(
+      f"{path} is damaged ({type(error).__name__}: {error}): restore it, or "
+      "train in a new directory"
+    ) from error
 
 
 def _classifier(
-  trained: loading.Weights, source: loading.Weights, record: dict[str, Any]
+  trained: loading.Weights, source: loading.Weights, record: _Finished
 ) -> Classifier:
   """Joins a linear layer of `trained` and the network it was trained on.
 
@@ -130,13 +157,13 @@ def _classifier(
     backbone,
     trained.params["head"],
     width=method.feature_width,
-    layer=record["layer"],
+    layer=record.layer,
   )
   params |= trained.aux
   return Classifier(
     method,
     params,
-    tuple(record["class_names"]),
+    record.class_names,
     loading.digest(params),
     trained.where,
     crop_of(trained.config.data),
@@ -189,7 +216,7 @@ def class_names(source: loading.Weights) -> tuple[str, ...]:
     return _names_beside(pathlib.Path(source.where))
   path = source.run_dir / FILE
   if path.exists():
-    return tuple(json.loads(path.read_text())["class_names"])
+    return _finished(path).class_names
   try:
     names = data.build(source.config.data, "train").class_names
   except (InputError, AttributeError):  # moved, or an imported file

@@ -1,6 +1,7 @@
 """Files of a run that can be read and hold other values than we write."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -14,9 +15,10 @@ from attmask_jax.errors import InputError
 from attmask_jax.runs import checkpoint, judgement, metrics, saved_items
 from attmask_jax.runs import config as run_config
 from attmask_jax.training import setup
-from attmask_jax.weights import loading
+from attmask_jax.weights import classifier, loading
 
 pytestmark = pytest.mark.usefixtures("one_device")
+DATA = pathlib.Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture
@@ -172,3 +174,25 @@ def test_a_judgement_without_what_the_config_does_not_say(run, value):
     {"data.source": "shapes"} | dict.fromkeys(numbers, value), lines
   )
   assert got == want
+
+
+@pytest.mark.parametrize(
+  "content",
+  [b"", b"\x80", b"[1]", b'{"step": 4}',
+   b'{"step": "four", "layer": 0, "class_names": []}',
+   b'{"step": 4, "layer": null, "class_names": []}',
+   b'{"step": 4, "layer": 0, "class_names": "bar"}'],
+)  # fmt: skip
+def test_a_damaged_description_of_a_classifier(tmp_path, content):
+  shutil.copytree(DATA / "runs_0_1" / "finetune", tmp_path / "finetune")
+  path = tmp_path / "finetune" / classifier.FILE
+  source = loading.load(
+    str(tmp_path / "finetune"), network="student", mesh=meshes.make_mesh()
+  )
+  assert classifier.class_names(source)[0] == "bar"
+  path.write_bytes(content)
+  for read in (classifier.own, classifier.class_names):
+    with pytest.raises(InputError, match="classifier.json is damaged"):
+      read(source)
+  with pytest.raises(InputError, match="classifier.json is damaged"):
+    classifier.load(str(path.parent), source, mesh=meshes.make_mesh())
