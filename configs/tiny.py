@@ -1,7 +1,7 @@
 """Each method on generated shapes, in minutes: the first run on any machine.
 
 Command:   python main.py --config=configs/tiny.py --workdir=runs/tiny
-Hardware:  2 CPU cores, 2.5 to 6 minutes.
+Hardware:  2 CPU cores, 2 to 6 minutes.
 Paper:     arXiv:2203.12719; images and sizes are ours.
 Expected:  k-NN at chance (12.5 %) before and after, see docs/results.md: the
            run demonstrates the program and is too short to learn shapes.
