@@ -38,7 +38,6 @@ FILE = "bench.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 SIDE = {"cpu": 2048}  # of the matrix product, by platform
 ACCELERATOR_SIDE = 8192
-AHEAD = 2  # batches on the devices before they are needed
 
 
 def bench(
@@ -93,6 +92,7 @@ def _measure(run: Run, repeats: int) -> dict[str, Any]:
     start = time.perf_counter()
     step = step.lower(state, batch, scalars).compile()
     compile_seconds = time.perf_counter() - start
+  flops = model_flops(run, state, batch)
   loop = _Loop(step, state, scalars)
   product = _Product(config.method.dtype)
   timed = {
@@ -101,12 +101,12 @@ def _measure(run: Run, repeats: int) -> dict[str, Any]:
     **_passes(run, loop, batch),
     "step": lambda: loop.step(batch),
   }
-  seconds = _medians(timed, repeats)
+  logging.info("timing %d turns", repeats)
+  seconds = medians(timed, repeats)
   # Of one device; virtual ones of a CPU share the cores of their process.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   devices = jax.process_count() if on_cpu else mesh.size
   peak = devices * product.flops / seconds.pop("matrix product")
-  flops = model_flops(config, run, loop.state, batch)
   seconds["data"] = _data_seconds(run, repeats)
   rates = _fed(run, loop, repeats)
   seconds["step with data"] = size / rates["img_per_s"]
@@ -193,12 +193,11 @@ class _Product:
     return self._run(self._matrix, self._matrix)
 
 
-def _medians(
+def medians(
   timed: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, float]:
   """Median seconds of each program, in turns, after one turn of warm-up."""
   seconds: dict[str, list[float]] = {name: [] for name in timed}
-  logging.info("timing %d turns", repeats)
   for turn in range(repeats + 1):
     for name, program in timed.items():
       start = time.perf_counter()
@@ -208,12 +207,7 @@ def _medians(
   return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def model_flops(
-  config: ml_collections.ConfigDict,
-  run: Run,
-  state: train_step.TrainState,
-  batch: Batch,
-) -> float:
+def model_flops(run: Run, state: train_step.TrainState, batch: Batch) -> float:
   """FLOPs of a train step on the global batch.
 
   Counted by the compiler in the program with unrolled blocks, since the body of
@@ -221,7 +215,7 @@ def model_flops(
   not counted; one of attention's seven products, which its backward pass
   recomputes in any case, is.
   """
-  config = ml_collections.ConfigDict(config.to_dict())
+  config = ml_collections.ConfigDict(run.config.to_dict())
   config.run.update(scan=False, remat="none", accumulate=1, patch_loss_chunks=1)
   config.run.attention = "xla"  # the compiler does not count cuDNN's
   method: Method = METHODS[config.method.name].from_config(
@@ -256,12 +250,14 @@ def _data_seconds(run: Run, repeats: int) -> float:
 
 def _fed(run: Run, loop: _Loop, repeats: int) -> dict[str, float]:
   """Rates of steps on new batches, as in training: see `progress.Clock`."""
-  warm = run.config.run.prefetch + AHEAD + 1  # on batches prepared before
+  warm = (
+    run.config.run.prefetch + meshes.AHEAD + 1
+  )  # on batches prepared before
   steps = warm + 2 * repeats
   clock = progress.Clock(run.config.data.batch_size)
   # Enough batches that the last step waits for a new one, too.
-  with _host_batches(run, steps + AHEAD) as host:
-    batches = meshes.ahead(run.mesh, host, depth=AHEAD)
+  with _host_batches(run, steps + meshes.AHEAD) as host:
+    batches = meshes.ahead(run.mesh, host)
     metrics: Any = None
     for i in range(steps):
       with clock.waiting():

@@ -19,6 +19,7 @@ from attmask_jax import Batch, Params
 from attmask_jax.errors import DamagedError, InputError
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that together split a batch
+AHEAD = 2  # batches on the devices before they are needed
 # Smaller tensors stay whole on every device: splitting them saves little and
 # costs a message each.
 FSDP_MIN_SIZE = 2**16
@@ -251,15 +252,15 @@ def together(read: Callable[[], T]) -> T:
 
 
 def ahead(
-  mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], *, depth: int = 2
+  mesh: Mesh, batches: Iterable[dict[str, np.ndarray]]
 ) -> Iterator[Batch]:
-  """Puts the next `depth` batches on the devices before they are needed.
+  """Puts the next AHEAD batches on the devices before they are needed.
 
   Transfers are asynchronous, so they overlap with the current step.
   """
   queue: list[Batch] = []
   for batch in batches:
     queue.append(shard(mesh, batch))
-    if len(queue) > depth:
+    if len(queue) > AHEAD:
       yield queue.pop(0)
   yield from queue

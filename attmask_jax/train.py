@@ -25,6 +25,7 @@ from attmask_jax.runs import (
   metrics,
   progress,
   report,
+  trace,
 )
 from attmask_jax.runs import config as run_config
 from attmask_jax.training import lengths, setup, train_step
@@ -155,25 +156,24 @@ class Loop:
       config=run_config.flat_config(config),
     )
     self._signal: int | None = None
-    self._tracing = False
 
   def run(self) -> None:
     """Trains from the restored step to the last one."""
     start, total = self._start, self._run.schedules.total_steps
-    with (
-      contextlib.closing(self._writer),
-      self._signals_noted(),
-      self._trace_ended(),
-    ):
+    with contextlib.closing(self._writer), self._signals_noted():
       if start == 0:
         self._evaluate_untrained()
       if start >= total:
         logging.info("%s already holds all %d steps", self._folder, total)
         return
-      with self._progress(total) as bar, self._batches(total) as batches:
+      with (
+        self._progress(total) as bar,
+        self._batches(total) as batches,
+        self._trace() as tracing,
+      ):
         pending: tuple | None = None
         for i in range(start, total):
-          self._trace(i + 1)
+          tracing.before(i + 1, self._state)
           with self._clock.waiting():
             batch = next(batches)
           scalars = self._run.schedules.at(i) | self._run.method.at(i)
@@ -190,27 +190,6 @@ class Loop:
             pending = None
             self._evaluate_and_save(i + 1, total)
     logging.info("finished %d steps in %s", total, self._folder)
-
-  @contextlib.contextmanager
-  def _trace_ended(self) -> Iterator[None]:
-    """A trace does not outlive the loop, however it ends."""
-    try:
-      yield
-    finally:
-      self._trace(0)
-
-  def _trace(self, step: int) -> None:
-    """Before a step: begins or ends the trace of run.profile_steps."""
-    first, last = self._run.config.run.profile_steps
-    wanted = bool(step) and first <= step <= last
-    if wanted != self._tracing:
-      jax.block_until_ready(self._state)  # only whole steps
-    if wanted and not self._tracing:
-      jax.profiler.start_trace(self._folder / "profile")
-    elif self._tracing and not wanted:
-      jax.profiler.stop_trace()
-      logging.info("trace: %s", self._folder / "profile")
-    self._tracing = wanted
 
   def _evaluate_untrained(self) -> None:
     """Scores and figures at step 0."""
@@ -233,6 +212,11 @@ class Loop:
     host = self._run.pipeline.batches(self._start, total)
     with contextlib.closing(host):
       yield meshes.ahead(self._run.mesh, host)
+
+  def _trace(self) -> trace.Trace:
+    """The trace of run.profile_steps."""
+    steps = self._run.config.run.profile_steps
+    return trace.Trace(self._folder / "profile", steps)
 
   def _save_due(self, done: int, total: int) -> bool:
     """Whether a save, perhaps with an evaluation, follows `done` steps."""

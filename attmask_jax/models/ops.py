@@ -7,7 +7,6 @@ back. Only reverse mode: no jvp, jacfwd or jax.hessian.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +140,6 @@ def _swap_heads(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x, 1, 2)
 
 
-def _product(equation: str, a: Any, b: Any) -> jax.Array:
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """A matrix product that adds up in float32."""
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -4,11 +4,10 @@ Evaluations, exports and users read trained weights here: `load` returns
 `Weights`, whose `features` and `attention` take images.
 """
 
-import contextlib
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -194,11 +193,18 @@ def load(
   run_dir, steps = _locate(pathlib.Path(where).expanduser())
   steps = sorted(meshes.union(dict.fromkeys(steps, "")))
   config = run_config.read_config(run_dir)
-  with _one_sentence(run_dir / "config.json"):
+  try:
     method = method_of(config)
     # The moving average of a short fine-tuning is still close to its start.
     network = network or ("student" if method.classifies else "teacher")
     shapes = _shapes(method, network)
+  except InputError:
+    raise
+  except Exception as error:  # missing keys and odd values raise many types
+    reason = f"{type(error).__name__}: {saved_items.first_line(error)}"
+    raise InputError(
+      f"{run_dir / 'config.json'} describes no network ({reason}): restore it"
+    ) from error
   if network == "untrained":
     step, params, aux = 0, _untrained(method, config, mesh), {}
   else:
@@ -216,20 +222,6 @@ def load(
   return Weights(
     method, params, aux, config, digest(params), step, network, where, run_dir
   )
-
-
-@contextlib.contextmanager
-def _one_sentence(path: pathlib.Path) -> Iterator[None]:
-  """Turns errors of a config whose values fit no network into an InputError."""
-  try:
-    yield
-  except InputError:
-    raise
-  except Exception as error:  # keys that lack and values cause many types
-    reason = f"{type(error).__name__}: {saved_items.first_line(error)}"
-    raise InputError(
-      f"{path} describes no network ({reason}): restore it"
-    ) from error
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:

@@ -18,7 +18,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 def ours(case: dict) -> Callable[[], None]:
   """The train step of a config, by the code in the folder case["code"]."""
   sys.path[:0] = [case["code"]]
-  import jax
 
   from attmask_jax import recipes, runtime
 
@@ -29,15 +28,7 @@ def ours(case: dict) -> Callable[[], None]:
   config = recipes.get(case["config"])
   config.update_from_flattened_dict(case["keys"])
   runtime.setup(config.run)
-  program = steps.build(config)
-
-  def step() -> None:
-    nonlocal program
-    result = program.step(program.state, program.data, program.scalars)
-    jax.block_until_ready(result)
-    program = program._replace(state=result.state)
-
-  return step
+  return steps.build(config)
 
 
 def main() -> None:

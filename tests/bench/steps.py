@@ -1,10 +1,7 @@
 """Compiled train steps that run in turns, for the benches of step times."""
 
 import pathlib
-import statistics
 import sys
-import time
-from typing import NamedTuple
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[2])]
 
@@ -20,18 +17,29 @@ from attmask_jax.training import optim, schedules, train_step
 STEPS_PER_EPOCH = 10
 
 
-class Program(NamedTuple):
-  """A compiled step and its arguments; the step replaces the state."""
+class Program:
+  """A compiled step with its arguments; a step replaces the state."""
 
-  step: jax.stages.Compiled
-  state: train_step.TrainState
-  data: Batch
-  scalars: dict[str, jax.Array]
+  def __init__(
+    self,
+    step: jax.stages.Compiled,
+    state: train_step.TrainState,
+    data: Batch,
+    scalars: dict[str, jax.Array],
+  ) -> None:
+    self._step, self._state = step, state
+    self._rest = data, scalars
 
   @property
   def flops(self) -> float:
     """The compiler's count; the body of a loop counts once."""
-    return self.step.cost_analysis()["flops"]
+    return self._step.cost_analysis()["flops"]
+
+  def __call__(self) -> None:
+    """One step."""
+    result = self._step(self._state, *self._rest)
+    jax.block_until_ready(result)
+    self._state = result.state
 
 
 def build(config: ml_collections.ConfigDict) -> Program:
@@ -75,23 +83,11 @@ def pictures(config: ml_collections.ConfigDict) -> Batch:
   return images
 
 
-def medians(programs: dict[str, Program], turns: int) -> dict[str, float]:
-  """Median seconds of a step of each program, after one turn of warm-up."""
-  times = {name: [] for name in programs}
-  for turn in range(turns + 1):
-    for name, program in programs.items():
-      start = time.perf_counter()
-      result = program.step(program.state, program.data, program.scalars)
-      jax.block_until_ready(result)
-      if turn:
-        times[name].append(time.perf_counter() - start)
-      programs[name] = program._replace(state=result.state)
-  return {name: statistics.median(values) for name, values in times.items()}
-
-
 def table(programs: dict[str, Program], turns: int) -> str:
   """FLOPs and seconds of each program, and both relative to the first."""
-  seconds, lines = medians(programs, turns), []
+  from attmask_jax import benchmark  # which older checkouts do not have
+
+  seconds, lines = benchmark.medians(programs, turns), []
   first = next(iter(programs))
   for name, program in programs.items():
     lines.append(
