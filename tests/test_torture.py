@@ -12,7 +12,7 @@ import time
 
 import pytest
 import small
-from stopping import MAIN, assert_same_end, command, newest_step
+from stopping import MAIN, assert_same_end, command, newest_step, steps_of
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,9 @@ def test_a_run_that_is_killed_again_and_again(tmp_path, programs):
   for i in range(kills):
     before, run = newest_step(folder), KilledRun(folder, programs, steps)
     moment = ("starting", "training", "saving")[i % 3]
-    if moment == "starting":
+    if not i:  # so that every later start continues from a save
+      run.wait_until(lambda: steps_of(folder))
+    elif moment == "starting":
       seconds = rng.uniform(0, to_first_step)
       run.wait_until(
         lambda before=before, run=run, seconds=seconds: (
