@@ -1,11 +1,14 @@
 """Generated pictures of objects on clutter, easier to tell apart than shapes.
 
 As in photographs, a class goes with outline, material and hue, none of which
-decides alone: two classes share each material, two others each hue, and every
-one of the three is drawn from all possible ones in a part of the pictures. The
-background is blotches of all hues, drawn alike for all classes, so what two
-crops of a picture share is mostly the object. Rotation and place are drawn as
-in `shapes`, where the outline alone makes the class.
+decides alone: two classes share each material, hues of neighbours are close,
+and each of the three is drawn from all possible ones in a part of the pictures.
+Materials are patterns that have an up and a down, like those of photographs;
+contrast and period are drawn alike for all. The background is blotches of all
+hues, drawn alike for all classes, and so is the object under its pattern and
+the tint of its hue. What two crops of a picture share is mostly the object.
+Rotation and place are drawn as in `shapes`, where the outline alone makes the
+class.
 """
 
 import math
@@ -14,9 +17,13 @@ import numpy as np
 
 from attmask_jax.data import shapes
 
-TYPICAL = 0.85  # probability of the outline, material or hue of the class
-HUES = 4
-HUE_SPREAD = 0.05  # standard deviation of a hue, in turns of the colour circle
+# Probability that a picture has the outline, material or hue of its class; the
+# others draw one of all.
+OUTLINE, MATERIAL, HUE = 0.7, 0.95, 0.7
+MATERIALS = 4  # gradient, upright stripes, level stripes, checks
+HUES = 8  # one for each class, next to those of two others
+TILT = 0.15  # standard deviation of a pattern's direction, radians
+HUE_SPREAD = 0.03  # standard deviation of a hue, in turns of the colour circle
 LIGHT_SPREAD = 0.02  # standard deviation of the log of the light's R, G and B
 
 # Orthonormal directions of colour; both leave the mean of R, G and B alone, so
@@ -31,7 +38,7 @@ class Objects(shapes.Shapes):
   `hue(label)`.
   """
 
-  area = (0.08, 0.3)
+  area = (0.1, 0.3)
 
   def __init__(self, count: int, *, size: int, seed: int, split: str) -> None:
     super().__init__(count, size=size, seed=seed, split=split)
@@ -47,7 +54,7 @@ class Objects(shapes.Shapes):
 
   def outline_name(self, index: int, rng: np.random.Generator) -> str:
     """The outline of picture `index`, mostly that of its class."""
-    label = _mostly(rng, self.labels[index], len(shapes.CLASSES))
+    label = _mostly(rng, self.labels[index], len(shapes.CLASSES), OUTLINE)
     return shapes.CLASSES[label]
 
   def _layers(
@@ -55,8 +62,9 @@ class Objects(shapes.Shapes):
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     cover = self._cover(index, rng)
     label = int(self.labels[index])
-    kind = _mostly(rng, material(label), shapes.MATERIALS)
-    turn = _mostly(rng, hue(label), HUES) / HUES + rng.normal(0, HUE_SPREAD)
+    kind = _mostly(rng, material(label), MATERIALS, MATERIAL)
+    turn = _mostly(rng, label, HUES, HUE) / HUES
+    turn += rng.normal(0, HUE_SPREAD)
     front = self._surface(rng, kind, turn)
     light = np.exp(rng.normal(0, LIGHT_SPREAD, 3))
     return self._clutter(rng) * light, front * light, cover
@@ -81,26 +89,42 @@ class Objects(shapes.Shapes):
   def _surface(
     self, rng: np.random.Generator, kind: int, turn: float
   ) -> np.ndarray:
-    """[size, size, 3], about 0-255, of a material and a hue in turns."""
+    """[size, size, 3], about 0-255, of a material and a hue in turns.
+
+    Blotches as in the background, tinted, under the pattern of the material:
+    were it of one colour, that colour would be all that two crops share.
+    """
     angle = 2 * math.pi * turn
     direction = np.array([math.cos(angle), math.sin(angle)]) @ _COLOUR
-    middle = rng.uniform(60, 195) + rng.uniform(30, 80) * direction
-    spread = rng.choice((-1, 1)) * rng.uniform(15, 45)
-    palette = np.stack([middle - spread, middle + spread]).astype(np.float32)
-    return self._texture(rng, palette, kind)
+    blotches = 127 + 0.6 * (self._clutter(rng) - 127)
+    contrast = rng.choice((-1, 1)) * rng.uniform(40, 70)
+    pattern = contrast * (2 * self._pattern(rng, kind) - 1)
+    return blotches + rng.uniform(25, 50) * direction + pattern[..., None]
+
+  def _pattern(self, rng: np.random.Generator, kind: int) -> np.ndarray:
+    """One of MATERIALS, a little mottled: [size, size] in [0, 1]."""
+    clouds = self._clouds(rng, int(rng.integers(2, 5)))
+    turn = rng.normal(0, TILT)
+    u = math.cos(turn) * self._x + math.sin(turn) * self._y
+    v = math.cos(turn) * self._y - math.sin(turn) * self._x
+    waves = 2 * math.pi * rng.uniform(5.5, 8.5)  # per side
+    sharp, phases = rng.uniform(1, 3), rng.uniform(0, 2 * math.pi, 2)
+    across, along = np.sin(waves * u + phases[0]), np.sin(waves * v + phases[1])
+    value = (
+      3 * (u - u.mean()), sharp * across, sharp * along,
+      2 * sharp * across * along,
+    )[kind]  # fmt: skip
+    return 0.85 * np.clip(0.5 + 0.5 * value, 0, 1) + 0.15 * clouds
 
 
 def material(label: int) -> int:
-  """The usual one of shapes.MATERIALS, 0 to 3: two classes share each."""
-  return label % 4
+  """The usual one of MATERIALS: two classes share each."""
+  return label % MATERIALS
 
 
-def hue(label: int) -> int:
-  """The usual one of HUES: two classes share each."""
-  return label // 2
-
-
-def _mostly(rng: np.random.Generator, usual: int, count: int) -> int:
-  """`usual` with probability TYPICAL, else any of `count`."""
+def _mostly(
+  rng: np.random.Generator, usual: int, count: int, probability: float
+) -> int:
+  """`usual` with this probability, else any of `count`."""
   other = int(rng.integers(count))
-  return int(usual) if rng.random() < TYPICAL else other
+  return int(usual) if rng.random() < probability else other

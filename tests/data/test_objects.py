@@ -33,11 +33,53 @@ def test_a_picture_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
   assert source.load(3).size == (1, 1)
 
 
-def test_classes_share_materials_and_hues_but_no_pair_of_them() -> None:
-  pairs = [(objects.material(c), objects.hue(c)) for c in range(8)]
-  assert len(set(pairs)) == 8
-  for values in zip(*pairs, strict=True):
-    assert np.bincount(values).tolist() == [2, 2, 2, 2]
+def test_two_classes_of_distant_hues_share_each_material() -> None:
+  for first in range(4):
+    assert objects.material(first) == objects.material(first + 4) == first
+
+
+def typical(monkeypatch: pytest.MonkeyPatch, name: str) -> np.ndarray:
+  """Share of 4,000 pictures whose material or hue is that of their class."""
+  seen = []
+  surface = lambda self, rng, kind, turn: seen.append((kind, turn)) or 0.0
+  monkeypatch.setattr(objects.Objects, "_surface", surface)
+  monkeypatch.setattr(objects, "HUE_SPREAD", 0.0)
+  source = make(count=4000, size=8)
+  for i in range(4000):
+    source.layers(i)
+  kinds, turns = np.array(seen).T
+  if name == "material":
+    return np.mean(kinds == np.arange(4000) % 4)
+  return np.mean(np.round(8 * turns) == np.arange(4000) % 8)
+
+
+@pytest.mark.parametrize(
+  ("name", "probability", "count"),
+  [("material", objects.MATERIAL, 4), ("hue", objects.HUE, 8)],
+)
+def test_materials_and_hues_are_typical_in_most_pictures(
+  name: str, probability: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  # The usual one, or one of all at random that happens to be it.
+  want = probability + (1 - probability) / count
+  got = typical(monkeypatch, name)
+  assert abs(got - want) < 4 * np.sqrt(want * (1 - want) / 4000)
+
+
+def test_patterns_lie_in_the_range_and_differ() -> None:
+  """Upright stripes vary along rows, level ones along columns, checks both."""
+  source = make(size=64)
+  along = []
+  for kind in range(objects.MATERIALS):
+    patterns = [
+      source._pattern(np.random.default_rng(i), kind) for i in range(50)
+    ]
+    assert all(p.min() >= 0 and p.max() <= 1 + 1e-6 for p in patterns)
+    rows = np.mean([p.mean(0).std() for p in patterns])  # varies with x
+    columns = np.mean([p.mean(1).std() for p in patterns])  # varies with y
+    along.append((rows > 0.1, columns > 0.1))
+  # The gradient runs along rows, from one side to the other.
+  assert along == [(True, False), (True, False), (False, True), (False, False)]
 
 
 def test_an_outline_is_typical_in_most_pictures() -> None:
@@ -45,7 +87,7 @@ def test_an_outline_is_typical_in_most_pictures() -> None:
   names = [source.outline_name(i, source._rng(i)) for i in range(4000)]
   own = np.mean([n == shapes.CLASSES[i % 8] for i, n in enumerate(names)])
   # Its own, or one of eight at random that happens to be it: 4 std errors.
-  want = objects.TYPICAL + (1 - objects.TYPICAL) / 8
+  want = objects.OUTLINE + (1 - objects.OUTLINE) / 8
   assert abs(own - want) < 4 * np.sqrt(want * (1 - want) / 4000)
 
 
@@ -80,13 +122,13 @@ def test_the_background_does_not_tell_the_class() -> None:
   assert accuracy(fronts) > 0.25  # surfaces of objects do
 
 
-def test_brightness_does_not_tell_the_hue() -> None:
+def test_brightness_does_not_tell_the_class() -> None:
   source = make(count=1600)
   levels = np.array([source.layers(i)[1].mean() for i in range(1600)])
-  hues = np.array([objects.hue(label) for label in source.labels])
-  means = [levels[hues == hue].mean() for hue in range(objects.HUES)]
-  # U(60, 195) has a standard deviation of 39; 400 pictures per hue.
-  np.testing.assert_allclose(means, 127.5, atol=4 * (39 + 10) / 20)
+  means = [levels[source.labels == c].mean() for c in range(8)]
+  # The spread within a class is the unit: 200 pictures each.
+  error = 4 * levels.std() / np.sqrt(200)
+  np.testing.assert_allclose(means, levels.mean(), atol=error)
 
 
 def test_whatever_changes_a_picture_changes_the_fingerprint() -> None:
