@@ -91,7 +91,7 @@ class AttMask(ViewMasks):
     0.9, "momentum of the centres of teacher logits", low=0, high=1
   )
 
-  config_parts = (vit.BackboneKeys, heads.HeadKeys, ShareKeys)
+  config_parts = (vit.BackboneKeys, vit.InitKeys, heads.HeadKeys, ShareKeys)
   frozen_at_start = "head/last_layer"
   per_image = ("assignment",)
   assigns_prototypes = True
@@ -108,14 +108,15 @@ class AttMask(ViewMasks):
     m, data = config.method, config.data
     backbone = vit.from_config(config)  # rejects an unknown variant first
     head, teacher_head = heads.from_config(m)
+    schema.check("method", m, vit.InitKeys)
     if data.local_crops:
       schema.check_multiple(
         "data.local_size", data.local_size, m.patch_size, "method.patch_size"
       )
     return cls(
-      backbone=backbone,
-      head=head,
-      teacher_head=teacher_head,
+      backbone=backbone.clone(initial=m.init),
+      head=head.clone(initial=m.init),
+      teacher_head=teacher_head.clone(initial=m.init),
       epochs=config.optim.epochs,
       steps_per_epoch=steps_per_epoch,
       global_crops=data.global_crops,

@@ -110,6 +110,7 @@ class ProjectionMlp(nn.Module):
   act: str
   norm: str
   dtype: Any
+  initial: str
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -122,7 +123,7 @@ class ProjectionMlp(nn.Module):
       x = nn.Dense(
         width,
         dtype=self.dtype,
-        kernel_init=layers.trunc_normal(),
+        kernel_init=layers.linear_init(self.initial),
         name=f"layer_{i}",
       )(x)
       if i < self.layers - 1:
@@ -146,6 +147,7 @@ class Head(nn.Module):
     layers: linear layers of the MLP.
     act: "gelu" (exact) or "relu".
     norm: "none" or "ln", between linear and activation.
+    initial: initialisation of the MLP, "normal" or "xavier".
 
   Source: iBOTHead. differs: logits are computed for chosen tokens only.
   """
@@ -158,6 +160,7 @@ class Head(nn.Module):
   act: str = HeadKeys.head_act
   norm: str = HeadKeys.head_norm
   dtype: Any = jnp.float32
+  initial: str = "normal"
 
   def setup(self) -> None:
     self.mlp = ProjectionMlp(
@@ -167,6 +170,7 @@ class Head(nn.Module):
       self.act,
       self.norm,
       self.dtype,
+      self.initial,
     )
     self.last_layer = Prototypes(self.out_dim, self.dtype)
     if self.patch_out_dim:

@@ -67,6 +67,19 @@ class AttentionDropKeys:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitKeys:
+  """Initialisation, where it is a choice."""
+
+  init: str = schema.key(
+    "normal",
+    "linear layers of blocks and heads: normal is the published standard "
+    "deviation of 0.02, xavier grows as the width falls, which networks "
+    "narrower than the published ones need to learn in few steps",
+    choices=layers.INITS,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class ComputeKeys:
   """How the blocks of all networks are computed."""
 

@@ -128,7 +128,7 @@ def noise(module):
 
 def test_norm_of_the_projection_by_hand():
   """PyTorch's default epsilon, 1e-5, and one norm for both hidden layers."""
-  module = heads.ProjectionMlp(8, 4, 3, "gelu", "ln", jnp.float32)
+  module = heads.ProjectionMlp(8, 4, 3, "gelu", "ln", jnp.float32, "normal")
   weights = noise(module)
   x = FAINT
   for i in range(2):
