@@ -41,6 +41,8 @@ LEAST_IMAGES = 16
 SAMPLE = 500  # files whose size is read
 # Side of the global crops: patch size, side of the local crops.
 SIZES = {32: (4, 16), 64: (8, 32), 128: (16, 64), 224: (16, 96)}
+# For networks narrower than those whose initialisation is published.
+NARROW = {"method.init": "xavier"}
 DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
@@ -172,7 +174,7 @@ def choose(pictures: Pictures, *, accelerated: bool) -> list[Choice]:
     _crops(pictures, size, accelerated=accelerated),
     Choice(
       {"method.variant": network, "run.scan": accelerated}
-      | ({"method.dtype": "bfloat16"} if accelerated else {}),
+      | ({"method.dtype": "bfloat16"} if accelerated else NARROW),
       f"{n:,} pictures on {where}",
     ),
     Choice(

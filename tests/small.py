@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import mesh as meshes
 from attmask_jax import trees as parameter_trees
+from attmask_jax.augment.transforms import MultiCrop
 from attmask_jax.methods import METHODS
 from attmask_jax.training import setup, train_step
 from configs import tiny
@@ -22,6 +23,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 SIZES = {
   "method.variant": "16x2x2",
   "method.patch_size": 4,
+  "method.init": "normal",
   "method.drop_path": 0.0,
   "method.out_dim": 16,
   "method.patch_out_dim": 16,
@@ -31,11 +33,15 @@ SIZES = {
   "method.teacher_temp": (0.08, 0.1),
   "method.teacher_patch_temp": (0.07, 0.1),
   "method.temp_warmup_epochs": 1,
+  "data.source": "shapes",
   "data.image_size": 16,
   "data.local_size": 8,
   "data.local_crops": 2,
   "data.global_scale": (0.4, 1.0),
   "data.local_scale": (0.15, 0.4),
+  "data.blur_radius": MultiCrop.blur_radius,
+  "data.jitter": MultiCrop.jitter,
+  "data.grey": 0.5,
   "data.shapes_train": 64,
   "data.shapes_val": 48,
   "data.batch_size": 8,
@@ -44,6 +50,7 @@ SIZES = {
   "optim.lr_per_256": 0.02,
   "optim.teacher_momentum": 0.8,
   "optim.weight_decay": (0.04, 0.04),
+  "optim.freeze_epochs": 1,
   "evals.eval_epochs": 1,
   "evals.knn_ks": (3, 5, 10),
   "evals.batch_size": 32,
@@ -63,11 +70,15 @@ FAMILIES = {
     "method.decoder_depth": 1,
     "method.decoder_num_heads": 2,
     "data.scale": (0.4, 1.0),
+    "optim.freeze_epochs": 0,
   },
   "extrema": {
     "method.mask_ratio": 0.75,
     "method.num_masks": 2,  # 8 of 16 patches are hidden from both
+    "method.contrast": "byol",
+    "method.contrast_temp": 1.0,
     "data.scale": (0.4, 1.0),
+    "optim.freeze_epochs": 0,
   },
 }
 

@@ -1,6 +1,6 @@
 """Length of a run by epochs or steps, and warm-ups of shortened recipes.
 
-Expected values are counted by hand from the numbers in the recipes: tiny has 6
+Expected values are counted by hand from the numbers in the recipes: tiny has 12
 epochs, a warm-up of 2 and one of the temperature of 1; high_100 100, 10, 30.
 """
 
@@ -74,7 +74,7 @@ RESOLVED = {
   "steps": ("attmask_vits16", {"optim.steps": 35}, 70, (1, 0.05, 1)),
   "steps of 4 epochs": ("attmask_vits16", {"optim.steps": 28}, 8, (4, 0.35, 1)),
   "both, agreeing": ("tiny", {"optim.steps": 20, "optim.epochs": 3}, 8,
-    (3, 2 * 2.5 / 6, 1),
+    (3, 2 * 2.5 / 12, 1),
   ),
   "shares": (
     "attmask_vits16",
@@ -157,10 +157,10 @@ def test_copies_know_what_the_recipe_planned():
   config = attmask_jax.get_config("tiny")
   config.optim.epochs = 3
   for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-    assert lengths_of(again, 8) == (3, 1, 1)
+    assert lengths_of(again, 8) == (3, 0.5, 1)
     again.optim.warmup_epochs = 2.0
     assert lengths_of(again, 8) == (3, 2, 1)
-  assert lengths_of(config, 8) == (3, 1, 1)  # not the copies' values
+  assert lengths_of(config, 8) == (3, 0.5, 1)  # not the copies' values
 
 
 def test_what_was_shortened_is_logged_once(monkeypatch):
@@ -210,7 +210,7 @@ def test_a_run_of_steps_ends_within_an_epoch_and_is_evaluated(tmp_path):
   assert last == pytest.approx(np.mean(losses[8:]), rel=1e-6)
   flat = json.loads((tmp_path / "config.json").read_text())
   assert (flat["optim.steps"], flat["optim.epochs"]) == (11, 2)
-  assert flat["optim.warmup_epochs"] == pytest.approx(2 * 11 / 8 / 6)
+  assert flat["optim.warmup_epochs"] == pytest.approx(2 * 11 / 8 / 12)
   assert "11 of 11" in (tmp_path / "report.html").read_text()
   train.train(config, str(tmp_path))  # there is nothing left to do
 

@@ -21,6 +21,7 @@ from attmask_jax.training import optim
 from attmask_jax.training.schedules import Schedules
 
 SMALL = ("attmask", "hint", "ibot", "dino", "mae", "extrema")
+LAPTOP = ("attmask_laptop", "mae_laptop", "extrema_laptop")
 ARGUMENTS = {  # the first is the default
   "attmask_vits16": (
     *("high_100", "hint_100", "high_300", "hint_20pct", "high_20pct"),
@@ -29,11 +30,11 @@ ARGUMENTS = {  # the first is the default
   ),
   "ibot_vits16": ("100ep", "20pct"),
   "dino_vits16": ("100ep", "20pct"),
-  "small_images": SMALL,
+  "small_images": SMALL + LAPTOP,
   "cifar10": SMALL,
   "tiny": (
     *("attmask", "hint", "low", "random", "ibot", "dino"),
-    *("objects", "objects_mae", "mae", "extrema"),
+    *("mae", "extrema"),
   ),
   "mae": (
     *("small_100e_gap", "small_100e_cls", "small_200e_gap", "small_400e_gap"),
