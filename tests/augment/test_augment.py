@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from attmask_jax.augment import transforms
+from attmask_jax.augment import colours, transforms
 from attmask_jax.augment.rgb import to_rgb
 
 
@@ -201,9 +201,9 @@ def test_eval_crop_of_a_line_takes_no_memory_of_the_whole() -> None:
 
 @pytest.mark.parametrize("shift", [-0.1, -0.03, 0.0, 0.07, 0.1])
 def test_hue_turns_the_circle_and_wraps(shift: float) -> None:
-  colours = [(250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 30, 60)]
-  for colour in colours:
-    got = transforms.shift_hue(_plain(colour), shift).getpixel((0, 0))
+  circle = [(250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 30, 60)]
+  for colour in circle:
+    got = colours.shift_hue(_plain(colour), shift).getpixel((0, 0))
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     want = colorsys.hsv_to_rgb((h + int(shift * 255) / 255) % 1, s, v)
     # Two steps of the 8-bit hue (rounding; it wraps at 256, not 255), each
@@ -219,7 +219,7 @@ def test_hue_of_every_pixel_by_a_plain_loop() -> None:
     for x in range(9):
       want[y, x, 0] = (hsv[y, x, 0] - 25) % 256  # int(-0.1 * 255) = -25
   want = Image.frombytes("HSV", (9, 7), want.astype(np.uint8).tobytes())
-  got = transforms.shift_hue(image, -0.1)
+  got = colours.shift_hue(image, -0.1)
   np.testing.assert_array_equal(got, want.convert("RGB"))
 
 
@@ -244,8 +244,8 @@ def test_jitter_blends_by_the_drawn_factors_in_the_drawn_order() -> None:
       elif step == 2:
         want = ImageEnhance.Color(want).enhance(factors[2])
       else:
-        want = transforms.shift_hue(want, turn)
-    got = transforms.color_jitter(image, _rng(seed))
+        want = colours.shift_hue(want, turn)
+    got = colours.color_jitter(image, _rng(seed))
     np.testing.assert_array_equal(got, want)
     orders.add(tuple(order))
   assert len(orders) > 12  # of 24
@@ -255,7 +255,7 @@ def test_brightness_alone_by_hand() -> None:
   rng = _rng(3)
   rng.permutation(4)
   factor = rng.uniform(0.6, 1.4)
-  got = transforms.color_jitter(
+  got = colours.color_jitter(
     _plain((40, 100, 250)), _rng(3), contrast=0, saturation=0, hue=0
   )
   want = [min(int(factor * c), 255) for c in (40, 100, 250)]
@@ -263,12 +263,12 @@ def test_brightness_alone_by_hand() -> None:
 
 
 def test_grey_is_the_luma() -> None:
-  got = transforms.to_grey(_plain((200, 100, 50))).getpixel((0, 0))
+  got = colours.to_grey(_plain((200, 100, 50))).getpixel((0, 0))
   assert got == (round(0.299 * 200 + 0.587 * 100 + 0.114 * 50),) * 3
 
 
 def test_solarise_inverts_from_the_threshold() -> None:
-  got = transforms.solarise(_plain((127, 128, 255))).getpixel((0, 0))
+  got = colours.solarise(_plain((127, 128, 255))).getpixel((0, 0))
   assert got == (127, 127, 0)
 
 
@@ -276,9 +276,8 @@ def test_blur_radius_is_a_standard_deviation_in_pixels() -> None:
   dot = np.zeros((41, 41, 3), np.uint8)
   dot[20, 20] = 255
   dot[19:22, 19:22] = 255
-  radius = _rng(1).uniform(0.1, 2.0)
-  assert radius > 1
-  got = np.asarray(transforms.gaussian_blur(Image.fromarray(dot), _rng(1)))
+  radius = 1.5
+  got = np.asarray(colours.gaussian_blur(Image.fromarray(dot), radius))
   weight = got[..., 0].astype(float)
   spread = np.sum(weight * (np.arange(41) - 20) ** 2) / weight.sum()
   # Variances add: 2/3 of the 3-pixel square; 8 bits cut the tails short.
@@ -322,38 +321,32 @@ def test_multi_crop_takes_images_smaller_than_the_crops() -> None:
   ],
 )
 def test_how_often_each_colour_step_happens(
-  monkeypatch: pytest.MonkeyPatch,
-  colour: transforms.Photometric,
-  blur: float,
-  solarise: float,
+  colour: transforms.Photometric, blur: float, solarise: float
 ) -> None:
-  counts = dict.fromkeys(
-    ("color_jitter", "to_grey", "gaussian_blur", "solarise"), 0
-  )
-  calls = []
-  for name in counts:
-
-    def step(
-      image: Image.Image, *_: object, name: str = name, **options: object
-    ) -> Image.Image:
-      assert options == ({"radius": (0.1, 2.0)} if "blur" in name else {})
-      counts[name] += 1
-      calls.append(name)
-      return image
-
-    monkeypatch.setattr(transforms, name, step)
-  image, rng = _plain((0, 0, 0)), _rng()
-  order = list(counts)
-  for _ in range(2000):
-    colour(image, rng)
-    places = [order.index(name) for name in calls]
-    assert places == sorted(places)
-    calls.clear()
-  want = (0.8, 0.2, blur, solarise)
-  for (name, count), prob in zip(counts.items(), want, strict=True):
+  geometry, rng = transforms.View((0, 0, 4, 4), True), _rng()
+  views = [colour.draw(geometry, rng) for _ in range(2000)]
+  assert {(view.box, view.flip) for view in views} == {((0, 0, 4, 4), True)}
+  radii = [view.blur for view in views if view.blur]
+  assert 0.1 <= min(radii) < 0.2 and 1.8 < max(radii) <= 2.0
+  want = dict(jitter=0.8, grey=0.2, blur=blur, solarise=solarise)
+  for name, prob in want.items():
+    count = sum(bool(getattr(view, name)) for view in views)
     # Five standard deviations of 2,000 draws; none when it is certain.
     margin = 5 * math.sqrt(prob * (1 - prob) / 2000)
     assert abs(count / 2000 - prob) <= margin, name
+
+
+def test_order_of_the_colour_steps() -> None:
+  jitter = colours.Jitter((colours.BRIGHTNESS,), (1.3, 1.0, 1.0), 0.0)
+  view = transforms.View((0, 0, 9, 7), True, jitter, True, 1.2, True)
+  image = _noise(9, 7)
+  (got,) = transforms.render(image, [view], size=5)
+  want = image.resize((5, 5), transforms.BICUBIC)
+  want = ImageOps.mirror(want)
+  want = ImageEnhance.Brightness(want).enhance(1.3)
+  want = want.convert("L").convert("RGB")
+  want = want.filter(ImageFilter.GaussianBlur(1.2))
+  np.testing.assert_array_equal(got, ImageOps.solarize(want))
 
 
 def test_each_view_gets_its_own_recipe(
@@ -361,27 +354,28 @@ def test_each_view_gets_its_own_recipe(
 ) -> None:
   seen = []
 
-  def view(
-    image: Image.Image,
-    rng: np.random.Generator,
-    colour: transforms.Photometric,
-    *,
-    size: int,
-    scale: tuple[float, float],
-  ) -> np.ndarray:
-    seen.append((colour, size, scale))
-    return np.zeros((size, size, 3), np.uint8)
+  def draw(
+    self: transforms.Photometric, view: transforms.View, _: object
+  ) -> transforms.View:
+    seen[-1] = (self, *seen[-1])
+    return view
 
-  monkeypatch.setattr(transforms, "random_view", view)
+  def geometry(size: tuple, _: object, scale: tuple) -> transforms.View:
+    seen.append((size, scale))
+    return transforms.View((0, 0, 4, 4), False)
+
+  monkeypatch.setattr(transforms.Photometric, "draw", draw)
+  monkeypatch.setattr(transforms, "draw_geometry", geometry)
   recipe = _recipe(
     global_crops=3, global_scale=(0.3, 1), local_scale=(0.1, 0.3)
   )
-  recipe(_noise(30, 30), _rng())
+  views = recipe(_noise(30, 30), _rng())
+  assert [view.shape[:2] for view in views.values()] == [(3, 24), (3, 12)]
   assert seen == [
-    (transforms.FIRST_GLOBAL, 24, (0.3, 1)),
-    (transforms.OTHER_GLOBAL, 24, (0.3, 1)),
-    (transforms.OTHER_GLOBAL, 24, (0.3, 1)),
-    *[(transforms.LOCAL, 12, (0.1, 0.3))] * 3,
+    (transforms.FIRST_GLOBAL, (30, 30), (0.3, 1)),
+    (transforms.OTHER_GLOBAL, (30, 30), (0.3, 1)),
+    (transforms.OTHER_GLOBAL, (30, 30), (0.3, 1)),
+    *[(transforms.LOCAL, (30, 30), (0.1, 0.3))] * 3,
   ]
 
 

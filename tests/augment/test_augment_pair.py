@@ -6,7 +6,7 @@ import pytest
 import small
 from PIL import Image, ImageEnhance
 
-from attmask_jax.augment import pair, transforms
+from attmask_jax.augment import colours, pair, transforms
 from attmask_jax.errors import InputError
 from attmask_jax.models import vit
 from configs import tiny
@@ -37,10 +37,10 @@ def test_golden_primitives(golden, monkeypatch):
   same(ImageEnhance.Brightness(crop).enhance(bright), "brightness")
   same(ImageEnhance.Contrast(crop).enhance(contrast), "contrast")
   same(ImageEnhance.Color(crop).enhance(saturation), "saturation")
-  same(transforms.shift_hue(crop, hue), "hue")
+  same(colours.shift_hue(crop, hue), "hue")
   # Recorded after the jitter.
   jittered = Image.fromarray(file["out/jitter"])
-  same(transforms.to_grey(jittered), "grayscale")
+  same(colours.to_grey(jittered), "grayscale")
 
   class Recorded:
     """Draws the recorded order and factors."""
@@ -54,7 +54,7 @@ def test_golden_primitives(golden, monkeypatch):
       assert low <= value <= high
       return float(value)
 
-  same(transforms.color_jitter(crop, Recorded()), "jitter")
+  same(colours.color_jitter(crop, Recorded()), "jitter")
   got = np.asarray(vit.normalize_images(jnp.asarray(file["out/jitter"])))
   np.testing.assert_allclose(
     got.transpose(2, 0, 1), file["out/normalized"], rtol=1e-4, atol=2e-5
@@ -139,7 +139,7 @@ def test_ranges_of_the_jitter():
 
 def test_grey_comes_after_the_jitter(monkeypatch):
   red = Image.new("RGB", (8, 8), (255, 0, 0))
-  monkeypatch.setattr(transforms, "color_jitter", lambda image, rng: red)
+  monkeypatch.setattr(colours, "apply_jitter", lambda image, jitter: red)
   views_of = pair.TwoColours(image_size=8, jitter=1.0, grey=1.0)
   views = views_of(gradient(), np.random.default_rng(0))["images"]
   assert (views == 76).all()  # 0.299 * 255
