@@ -9,6 +9,7 @@ ExtreMA; its --aug-spatial is `supervised.CropFlip`.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,8 @@ class TwoColours(supervised.CropFlip):
 
   Arrays: "images" [2, image_size, image_size, 3], student and teacher.
   """
+
+  recolours: ClassVar[bool] = True
 
   scale: tuple[float, float] = schema.inherit(
     supervised.CropFlip, "scale", (0.2, 1.0)

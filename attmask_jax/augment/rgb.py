@@ -5,6 +5,7 @@ from PIL import Image, ImageOps
 from attmask_jax.augment import depth
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_QUARTERS = (5, 6, 7, 8)  # its values that exchange width and height
 
 
 def to_rgb(image: Image.Image, *, white: float = 0) -> Image.Image:
@@ -39,10 +40,18 @@ def to_rgb(image: Image.Image, *, white: float = 0) -> Image.Image:
   return image
 
 
+def is_turned(image: Image.Image) -> bool:
+  """Whether width and height of the upright image are exchanged."""
+  try:
+    return image.getexif().get(_ORIENTATION, 1) in _QUARTERS
+  except Exception:  # an invalid header; the pixels are still good
+    return False
+
+
 def _upright(image: Image.Image) -> Image.Image:
   """Applies the EXIF orientation; an invalid one is ignored."""
   try:
     orientation = image.getexif().get(_ORIENTATION, 1)
     return ImageOps.exif_transpose(image) if orientation != 1 else image
-  except Exception:  # an invalid header; the pixels are still good
+  except Exception:  # as above
     return image

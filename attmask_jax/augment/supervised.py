@@ -9,6 +9,7 @@ Source: torchvision's transforms of linear probes; timm's create_transform
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -74,6 +75,8 @@ class CropFlip(transforms.Drawn):
 
   Arrays: "images" [1, image_size, image_size, 3].
   """
+
+  recolours: ClassVar[bool] = False
 
   scale: tuple[float, float] = schema.key(
     (0.08, 1.0), "area of the crop as a share of the image"

@@ -12,7 +12,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -288,9 +288,11 @@ class Drawn(Recipe):
 
   Attributes:
     resample: filter of the crops, one of RESAMPLE.
+    recolours: views have colour steps.
   """
 
-  resample = "bicubic"
+  resample: ClassVar[str] = "bicubic"
+  recolours: ClassVar[bool] = True
 
   @property
   @abc.abstractmethod

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from attmask_jax.augment import transforms
+from attmask_jax.augment import canvas, transforms
 from attmask_jax.data import keys
 from attmask_jax.data.decoding import BrokenImage
 from attmask_jax.data.sources import Source
@@ -127,7 +127,8 @@ class TrainPipeline:
     Args:
       source: the images.
       transform: augmentation of one image, `(image, rng) -> {name: array}`,
-        with the same shapes for every image.
+        with the same shapes for every image; or `canvas.OnCanvas`, which has
+        large files decoded at a smaller size.
       batch_size: B, the global batch.
       seed: of the order and the augmentation, >= 0.
       positions: rows of the global batch that this process loads, each within
@@ -225,13 +226,12 @@ class TrainPipeline:
     position = self._positions[row]
     place = step * self._batch_size + position
     requested = int(self.order(epoch)[place])
-    index, image = self._load(requested)
     # Keyed by the requested image: a replacement, which also occurs as itself
     # in this epoch, is cropped differently there.
     key = [self._seed, epoch, requested, AUGMENT_TAG]
     if copy := place % self._repeats:
       key.append(copy)
-    arrays = dict(self._transform(image, np.random.default_rng(key)))
+    index, arrays = self._load(requested, key)
     if self._extras is not None:
       arrays |= self._extras(epoch, requested)
     arrays["label"] = np.int32(self._source.label(index))
@@ -239,16 +239,23 @@ class TrainPipeline:
     arrays["position"] = np.int32(position)
     return arrays
 
-  def _load(self, requested: int) -> tuple[int, Image.Image]:
-    """The requested image, or the next readable one, with its index."""
+  def _load(self, requested: int, key: list[int]) -> tuple[int, HostBatch]:
+    """The augmented image, or the next readable one, with its index."""
     count = len(self._source)
     for offset in range(count):
       index = (requested + offset) % count
+      rng = np.random.default_rng(key)
       try:
-        return index, self._source.load(index)
+        return index, self._augmented(index, rng)
       except BrokenImage as err:
         self._broken.add(index, str(err))
     raise InputError(f"none of the {count} images can be read.")
+
+  def _augmented(self, index: int, rng: np.random.Generator) -> HostBatch:
+    if not isinstance(self._transform, canvas.OnCanvas):
+      return dict(self._transform(self._source.load(index), rng))
+    placing = self._transform.start(rng)
+    return placing.arrays(self._source.load(index, placing.reduction))
 
 
 def eval_batches(

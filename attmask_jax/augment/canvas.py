@@ -1,0 +1,154 @@
+"""Decoded images on canvases of one size, with the draws for the device.
+
+The host's part of `data.pipeline=device`: it draws the views as the Pillow
+pipeline does, decodes at the size that they need, and leaves crops and colours
+to `device.augment`.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+
+from attmask_jax.augment import transforms
+
+CANVAS = "canvas"  # name of the array of images
+NOTHING = 4  # a step of the jitter that is none
+WIDTH = 16  # numbers of one view, see `pack`
+REDUCTIONS = (8, 4, 2)  # of the JPEG decoder
+# A picture is decoded smaller while each crop keeps this many pixels per pixel
+# of its view.
+SPARE = 2.0
+
+
+def views_name(name: str) -> str:
+  """Name of the array with the draws of a kind of view."""
+  return f"{name}_views"
+
+
+def pack(
+  views: list[transforms.View],
+  *,
+  offset: tuple[float, float] = (0.0, 0.0),
+  scale: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
+  """The draws as numbers: [V, WIDTH] float32, see `device.Draws`.
+
+  Args:
+    views: their boxes are in pixels of the image.
+    offset: (x, y) of the canvas in the image.
+    scale: (x, y) pixels of the canvas per pixel of the image.
+  """
+  rows = np.zeros((len(views), WIDTH), np.float32)
+  rows[:, 7:11], rows[:, 11:14] = NOTHING, 1
+  boxes = np.array([view.box for view in views], np.float64)
+  rows[:, 0:4] = (boxes - offset * 2) * (scale * 2)
+  for row, view in zip(rows, views, strict=True):
+    row[4:7] = view.flip, view.grey, view.solarise
+    if jitter := view.jitter:
+      row[7 : 7 + len(jitter.order)] = jitter.order
+      row[11:14], row[14] = jitter.factors, jitter.hue_steps
+    if view.blur:
+      row[15] = box_radius(view.blur)
+  return rows
+
+
+def box_radius(sigma: float, passes: int = 3) -> float:
+  """Radius of the box whose repeated blur has a standard deviation, in pixels.
+
+  Source: _gaussian_blur_radius in BoxBlur.c of Pillow.
+  """
+  variance = sigma * sigma / passes
+  whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+  part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+  return whole + part / (6 * (variance - (whole + 1) ** 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnCanvas:
+  """A recipe whose views the device makes.
+
+  Attributes:
+    recipe: draws the views.
+    side: of the canvases, in pixels. What the views need of an image is
+      reduced to it where it is larger.
+  """
+
+  recipe: transforms.Drawn
+  side: int
+
+  def start(self, rng: np.random.Generator) -> "Placing":
+    """Begins an image."""
+    return Placing(self, rng)
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """The arrays of one RGB image, see `Placing.arrays`."""
+    return self.start(rng).arrays(image)
+
+
+class Placing:
+  """One image on its way to a canvas."""
+
+  def __init__(self, target: OnCanvas, rng: np.random.Generator) -> None:
+    self._target, self._rng = target, rng
+    self._size: tuple[int, int] | None = None
+
+  def reduction(self, size: tuple[int, int]) -> int:
+    """Draws the views, and says how much smaller the image may be decoded.
+
+    Args:
+      size: (width, height) of the upright image.
+
+    Returns:
+      1, 2, 4 or 8: both sides may be divided by it.
+    """
+    recipe, self._size = self._target.recipe, size
+    self._views = recipe.draw(size, self._rng)
+    boxes = [view.box for views in self._views.values() for view in views]
+    edges = np.array(boxes)
+    self._part = (*edges[:, :2].min(0).tolist(), *edges[:, 2:].max(0).tolist())
+    spare = min(
+      min(view.box[2] - view.box[0], view.box[3] - view.box[1]) / side
+      for name, side in recipe.sides.items()
+      for view in self._views[name]
+    )
+    left, top, right, bottom = self._part
+    excess = max(right - left, bottom - top) / self._target.side
+    most = max(spare / SPARE, excess)
+    return next((n for n in REDUCTIONS if n <= most), 1)
+
+  def arrays(self, image: Image.Image) -> dict[str, np.ndarray]:
+    """The image on its canvas, and the draws.
+
+    Args:
+      image: RGB, upright; of the size given to `reduction`, if that was called,
+        or as much smaller as it said.
+
+    Returns:
+      CANVAS [side, side, 3] uint8, the image at the upper left, and for each
+      kind of view its draws [V, WIDTH] float32.
+    """
+    if self._size is None:
+      self.reduction(image.size)
+    # Decoders round up, so that the divisor is not the ratio of the sizes.
+    reduced = lambda n: tuple(-(-length // n) for length in self._size)
+    factor = next(n for n in (1, 2, 4, 8) if reduced(n) == image.size)
+    left, top = (edge // factor for edge in self._part[:2])
+    right, bottom = (-(-edge // factor) for edge in self._part[2:])
+    image = image.crop((left, top, right, bottom))
+    full = image.size
+    if max(full) > self._target.side:
+      share = self._target.side / max(full)
+      small = tuple(max(round(length * share), 1) for length in full)
+      image = image.resize(small, transforms.BICUBIC)
+    canvas = np.zeros((self._target.side, self._target.side, 3), np.uint8)
+    canvas[: image.height, : image.width] = np.asarray(image)
+    scale = image.width / full[0] / factor, image.height / full[1] / factor
+    offset = left * factor, top * factor
+    return {CANVAS: canvas} | {
+      views_name(name): pack(views, offset=offset, scale=scale)
+      for name, views in self._views.items()
+    }
