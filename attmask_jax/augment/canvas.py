@@ -7,19 +7,22 @@ to `device.augment`.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from attmask_jax.augment import transforms
+from attmask_jax.augment import draws, transforms
 
 CANVAS = "canvas"  # name of the array of images
 NOTHING = 4  # a step of the jitter that is none
 WIDTH = 16  # numbers of one view, see `pack`
+_NO_JITTER = (*(NOTHING,) * 4, 1, 1, 1, 0)
 REDUCTIONS = (8, 4, 2)  # of the JPEG decoder
 # A picture is decoded smaller while each crop keeps this many pixels per pixel
 # of its view.
 SPARE = 2.0
+SHRINK = transforms.BICUBIC  # of what is larger than the canvas
 
 
 def views_name(name: str) -> str:
@@ -28,7 +31,7 @@ def views_name(name: str) -> str:
 
 
 def pack(
-  views: list[transforms.View],
+  views: list[draws.View],
   *,
   offset: tuple[float, float] = (0.0, 0.0),
   scale: tuple[float, float] = (1.0, 1.0),
@@ -40,18 +43,19 @@ def pack(
     offset: (x, y) of the canvas in the image.
     scale: (x, y) pixels of the canvas per pixel of the image.
   """
-  rows = np.zeros((len(views), WIDTH), np.float32)
-  rows[:, 7:11], rows[:, 11:14] = NOTHING, 1
-  boxes = np.array([view.box for view in views], np.float64)
-  rows[:, 0:4] = (boxes - offset * 2) * (scale * 2)
-  for row, view in zip(rows, views, strict=True):
-    row[4:7] = view.flip, view.grey, view.solarise
+  rows = []
+  for view in views:
+    row = [*view.box, view.flip, view.grey, view.solarise]
     if jitter := view.jitter:
-      row[7 : 7 + len(jitter.order)] = jitter.order
-      row[11:14], row[14] = jitter.factors, jitter.hue_steps
-    if view.blur:
-      row[15] = box_radius(view.blur)
-  return rows
+      row += jitter.order + (NOTHING,) * (4 - len(jitter.order))
+      row += (*jitter.factors, jitter.hue_steps)
+    else:
+      row += _NO_JITTER
+    row.append(box_radius(view.blur) if view.blur else 0)
+    rows.append(row)
+  packed = np.array(rows)  # float64: boxes of large pictures stay exact
+  packed[:, 0:4] = (packed[:, 0:4] - offset * 2) * (scale * 2)
+  return packed.astype(np.float32)
 
 
 def box_radius(sigma: float, passes: int = 3) -> float:
@@ -88,6 +92,13 @@ class OnCanvas:
     """The arrays of one RGB image, see `Placing.arrays`."""
     return self.start(rng).arrays(image)
 
+  def stack(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images [h, w, 3] at the upper left of canvases: [n, side, side, 3]."""
+    canvases = np.zeros((len(images), self.side, self.side, 3), np.uint8)
+    for canvas, image in zip(canvases, images, strict=True):
+      canvas[: image.shape[0], : image.shape[1]] = image
+    return canvases
+
 
 class Placing:
   """One image on its way to a canvas."""
@@ -107,14 +118,14 @@ class Placing:
     """
     recipe, self._size = self._target.recipe, size
     self._views = recipe.draw(size, self._rng)
-    boxes = [view.box for views in self._views.values() for view in views]
-    edges = np.array(boxes)
-    self._part = (*edges[:, :2].min(0).tolist(), *edges[:, 2:].max(0).tolist())
-    spare = min(
-      min(view.box[2] - view.box[0], view.box[3] - view.box[1]) / side
-      for name, side in recipe.sides.items()
-      for view in self._views[name]
-    )
+    spare, edges = math.inf, []
+    for name, side in recipe.sides.items():
+      for view in self._views[name]:
+        left, top, right, bottom = view.box
+        spare = min(spare, (right - left) / side, (bottom - top) / side)
+        edges.append(view.box)
+    lefts, tops, rights, bottoms = zip(*edges, strict=True)
+    self._part = min(lefts), min(tops), max(rights), max(bottoms)
     left, top, right, bottom = self._part
     excess = max(right - left, bottom - top) / self._target.side
     most = max(spare / SPARE, excess)
@@ -128,27 +139,27 @@ class Placing:
         or as much smaller as it said.
 
     Returns:
-      CANVAS [side, side, 3] uint8, the image at the upper left, and for each
-      kind of view its draws [V, WIDTH] float32.
+      CANVAS [h, w, 3] uint8, see `OnCanvas.stack`, and for each kind of view
+      its draws [V, WIDTH] float32.
     """
     if self._size is None:
       self.reduction(image.size)
     # Decoders round up, so that the divisor is not the ratio of the sizes.
     reduced = lambda n: tuple(-(-length // n) for length in self._size)
     factor = next(n for n in (1, 2, 4, 8) if reduced(n) == image.size)
-    left, top = (edge // factor for edge in self._part[:2])
-    right, bottom = (-(-edge // factor) for edge in self._part[2:])
-    image = image.crop((left, top, right, bottom))
+    offset = (0, 0)
+    if max(image.size) > self._target.side:
+      left, top = (edge // factor for edge in self._part[:2])
+      right, bottom = (-(-edge // factor) for edge in self._part[2:])
+      image = image.crop((left, top, right, bottom))
+      offset = left * factor, top * factor
     full = image.size
     if max(full) > self._target.side:
       share = self._target.side / max(full)
       small = tuple(max(round(length * share), 1) for length in full)
-      image = image.resize(small, transforms.BICUBIC)
-    canvas = np.zeros((self._target.side, self._target.side, 3), np.uint8)
-    canvas[: image.height, : image.width] = np.asarray(image)
+      image = image.resize(small, SHRINK)
     scale = image.width / full[0] / factor, image.height / full[1] / factor
-    offset = left * factor, top * factor
-    return {CANVAS: canvas} | {
+    return {CANVAS: np.asarray(image)} | {
       views_name(name): pack(views, offset=offset, scale=scale)
       for name, views in self._views.items()
     }

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax import schema
-from attmask_jax.augment import supervised, transforms
+from attmask_jax.augment import draws, supervised, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,10 @@ class TwoColours(supervised.CropFlip):
 
   def draw(
     self, size: tuple[int, int], rng: np.random.Generator
-  ) -> dict[str, list[transforms.View]]:
+  ) -> dict[str, list[draws.View]]:
     """For the student and for the teacher."""
     geometry = transforms.draw_geometry(size, rng, self.scale)
-    kind = transforms.Photometric(blur=0.0, jitter=self.jitter, grey=self.grey)
+    kind = draws.Photometric(blur=0.0, jitter=self.jitter, grey=self.grey)
     return {"images": [kind.draw(geometry, rng) for _ in range(2)]}
 
 

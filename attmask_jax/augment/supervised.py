@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from attmask_jax import schema
-from attmask_jax.augment import colours, randaugment, transforms
+from attmask_jax.augment import colours, draws, randaugment, transforms
 from attmask_jax.augment.transforms import RESAMPLE
 
 SMALL = 32  # images of up to this side are shifted, not resized
@@ -97,7 +97,7 @@ class CropFlip(transforms.Drawn):
 
   def draw(
     self, size: tuple[int, int], rng: np.random.Generator
-  ) -> dict[str, list[transforms.View]]:
+  ) -> dict[str, list[draws.View]]:
     """The only view."""
     return {"images": [transforms.draw_geometry(size, rng, self.scale)]}
 

@@ -10,15 +10,25 @@ Source: the steps behave like torchvision's on Pillow images.
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from attmask_jax import schema
 from attmask_jax.augment import colours, enlarge
+from attmask_jax.augment.draws import (
+  FIRST_GLOBAL,
+  LOCAL,
+  MIN_BLUR,
+  OTHER_GLOBAL,
+  Photometric,
+  View,
+  recolour,
+)
 from attmask_jax.errors import InputError
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -57,8 +67,8 @@ def crop_box(
   """
   low, high = math.log(ratio[0]), math.log(ratio[1])
   for _ in range(10):
-    area = width * height * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(low, high))
+    area = width * height * colours.uniform(rng, *scale)
+    aspect = math.exp(colours.uniform(rng, low, high))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       top = int(rng.integers(0, height - h + 1))
@@ -183,59 +193,6 @@ class Recipe:
     return views[:2]
 
 
-class View(NamedTuple):
-  """Everything that is random in one view.
-
-  Attributes:
-    box: (left, upper, right, lower) of the crop, in pixels of the image.
-    flip: mirrored horizontally.
-    jitter: of the colours, or None.
-    grey: becomes grey.
-    blur: standard deviation in pixels, 0 = none.
-    solarise: bright values are inverted.
-  """
-
-  box: tuple[int, int, int, int]
-  flip: bool
-  jitter: colours.Jitter | None = None
-  grey: bool = False
-  blur: float = 0.0
-  solarise: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Photometric:
-  """The colour steps of one kind of crop.
-
-  Attributes:
-    blur, solarise, jitter, grey: probabilities, 0-1.
-    blur_radius: largest radius of the blur in pixels, at least 0.1.
-  """
-
-  blur: float
-  solarise: float = 0.0
-  jitter: float = 0.8
-  grey: float = 0.2
-  blur_radius: float = 2.0
-
-  def draw(self, view: View, rng: np.random.Generator) -> View:
-    """The view with the draws of its colours: each step on its own."""
-    jitter, blur = None, 0.0
-    if rng.random() < self.jitter:
-      jitter = colours.draw_jitter(rng)
-    grey = rng.random() < self.grey
-    if rng.random() < self.blur:
-      blur = rng.uniform(MIN_BLUR, self.blur_radius)
-    solarise = rng.random() < self.solarise
-    return View(view.box, view.flip, jitter, grey, blur, solarise)
-
-
-MIN_BLUR = 0.1  # smallest radius that is drawn
-FIRST_GLOBAL = Photometric(blur=1.0)
-OTHER_GLOBAL = Photometric(blur=0.1, solarise=0.2)
-LOCAL = Photometric(blur=0.5)
-
-
 def draw_geometry(
   size: tuple[int, int],
   rng: np.random.Generator,
@@ -268,17 +225,6 @@ def render(
   return np.stack(rendered)
 
 
-def recolour(image: Image.Image, view: View) -> Image.Image:
-  """Jitter, grey, blur, solarise, as drawn."""
-  if view.jitter:
-    image = colours.apply_jitter(image, view.jitter)
-  if view.grey:
-    image = colours.to_grey(image)
-  if view.blur:
-    image = colours.gaussian_blur(image, view.blur)
-  return colours.solarise(image) if view.solarise else image
-
-
 @dataclasses.dataclass(frozen=True)
 class Drawn(Recipe):
   """Base class of recipes that draw all of their views beforehand.
@@ -291,7 +237,7 @@ class Drawn(Recipe):
     recolours: views have colour steps.
   """
 
-  resample: ClassVar[str] = "bicubic"
+  resample = "bicubic"  # without a type, which would make it a field
   recolours: ClassVar[bool] = True
 
   @property
@@ -375,12 +321,7 @@ class MultiCrop(Drawn):
     self, size: tuple[int, int], rng: np.random.Generator
   ) -> dict[str, list[View]]:
     """Each view on its own."""
-    names = ("jitter", "grey", "blur_radius")
-    strength = {name: getattr(self, name) for name in names}
-    first, other, local = (
-      dataclasses.replace(colour, **strength)
-      for colour in (FIRST_GLOBAL, OTHER_GLOBAL, LOCAL)
-    )
+    first, other, local = self._kinds
     one = lambda colour, scale: colour.draw(
       draw_geometry(size, rng, scale), rng
     )
@@ -391,6 +332,14 @@ class MultiCrop(Drawn):
         one(local, self.local_scale) for _ in range(self.local_crops)
       ]
     return views
+
+  @functools.cached_property
+  def _kinds(self) -> tuple[Photometric, ...]:
+    """Colours of the first global view, of the others, and of local ones."""
+    names = ("jitter", "grey", "blur_radius")
+    strength = {name: getattr(self, name) for name in names}
+    kinds = (FIRST_GLOBAL, OTHER_GLOBAL, LOCAL)
+    return tuple(dataclasses.replace(kind, **strength) for kind in kinds)
 
   def pair(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """The two global views of a training step, see `Recipe.pair`."""

@@ -217,7 +217,14 @@ class TrainPipeline:
       batch_size=rows,
       threads=self._threads,
       prefetch=self._prefetch,
+      stack=self._stack,
     )
+
+  def _stack(self, items: Sequence[HostBatch]) -> HostBatch:
+    if not isinstance(self._transform, canvas.OnCanvas):
+      return _stack(items)
+    images = self._transform.stack([item.pop(canvas.CANVAS) for item in items])
+    return _stack(items) | {canvas.CANVAS: images}
 
   def _item(self, item: int) -> HostBatch:
     """Row `item` of the endless sequence of this process's rows."""
@@ -326,6 +333,10 @@ def eval_batches(
   )
 
 
+def _stack(items: Sequence[HostBatch]) -> HostBatch:
+  return {name: np.stack([item[name] for item in items]) for name in items[0]}
+
+
 def _stream(
   load: Callable[[int], HostBatch],
   items: range,
@@ -333,6 +344,7 @@ def _stream(
   batch_size: int,
   threads: int,
   prefetch: int,
+  stack: Callable[[Sequence[HostBatch]], HostBatch] = _stack,
 ) -> Generator[HostBatch, None, None]:
   """Batches of `load(item)`, prepared ahead in threads (0 = one per core).
 
@@ -346,15 +358,11 @@ def _stream(
   )
   rows = grain.MapDataset.range(items.start, items.stop)
   rows = rows.map(load).to_iter_dataset(options)
-  iterator: Iterator[Any] = iter(rows.batch(batch_size, batch_fn=_stack))
+  iterator: Iterator[Any] = iter(rows.batch(batch_size, batch_fn=stack))
   try:
     yield from iterator
   finally:
     iterator.close()
-
-
-def _stack(items: Sequence[HostBatch]) -> HostBatch:
-  return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
 def cores() -> int:

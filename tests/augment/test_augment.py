@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from attmask_jax.augment import colours, transforms
+from attmask_jax.augment import colours, draws, transforms
 from attmask_jax.augment.rgb import to_rgb
 
 
@@ -315,15 +315,15 @@ def test_multi_crop_takes_images_smaller_than_the_crops() -> None:
 @pytest.mark.parametrize(
   ("colour", "blur", "solarise"),
   [
-    (transforms.FIRST_GLOBAL, 1.0, 0.0),
-    (transforms.OTHER_GLOBAL, 0.1, 0.2),
-    (transforms.LOCAL, 0.5, 0.0),
+    (draws.FIRST_GLOBAL, 1.0, 0.0),
+    (draws.OTHER_GLOBAL, 0.1, 0.2),
+    (draws.LOCAL, 0.5, 0.0),
   ],
 )
 def test_how_often_each_colour_step_happens(
-  colour: transforms.Photometric, blur: float, solarise: float
+  colour: draws.Photometric, blur: float, solarise: float
 ) -> None:
-  geometry, rng = transforms.View((0, 0, 4, 4), True), _rng()
+  geometry, rng = draws.View((0, 0, 4, 4), True), _rng()
   views = [colour.draw(geometry, rng) for _ in range(2000)]
   assert {(view.box, view.flip) for view in views} == {((0, 0, 4, 4), True)}
   radii = [view.blur for view in views if view.blur]
@@ -338,7 +338,7 @@ def test_how_often_each_colour_step_happens(
 
 def test_order_of_the_colour_steps() -> None:
   jitter = colours.Jitter((colours.BRIGHTNESS,), (1.3, 1.0, 1.0), 0.0)
-  view = transforms.View((0, 0, 9, 7), True, jitter, True, 1.2, True)
+  view = draws.View((0, 0, 9, 7), True, jitter, True, 1.2, True)
   image = _noise(9, 7)
   (got,) = transforms.render(image, [view], size=5)
   want = image.resize((5, 5), transforms.BICUBIC)
@@ -354,17 +354,15 @@ def test_each_view_gets_its_own_recipe(
 ) -> None:
   seen = []
 
-  def draw(
-    self: transforms.Photometric, view: transforms.View, _: object
-  ) -> transforms.View:
+  def draw(self: draws.Photometric, view: draws.View, _: object) -> draws.View:
     seen[-1] = (self, *seen[-1])
     return view
 
-  def geometry(size: tuple, _: object, scale: tuple) -> transforms.View:
+  def geometry(size: tuple, _: object, scale: tuple) -> draws.View:
     seen.append((size, scale))
-    return transforms.View((0, 0, 4, 4), False)
+    return draws.View((0, 0, 4, 4), False)
 
-  monkeypatch.setattr(transforms.Photometric, "draw", draw)
+  monkeypatch.setattr(draws.Photometric, "draw", draw)
   monkeypatch.setattr(transforms, "draw_geometry", geometry)
   recipe = _recipe(
     global_crops=3, global_scale=(0.3, 1), local_scale=(0.1, 0.3)
@@ -372,10 +370,10 @@ def test_each_view_gets_its_own_recipe(
   views = recipe(_noise(30, 30), _rng())
   assert [view.shape[:2] for view in views.values()] == [(3, 24), (3, 12)]
   assert seen == [
-    (transforms.FIRST_GLOBAL, (30, 30), (0.3, 1)),
-    (transforms.OTHER_GLOBAL, (30, 30), (0.3, 1)),
-    (transforms.OTHER_GLOBAL, (30, 30), (0.3, 1)),
-    *[(transforms.LOCAL, (30, 30), (0.1, 0.3))] * 3,
+    (draws.FIRST_GLOBAL, (30, 30), (0.3, 1)),
+    (draws.OTHER_GLOBAL, (30, 30), (0.3, 1)),
+    (draws.OTHER_GLOBAL, (30, 30), (0.3, 1)),
+    *[(draws.LOCAL, (30, 30), (0.1, 0.3))] * 3,
   ]
 
 
