@@ -53,7 +53,7 @@ def pack(
       row += _NO_JITTER
     row.append(box_radius(view.blur) if view.blur else 0)
     rows.append(row)
-  packed = np.array(rows)  # float64: boxes of large pictures stay exact
+  packed = np.array(rows, np.float64)
   packed[:, 0:4] = (packed[:, 0:4] - offset * 2) * (scale * 2)
   return packed.astype(np.float32)
 
@@ -111,7 +111,7 @@ class Placing:
     """Draws the views, and says how much smaller the image may be decoded.
 
     Args:
-      size: (width, height) of the upright image.
+      size: (width, height) of the image.
 
     Returns:
       1, 2, 4 or 8: both sides may be divided by it.

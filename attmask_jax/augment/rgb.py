@@ -5,7 +5,6 @@ from PIL import Image, ImageOps
 from attmask_jax.augment import depth
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_QUARTERS = (5, 6, 7, 8)  # its values that exchange width and height
 
 
 def to_rgb(image: Image.Image, *, white: float = 0) -> Image.Image:
@@ -40,18 +39,17 @@ def to_rgb(image: Image.Image, *, white: float = 0) -> Image.Image:
   return image
 
 
-def is_turned(image: Image.Image) -> bool:
-  """Whether width and height of the upright image are exchanged."""
+def is_upright(image: Image.Image) -> bool:
+  """Whether there is no EXIF orientation to apply, or an invalid header."""
   try:
-    return image.getexif().get(_ORIENTATION, 1) in _QUARTERS
+    return image.getexif().get(_ORIENTATION, 1) == 1
   except Exception:  # an invalid header; the pixels are still good
-    return False
+    return True
 
 
 def _upright(image: Image.Image) -> Image.Image:
   """Applies the EXIF orientation; an invalid one is ignored."""
   try:
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    return ImageOps.exif_transpose(image) if orientation != 1 else image
+    return image if is_upright(image) else ImageOps.exif_transpose(image)
   except Exception:  # as above
     return image

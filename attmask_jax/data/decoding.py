@@ -10,7 +10,7 @@ from absl import logging
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from attmask_jax import schema
-from attmask_jax.augment.rgb import is_turned, to_rgb
+from attmask_jax.augment.rgb import is_upright, to_rgb
 from attmask_jax.errors import InputError
 from attmask_jax.text import printable
 
@@ -98,8 +98,9 @@ def decode(
   Args:
     file: path or stream.
     reading: how files are decoded.
-    reduction: called with the size of the upright image, says how much smaller
-      it may be: JPEG files are decoded with their sides divided by that.
+    reduction: called with the size of the image unless it is to be turned,
+      says how much smaller it may be: the sides of JPEG files are divided by
+      that.
 
   Raises:
     BrokenImage: Pillow cannot read it to its end. Its decoders raise errors of
@@ -134,11 +135,12 @@ def decode(
 def _reduce(image: Image.Image, reduction: Reduction) -> None:
   """Has the decoder of a JPEG file divide its sides; others stay as they are.
 
-  The library computes fewer frequencies of each block, in less time.
+  The library computes fewer frequencies of each block, in less time. Pictures
+  that EXIF turns stay as they are, too: their blocks would begin at the wrong
+  end.
   """
   width, height = image.size
-  factor = reduction((height, width) if is_turned(image) else (width, height))
-  if factor > 1:
+  if is_upright(image) and (factor := reduction(image.size)) > 1:
     # Takes the largest divisor that leaves at least this size.
     image.draft(None, (max(width // factor, 1), max(height // factor, 1)))
 
