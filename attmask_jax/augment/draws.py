@@ -67,12 +67,27 @@ OTHER_GLOBAL = Photometric(blur=0.1, solarise=0.2)
 LOCAL = Photometric(blur=0.5)
 
 
-def recolour(image: Image.Image, view: View) -> Image.Image:
-  """Jitter, grey, blur, solarise, as drawn."""
-  if view.jitter:
-    image = colours.apply_jitter(image, view.jitter)
-  if view.grey:
-    image = colours.to_grey(image)
+def recolour(image: Image.Image, view: View) -> np.ndarray:
+  """Jitter, grey, blur, solarise, as drawn: RGB -> [H, W, 3] uint8."""
+  if view.jitter or view.grey:
+    planes = colours.split(image)
+    if view.jitter:
+      planes = colours.jitter_planes(planes, view.jitter)
+    if view.grey:
+      return _recolour_grey(colours.luma(planes), view)
+    pixels = colours.join(planes)
+    image = Image.fromarray(pixels) if view.blur else image
   if view.blur:
-    image = colours.gaussian_blur(image, view.blur)
-  return colours.solarise(image) if view.solarise else image
+    pixels = np.asarray(colours.gaussian_blur(image, view.blur))
+  elif not view.jitter:
+    pixels = np.asarray(image)
+  return colours.solarise(pixels) if view.solarise else pixels
+
+
+def _recolour_grey(grey: np.ndarray, view: View) -> np.ndarray:
+  """What follows on one channel for all three: [H, W] -> [H, W, 3] uint8."""
+  if view.blur:
+    image = Image.fromarray(grey)
+    grey = np.asarray(colours.gaussian_blur(image, view.blur))
+  grey = colours.solarise(grey) if view.solarise else grey
+  return np.repeat(grey[..., None], 3, axis=-1)

@@ -221,7 +221,7 @@ def render(
       geometry = view.box, view.flip
       crop = image.crop(view.box).resize((size, size), resample)
       crop = flip(crop) if view.flip else crop
-    rendered.append(np.asarray(recolour(crop, view)))
+    rendered.append(recolour(crop, view))
   return np.stack(rendered)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pillow_steps
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -203,7 +204,8 @@ def test_eval_crop_of_a_line_takes_no_memory_of_the_whole() -> None:
 def test_hue_turns_the_circle_and_wraps(shift: float) -> None:
   circle = [(250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 30, 60)]
   for colour in circle:
-    got = colours.shift_hue(_plain(colour), shift).getpixel((0, 0))
+    turn = colours.Jitter((colours.HUE,), (1.0, 1.0, 1.0), shift)
+    got = colours.apply_jitter(_plain(colour), turn).getpixel((0, 0))
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     want = colorsys.hsv_to_rgb((h + int(shift * 255) / 255) % 1, s, v)
     # Two steps of the 8-bit hue (rounding; it wraps at 256, not 255), each
@@ -211,16 +213,63 @@ def test_hue_turns_the_circle_and_wraps(shift: float) -> None:
     np.testing.assert_allclose(got, np.array(want) * 255, atol=10.4)
 
 
-def test_hue_of_every_pixel_by_a_plain_loop() -> None:
-  image = _noise(9, 7)
-  hsv = np.asarray(image.convert("HSV")).astype(int)
-  want = hsv.copy()
-  for y in range(7):
-    for x in range(9):
-      want[y, x, 0] = (hsv[y, x, 0] - 25) % 256  # int(-0.1 * 255) = -25
-  want = Image.frombytes("HSV", (9, 7), want.astype(np.uint8).tobytes())
-  got = colours.shift_hue(image, -0.1)
-  np.testing.assert_array_equal(got, want.convert("RGB"))
+@pytest.fixture(scope="module")
+def every_colour() -> Image.Image:
+  """All colours with a blue of 0, 5, 10, ..., 255, and all greys."""
+  red, green, blue = np.meshgrid(
+    np.arange(256), np.arange(256), np.arange(0, 256, 5), indexing="ij"
+  )
+  pixels = np.stack([red, green, blue], -1).reshape(-1, 256, 3)
+  greys = np.repeat(np.arange(256)[None, :, None], 3, -1)
+  return Image.fromarray(np.concatenate([pixels, greys]).astype(np.uint8))
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, -0.03, 0.0, 0.004, 0.07, 0.1])
+def test_hue_of_every_colour_is_that_of_pillow(
+  shift: float, every_colour: Image.Image
+) -> None:
+  got = colours.shift_planes(
+    colours.split(every_colour), int(shift * 255) % 256
+  )
+  want = np.asarray(pillow_steps.shift_hue(every_colour, shift))
+  np.testing.assert_array_equal(colours.join(got), want)
+
+
+def test_enhancement_of_every_value_is_that_of_pillow() -> None:
+  image = _noise(256, 40)
+  kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+  for step, kind in enumerate(kinds):
+    for factor in (0.0, 0.6, 0.83, 1.0, 1.2, 1.4, 3.1):
+      got = colours.enhance(colours.split(image), step, factor)
+      want = np.asarray(kind(image).enhance(factor))
+      np.testing.assert_array_equal(colours.join(got), want)
+
+
+def test_luma_of_every_colour_is_that_of_pillow(
+  every_colour: Image.Image,
+) -> None:
+  got = colours.luma(colours.split(every_colour))
+  np.testing.assert_array_equal(got, np.asarray(every_colour.convert("L")))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("blur", [0.0, 1.7])
+@pytest.mark.parametrize("jitters", [False, True])
+def test_colours_of_a_view_by_pillow(
+  jitters: bool, blur: float, grey: bool
+) -> None:
+  want = image = _noise(23, 23)
+  jitter = colours.Jitter((colours.CONTRAST,), (1.0, 1.4, 1.0), 0.0)
+  if jitters:
+    want = ImageEnhance.Contrast(want).enhance(1.4)
+  want = want.convert("L").convert("RGB") if grey else want
+  want = want.filter(ImageFilter.GaussianBlur(blur)) if blur else want
+  for solarise in (False, True):
+    view = draws.View(
+      (0, 0, 23, 23), False, jitter if jitters else None, grey, blur, solarise
+    )
+    last = ImageOps.solarize(want) if solarise else want
+    np.testing.assert_array_equal(draws.recolour(image, view), last)
 
 
 def test_jitter_blends_by_the_drawn_factors_in_the_drawn_order() -> None:
@@ -244,7 +293,7 @@ def test_jitter_blends_by_the_drawn_factors_in_the_drawn_order() -> None:
       elif step == 2:
         want = ImageEnhance.Color(want).enhance(factors[2])
       else:
-        want = colours.shift_hue(want, turn)
+        want = pillow_steps.shift_hue(want, turn)
     got = colours.color_jitter(image, _rng(seed))
     np.testing.assert_array_equal(got, want)
     orders.add(tuple(order))
@@ -263,13 +312,13 @@ def test_brightness_alone_by_hand() -> None:
 
 
 def test_grey_is_the_luma() -> None:
-  got = colours.to_grey(_plain((200, 100, 50))).getpixel((0, 0))
-  assert got == (round(0.299 * 200 + 0.587 * 100 + 0.114 * 50),) * 3
+  got = colours.luma(colours.split(_plain((200, 100, 50))))
+  assert (got == round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)).all()
 
 
 def test_solarise_inverts_from_the_threshold() -> None:
-  got = colours.solarise(_plain((127, 128, 255))).getpixel((0, 0))
-  assert got == (127, 127, 0)
+  got = colours.solarise(np.array([0, 127, 128, 255], np.uint8))
+  assert got.tolist() == [0, 127, 127, 0]
 
 
 def test_blur_radius_is_a_standard_deviation_in_pixels() -> None:

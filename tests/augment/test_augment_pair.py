@@ -37,10 +37,12 @@ def test_golden_primitives(golden, monkeypatch):
   same(ImageEnhance.Brightness(crop).enhance(bright), "brightness")
   same(ImageEnhance.Contrast(crop).enhance(contrast), "contrast")
   same(ImageEnhance.Color(crop).enhance(saturation), "saturation")
-  same(colours.shift_hue(crop, hue), "hue")
+  turn = colours.Jitter((colours.HUE,), (1.0, 1.0, 1.0), hue)
+  same(colours.apply_jitter(crop, turn), "hue")
   # Recorded after the jitter.
   jittered = Image.fromarray(file["out/jitter"])
-  same(colours.to_grey(jittered), "grayscale")
+  luma = colours.luma(colours.split(jittered))
+  same(np.repeat(luma[..., None], 3, -1), "grayscale")
 
   class Recorded:
     """Draws the recorded order."""
@@ -145,7 +147,8 @@ def test_uniform_draws_are_those_of_numpy():
 
 def test_grey_comes_after_the_jitter(monkeypatch):
   red = Image.new("RGB", (8, 8), (255, 0, 0))
-  monkeypatch.setattr(colours, "apply_jitter", lambda image, jitter: red)
+  planes = colours.split(red)
+  monkeypatch.setattr(colours, "jitter_planes", lambda *_: planes)
   views_of = pair.TwoColours(image_size=8, jitter=1.0, grey=1.0)
   views = views_of(gradient(), np.random.default_rng(0))["images"]
   assert (views == 76).all()  # 0.299 * 255

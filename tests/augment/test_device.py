@@ -6,6 +6,7 @@ import tarfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pillow_steps
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -109,7 +110,9 @@ def test_step_is_that_of_pillow(name, pictures):
 
 @pytest.mark.parametrize("shift", [-0.1, -0.03, 0.0, 0.07, 0.1, 0.5])
 def test_hue_is_that_of_pillow(shift, pictures):
-  want = np.stack([np.asarray(colours.shift_hue(x, shift)) for x in pictures])
+  want = np.stack(
+    [np.asarray(pillow_steps.shift_hue(x, shift)) for x in pictures]
+  )
   steps = jnp.float32(int(shift * 255) % 256)
   off = _levels(
     _on_device(lambda x: device.shift_hue(x, steps), pictures), want
