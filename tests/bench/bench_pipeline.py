@@ -1,7 +1,7 @@
 """Images per second and core that the input pipelines read, in turns.
 
 python tests/bench/bench_pipeline.py FOLDER [--transform multi_crop ...]
-    [--turns 5] [--code CHECKOUT ...]
+    [--turns 5] [--code CHECKOUT ...] [--batch 8]
 
 The images anywhere below FOLDER go through each program once per turn, in one
 thread: decoding alone; the host pipeline; the device pipeline's part on the
@@ -10,7 +10,8 @@ and waits while another one runs.
 
 Prints medians of processor milliseconds per image, with the smallest and the
 largest, the images per second of processor time that go with them, and the
-ratio to the host pipeline of the same turn.
+ratio to the host pipeline of the same turn. With --batch, also what the device
+takes for its part: seconds and temporary memory of one batch, compiled alone.
 """
 
 import argparse
@@ -88,12 +89,48 @@ class Worker:
     return 1000 * float(self.process.stdout.readline()) / self.images
 
 
+def on_device(folder: str, name: str, batch_size: int, turns: int) -> str:
+  """Time and memory of the views of one batch on the device."""
+  sys.path[:0] = [str(ROOT)]
+
+  import jax
+
+  from attmask_jax.augment import TRANSFORMS, canvas, device
+  from attmask_jax.data import files, pipeline
+
+  recipe = TRANSFORMS[name](**SETTINGS[name])
+  pipe = pipeline.TrainPipeline(
+    files.Flat(folder),
+    canvas.OnCanvas(recipe, CANVAS_SIZE),
+    batch_size=batch_size,
+    seed=0,
+  )
+  (host,) = pipe.batches(0, 1)
+  batch = jax.device_put(host)
+  program = jax.jit(lambda batch: device.augment(batch, recipe))
+  program = program.lower(batch).compile()
+  seconds = []
+  for _ in range(turns + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(program(batch))
+    seconds.append(time.perf_counter() - start)
+  middle = statistics.median(seconds[1:])
+  planned = program.memory_analysis().temp_size_in_bytes / 1e6 / batch_size
+  return (
+    f"  on {jax.devices()[0].device_kind}, batch {batch_size}: "
+    f"{1000 * middle / batch_size:.1f} ms per image "
+    f"({1000 * min(seconds) / batch_size:.1f}-"
+    f"{1000 * max(seconds[1:]) / batch_size:.1f}), {planned:.1f} MB temporary"
+  )
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("folder")
   parser.add_argument("--transform", action="append", choices=tuple(SETTINGS))
   parser.add_argument("--turns", type=int, default=5)
   parser.add_argument("--code", action="append", default=[])
+  parser.add_argument("--batch", type=int, default=0)
   options = parser.parse_args()
   folder = str(pathlib.Path(options.folder).resolve())
   for transform in options.transform or list(SETTINGS):
@@ -120,6 +157,8 @@ def main() -> None:
         f"  {name:24} {middle:7.2f} ms ({min(values):.2f}-{max(values):.2f}) "
         f"{1000 / middle:7.0f} images/s  {ratio:6.2f} x"
       )
+    if options.batch:
+      print(on_device(folder, transform, options.batch, options.turns))
 
 
 if __name__ == "__main__":

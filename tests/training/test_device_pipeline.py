@@ -1,7 +1,9 @@
 """Training with augmentation on the device, on generated images."""
 
 import contextlib
+import itertools
 import re
+import tarfile
 
 import jax
 import numpy as np
@@ -13,8 +15,13 @@ from attmask_jax.augment import canvas
 from attmask_jax.errors import InputError
 from attmask_jax.training import setup
 
+STEPS = 100
 CHANGES = {"data.pipeline": "device", "data.canvas_size": 24}
-FAMILIES = ("attmask", "mae", "extrema")
+SLOW = pytest.mark.slow
+FAMILIES = (  # the two that take longer to compile as slow tests
+  pytest.param("attmask", marks=SLOW), "mae",
+  pytest.param("extrema", marks=SLOW),
+)  # fmt: skip
 
 
 def _batches(config, start, stop):
@@ -36,7 +43,7 @@ def test_first_steps_are_those_of_the_host_pipeline(arg):
   assert int(state.step) == int(other.step) == 3
 
 
-@pytest.mark.parametrize("arg", ["attmask", "mae"])
+@pytest.mark.parametrize("arg", FAMILIES[:2])
 def test_one_device_equals_eight(monkeypatch, arg):
   config = small.config(CHANGES, arg=arg)
   many, history = small.run_steps(config, 2)
@@ -76,6 +83,7 @@ def test_batches_are_a_function_of_the_step():
   assert not np.array_equal(steps[0]["images_views"], steps[8]["images_views"])
 
 
+@pytest.mark.slow
 def test_micro_batches_see_the_same_views(monkeypatch):
   small.use_devices(monkeypatch, 1)
   changes = CHANGES | {"method.patch_weight": 0.0}
@@ -95,3 +103,31 @@ def test_other_transforms_are_refused():
 def test_canvas_of_no_pixels_is_refused():
   with pytest.raises(InputError, match="canvas_size"):
     setup.build(small.config(CHANGES | {"data.canvas_size": 0}))
+
+
+@pytest.mark.slow
+def test_loss_curve_on_photographs(images_root, tmp_path):
+  """As with the host pipeline, much closer than another seed's."""
+  with tarfile.open(images_root / "core" / "tiny_imagenet_a.tar.gz") as archive:
+    images = (m for m in archive if m.name.endswith(".JPEG"))
+    archive.extractall(tmp_path, itertools.islice(images, 600), filter="data")
+  shared = {
+    "data.source": "flat",
+    "data.path": str(tmp_path),
+    "evals.knn": False,
+  }
+  shared |= {"data.batch_size": 16, "optim.epochs": 4}
+
+  def losses(**data):
+    changes = shared | {f"data.{key}": x for key, x in data.items()}
+    _, history = small.run_steps(small.config(changes), STEPS)
+    return np.array([numbers["loss"] for numbers in history])
+
+  host, device = losses(), losses(pipeline="device", canvas_size=64)
+  other = losses(seed=1)
+  off, noise = np.abs(device - host), np.abs(other - host)
+  print(f"device {off.mean():.4f}, other seed {noise.mean():.4f}", host, device)
+  assert host[-10:].mean() < host[:10].mean() - 2 * noise.mean()  # it learns
+  # Rounding grows with the steps, as any change does.
+  assert off.mean() < 0.3 * noise.mean()
+  assert abs(device[-20:].mean() - host[-20:].mean()) < noise.mean()
