@@ -22,7 +22,6 @@ REDUCTIONS = (8, 4, 2)  # of the JPEG decoder
 # A picture is decoded smaller while each crop keeps this many pixels per pixel
 # of its view.
 SPARE = 2.0
-SHRINK = transforms.BICUBIC  # of what is larger than the canvas
 
 
 def views_name(name: str) -> str:
@@ -76,7 +75,7 @@ class OnCanvas:
   Attributes:
     recipe: draws the views.
     side: of the canvases, in pixels. What the views need of an image is
-      reduced to it where it is larger.
+      reduced to it along each axis where it is larger.
   """
 
   recipe: transforms.Drawn
@@ -155,9 +154,9 @@ class Placing:
       offset = left * factor, top * factor
     full = image.size
     if max(full) > self._target.side:
-      share = self._target.side / max(full)
-      small = tuple(max(round(length * share), 1) for length in full)
-      image = image.resize(small, SHRINK)
+      # Each axis by itself: often one of them fits.
+      small = tuple(min(length, self._target.side) for length in full)
+      image = image.resize(small, transforms.BICUBIC)
     scale = image.width / full[0] / factor, image.height / full[1] / factor
     return {CANVAS: np.asarray(image)} | {
       views_name(name): pack(views, offset=offset, scale=scale)

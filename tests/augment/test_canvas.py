@@ -89,16 +89,31 @@ def test_reduced_files_give_the_same_views(size, orientation):
   assert np.abs(np.asarray(crop) - want).mean() < 0.7
 
 
+def test_files_are_reduced_by_the_decoder_then_cropped_then_resized():
+  file = _jpeg((333, 250))
+  box = (66, 62, 330, 243)
+  start = canvas.OnCanvas(Fixed(box), 40).start(np.random.default_rng(0))
+  image = decoding.decode(file, reduction=start.reduction)
+  assert image.size == (84, 63)  # by 4, and 66 x 46 of them are needed
+  arrays = start.arrays(image)
+  assert arrays[canvas.CANVAS].shape == (40, 40, 3)
+  # 330 / 4 is half a pixel less than the 83 that are there, 66 / 4 half a pixel
+  # more than the first of the 67; 62 / 4 to 243 / 4 among the rows 15 to 60.
+  (got,) = device.unpack(arrays["images_views"]).box
+  want = (0.5 * 40 / 67, 0.5 * 40 / 46, 66.5 * 40 / 67, 45.75 * 40 / 46)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_larger_images_are_cropped_and_reduced_to_the_canvas():
   boxes = (100, 40, 300, 120), (160, 20, 340, 100)
   image = Image.effect_noise((400, 200), 50).convert("RGB")
   image = image.resize((400, 200), transforms.BICUBIC, (0, 0, 60, 30))
   start = canvas.OnCanvas(Fixed(*boxes), 120).start(np.random.default_rng(0))
   arrays = start.arrays(image)
-  # 240 x 100 pixels from (100, 20) on, by half.
-  assert arrays[canvas.CANVAS].shape == (50, 120, 3)
+  # 240 x 100 pixels from (100, 20) on, half as wide.
+  assert arrays[canvas.CANVAS].shape == (100, 120, 3)
   rows = device.unpack(arrays["images_views"]).box
-  np.testing.assert_allclose(rows, [(0, 10, 100, 50), (30, 0, 120, 40)])
+  np.testing.assert_allclose(rows, [(0, 20, 100, 100), (30, 0, 120, 80)])
   for row, box in zip(rows, boxes, strict=True):
     got = device.crop(
       arrays[canvas.CANVAS], row, np.float32(0), side=20, resample="bicubic"
