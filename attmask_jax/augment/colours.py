@@ -5,7 +5,7 @@ carried out elsewhere (see `device`).
 
 All but the blur are computed in NumPy, on planes [3, H, W] uint8 (red, green,
 blue), with the values of Pillow to the last bit. Pillow uses no vector
-instructions and takes two to three times as long for the hue
+instructions and takes twice as long for the hue of 224 px
 (tests/bench/bench_colours.py).
 
 Source: the steps behave like torchvision's on Pillow images; Blend.c and
