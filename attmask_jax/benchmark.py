@@ -86,7 +86,11 @@ def _measure(run: Run, repeats: int) -> dict[str, Any]:
   seed = config.method.seed
   state, shardings = train_step.init_state(*parts, seed=seed)
   step = train_step.make_step(
-    *parts, shardings, seed=seed, accumulate=config.run.accumulate
+    *parts,
+    shardings,
+    seed=seed,
+    accumulate=config.run.accumulate,
+    augment=run.augment,
   )
   with _no_kept_programs():
     start = time.perf_counter()
@@ -161,22 +165,29 @@ class _Loop:
 def _passes(
   run: Run, loop: _Loop, batch: Batch
 ) -> dict[str, Callable[[], Any]]:
-  """The loss alone, and with its gradient, each compiled on its own."""
+  """The loss alone, with its gradient, and the views that the device makes.
+
+  Each is compiled on its own; the first two make the views as well.
+  """
   rng = jax.random.key(0)
 
   def loss(
     params: Any, state: train_step.TrainState, batch: Batch, scalars: Batch
   ) -> jax.Array:
     return run.method.loss(
-      params, state.teacher, state.aux, batch, rng, scalars
+      params, state.teacher, state.aux, run.augment(batch), rng, scalars
     ).loss
 
   forward, backward = jax.jit(loss), jax.jit(jax.grad(loss))
   arguments = lambda: (loop.state.params, loop.state, batch, loop.scalars)
-  return {
+  passes = {
     "forward": lambda: forward(*arguments()),
     "forward and backward": lambda: backward(*arguments()),
   }
+  if run.config.data.pipeline == "device":
+    augment = jax.jit(run.augment)
+    passes = {"augmentation": lambda: augment(batch), **passes}
+  return passes
 
 
 class _Product:
@@ -226,7 +237,8 @@ def model_flops(run: Run, state: train_step.TrainState, batch: Batch) -> float:
     method, run.tx, run.mesh, shardings, seed=config.method.seed
   )
   scalars = run.schedules.at(0) | method.at(0)
-  return step.lower(state, batch, scalars).cost_analysis()["flops"]
+  views = jax.eval_shape(run.augment, batch)
+  return step.lower(state, views, scalars).cost_analysis()["flops"]
 
 
 @contextlib.contextmanager

@@ -147,6 +147,7 @@ class Loop:
       shardings,
       seed=config.method.seed,
       accumulate=config.run.accumulate,
+      augment=run.augment,
     )
     self._writer = metrics.MetricsWriter(
       folder,

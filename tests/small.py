@@ -119,6 +119,7 @@ def parts(config):
     shardings,
     seed=config.method.seed,
     accumulate=config.run.accumulate,
+    augment=built.augment,
   )
   return built, state, step
 

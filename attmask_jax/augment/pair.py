@@ -9,17 +9,23 @@ ExtreMA; its --aug-spatial is `supervised.CropFlip`.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from attmask_jax import schema
-from attmask_jax.augment import supervised, transforms
+from attmask_jax.augment import draws, supervised, transforms
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoColours(supervised.CropFlip):
-  """One random resized crop with a flip, in two colour augmentations."""
+  """One random resized crop with a flip, in two colour augmentations.
+
+  Arrays: "images" [2, image_size, image_size, 3], student and teacher.
+  """
+
+  recolours: ClassVar[bool] = True
 
   scale: tuple[float, float] = schema.inherit(
     supervised.CropFlip, "scale", (0.2, 1.0)
@@ -27,23 +33,13 @@ class TwoColours(supervised.CropFlip):
   jitter: float = schema.inherit(transforms.MultiCrop, "jitter", 0.8)
   grey: float = schema.inherit(transforms.MultiCrop, "grey", 0.2)
 
-  def __call__(
-    self, image: Image.Image, rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
-    """{"images": [2, H, W, 3] uint8}: for the student and for the teacher."""
-    image = transforms.random_resized_crop(
-      image,
-      rng,
-      size=self.image_size,
-      scale=self.scale,
-      resample=transforms.RESAMPLE[self.resample],
-    )
-    image = transforms.random_flip(image, rng)
-    colour = transforms.Photometric(
-      blur=0.0, jitter=self.jitter, grey=self.grey
-    )
-    views = [np.asarray(colour(image, rng)) for _ in range(2)]
-    return {"images": np.stack(views)}
+  def draw(
+    self, size: tuple[int, int], rng: np.random.Generator
+  ) -> dict[str, list[draws.View]]:
+    """For the student and for the teacher."""
+    geometry = transforms.draw_geometry(size, rng, self.scale)
+    kind = draws.Photometric(blur=0.0, jitter=self.jitter, grey=self.grey)
+    return {"images": [kind.draw(geometry, rng) for _ in range(2)]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,10 +39,17 @@ def to_rgb(image: Image.Image, *, white: float = 0) -> Image.Image:
   return image
 
 
+def is_upright(image: Image.Image) -> bool:
+  """Whether there is no EXIF orientation to apply, or an invalid header."""
+  try:
+    return image.getexif().get(_ORIENTATION, 1) == 1
+  except Exception:  # an invalid header; the pixels are still good
+    return True
+
+
 def _upright(image: Image.Image) -> Image.Image:
   """Applies the EXIF orientation; an invalid one is ignored."""
   try:
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    return ImageOps.exif_transpose(image) if orientation != 1 else image
-  except Exception:  # an invalid header; the pixels are still good
+    return image if is_upright(image) else ImageOps.exif_transpose(image)
+  except Exception:  # as above
     return image

@@ -9,12 +9,13 @@ Source: torchvision's transforms of linear probes; timm's create_transform
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from attmask_jax import schema
-from attmask_jax.augment import randaugment, transforms
+from attmask_jax.augment import colours, draws, randaugment, transforms
 from attmask_jax.augment.transforms import RESAMPLE
 
 SMALL = 32  # images of up to this side are shifted, not resized
@@ -69,8 +70,13 @@ def erase_box(
 
 
 @dataclasses.dataclass(frozen=True)
-class CropFlip(transforms.Recipe):
-  """A random resized crop, mirrored half of the time, for linear probes."""
+class CropFlip(transforms.Drawn):
+  """A random resized crop, mirrored half of the time, for linear probes.
+
+  Arrays: "images" [1, image_size, image_size, 3].
+  """
+
+  recolours: ClassVar[bool] = False
 
   scale: tuple[float, float] = schema.key(
     (0.08, 1.0), "area of the crop as a share of the image"
@@ -84,22 +90,20 @@ class CropFlip(transforms.Recipe):
     super().__post_init__()
     transforms.check_scale("data.scale", self.scale)
 
-  def __call__(
-    self, image: Image.Image, rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
-    """{"images": [1, H, W, 3] uint8} of one RGB image."""
-    image = transforms.random_resized_crop(
-      image,
-      rng,
-      size=self.image_size,
-      scale=self.scale,
-      resample=RESAMPLE[self.resample],
-    )
-    return {"images": np.asarray(transforms.random_flip(image, rng))[None]}
+  @property
+  def sides(self) -> dict[str, int]:
+    """One kind of view."""
+    return {"images": self.image_size}
+
+  def draw(
+    self, size: tuple[int, int], rng: np.random.Generator
+  ) -> dict[str, list[draws.View]]:
+    """The only view."""
+    return {"images": [transforms.draw_geometry(size, rng, self.scale)]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised(CropFlip):
+class Supervised(transforms.Recipe):
   """The augmentation of fine-tuning.
 
   A random resized crop, or, for images of up to 32 pixels, a random shift by up
@@ -110,6 +114,7 @@ class Supervised(CropFlip):
   the reference crops a larger one and fails on a smaller one.
   """
 
+  scale: tuple[float, float] = schema.inherit(CropFlip, "scale", (0.08, 1.0))
   resample: str = schema.inherit(CropFlip, "resample", "bicubic")
   rand_augment: str = schema.key(
     "rand-m9-mstd0.5-inc1", 'in timm\'s notation; "" = none'
@@ -126,6 +131,7 @@ class Supervised(CropFlip):
   def __post_init__(self) -> None:
     """Rejects invalid settings before the first image is read."""
     super().__post_init__()
+    transforms.check_scale("data.scale", self.scale)
     randaugment.parse(self.rand_augment)
 
   def __call__(
@@ -163,6 +169,6 @@ class Supervised(CropFlip):
         image, rng, **settings._asdict(), resample=RESAMPLE[self.resample]
       )
     x = self.jitter_strength
-    return transforms.color_jitter(
+    return colours.color_jitter(
       image, rng, brightness=x, contrast=x, saturation=x, hue=0.0
     )

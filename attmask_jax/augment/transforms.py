@@ -1,27 +1,40 @@
 """Image augmentation with Pillow: one pure function per step.
 
-Every step takes an RGB image and a NumPy generator and returns a new image; the
-recipes at the end combine the steps. A recipe is a frozen dataclass called on
-`(image, rng)` that returns a dict of uint8 arrays, so a new method adds a
-recipe without changing the input pipeline. Normalisation happens on the device.
+Steps take an RGB image and return a new one; the recipes at the end combine
+them. A recipe is a frozen dataclass called on `(image, rng)` that returns a
+dict of uint8 arrays, so a new method adds a recipe without changing the input
+pipeline. Normalisation happens on the device.
 
 Source: the steps behave like torchvision's on Pillow images.
 """
 
+import abc
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image
 
 from attmask_jax import schema
-from attmask_jax.augment import enlarge
+from attmask_jax.augment import colours, enlarge
+from attmask_jax.augment.draws import (
+  FIRST_GLOBAL,
+  LOCAL,
+  MIN_BLUR,
+  OTHER_GLOBAL,
+  Photometric,
+  View,
+  recolour,
+)
 from attmask_jax.errors import InputError
 
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
 RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC}
+FLIP_PROB = 0.5
 LONG = 8  # long side over short side of pictures that are cropped first
 
 
@@ -54,8 +67,8 @@ def crop_box(
   """
   low, high = math.log(ratio[0]), math.log(ratio[1])
   for _ in range(10):
-    area = width * height * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(low, high))
+    area = width * height * colours.uniform(rng, *scale)
+    aspect = math.exp(colours.uniform(rng, low, high))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       top = int(rng.integers(0, height - h + 1))
@@ -89,12 +102,15 @@ def random_resized_crop(
 
 
 def random_flip(
-  image: Image.Image, rng: np.random.Generator, *, prob: float = 0.5
+  image: Image.Image, rng: np.random.Generator, *, prob: float = FLIP_PROB
 ) -> Image.Image:
   """Flips horizontally with probability `prob`."""
-  if rng.random() < prob:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return image
+  return flip(image) if rng.random() < prob else image
+
+
+def flip(image: Image.Image) -> Image.Image:
+  """Mirrors horizontally."""
+  return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def eval_crop(
@@ -131,73 +147,6 @@ def eval_whole(image: Image.Image, size: int) -> Image.Image:
   if image.size == (size, size):
     return image
   return image.resize((size, size), BICUBIC)
-
-
-# --- colour -----------------------------------------------------------------
-
-
-def shift_hue(image: Image.Image, shift: float) -> Image.Image:
-  """Rotates the hue by `shift` of a full circle, in [-0.5, 0.5].
-
-  The shift in Pillow's 8-bit hue is `shift * 255` truncated towards zero; hue
-  wraps around at 256.
-  """
-  hsv = np.array(image.convert("HSV"))
-  hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # uint8 wraps around
-  return Image.frombytes("HSV", image.size, hsv.tobytes()).convert("RGB")
-
-
-def color_jitter(
-  image: Image.Image,
-  rng: np.random.Generator,
-  *,
-  brightness: float = 0.4,
-  contrast: float = 0.4,
-  saturation: float = 0.2,
-  hue: float = 0.1,
-) -> Image.Image:
-  """Brightness, contrast, saturation and hue in random order.
-
-  The first three are blended with factors from U(1 - x, 1 + x), bounded below
-  by 0; hue is rotated by U(-hue, hue) of a circle. A strength of 0 skips the
-  step.
-
-  Source: torchvision.transforms.ColorJitter on Pillow images.
-  """
-  order = rng.permutation(4)
-  strengths = (brightness, contrast, saturation, hue)
-  factors = [rng.uniform(max(0.0, 1 - x), 1 + x) for x in strengths[:3]]
-  shift = rng.uniform(-hue, hue)
-  steps: list[Callable[[Image.Image], Image.Image]] = [
-    lambda x: ImageEnhance.Brightness(x).enhance(factors[0]),
-    lambda x: ImageEnhance.Contrast(x).enhance(factors[1]),
-    lambda x: ImageEnhance.Color(x).enhance(factors[2]),
-    lambda x: shift_hue(x, shift),
-  ]
-  for i in order:
-    if strengths[i]:
-      image = steps[i](image)
-  return image
-
-
-def to_grey(image: Image.Image) -> Image.Image:
-  """Luma (ITU-R 601) in all three channels."""
-  return image.convert("L").convert("RGB")
-
-
-def gaussian_blur(
-  image: Image.Image,
-  rng: np.random.Generator,
-  *,
-  radius: tuple[float, float] = (0.1, 2.0),
-) -> Image.Image:
-  """Pillow's Gaussian blur with a radius (standard deviation) in pixels."""
-  return image.filter(ImageFilter.GaussianBlur(rng.uniform(*radius)))
-
-
-def solarise(image: Image.Image, *, threshold: int = 128) -> Image.Image:
-  """Inverts every channel value at or above `threshold`."""
-  return ImageOps.solarize(image, threshold)
 
 
 # --- recipes ----------------------------------------------------------------
@@ -244,9 +193,94 @@ class Recipe:
     return views[:2]
 
 
+def draw_geometry(
+  size: tuple[int, int],
+  rng: np.random.Generator,
+  scale: tuple[float, float],
+) -> View:
+  """A random crop of an image of `size` = (width, height), and its flip."""
+  box = crop_box(*size, rng, scale=scale)
+  return View(box, rng.random() < FLIP_PROB)
+
+
+def render(
+  image: Image.Image,
+  views: Iterable[View],
+  *,
+  size: int,
+  resample: Image.Resampling = BICUBIC,
+) -> np.ndarray:
+  """Carries out views of one RGB image: [V, size, size, 3] uint8.
+
+  Of each: crop, resize, flip, jitter, grey, blur, solarise, in this order.
+  Views in a row with the same geometry are cropped once.
+  """
+  crop, geometry, rendered = image, None, []
+  for view in views:
+    if geometry != (view.box, view.flip):
+      geometry = view.box, view.flip
+      crop = image.crop(view.box).resize((size, size), resample)
+      crop = flip(crop) if view.flip else crop
+    rendered.append(recolour(crop, view))
+  return np.stack(rendered)
+
+
 @dataclasses.dataclass(frozen=True)
-class MultiCrop(Recipe):
+class Drawn(Recipe):
+  """Base class of recipes that draw all of their views beforehand.
+
+  They depend on the image by its size only, so that the views can be carried
+  out here or on the device (see `canvas`).
+
+  Attributes:
+    resample: filter of the crops, one of RESAMPLE.
+    recolours: views have colour steps.
+  """
+
+  resample = "bicubic"  # without a type, which would make it a field
+  recolours: ClassVar[bool] = True
+
+  @property
+  @abc.abstractmethod
+  def sides(self) -> dict[str, int]:
+    """Side in pixels of each kind of view, by the name of its array."""
+
+  @abc.abstractmethod
+  def draw(
+    self, size: tuple[int, int], rng: np.random.Generator
+  ) -> dict[str, list[View]]:
+    """Draws the views of an image of `size` = (width, height), by name."""
+
+  @property
+  def max_blur(self) -> float:
+    """Largest standard deviation of a blur, in pixels."""
+    return 0.0
+
+  def __call__(
+    self, image: Image.Image, rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """Augments one RGB image.
+
+    Args:
+      image: RGB.
+      rng: the image's own generator.
+
+    Returns:
+      Each kind of view: [V, H, W, 3] uint8.
+    """
+    resample = RESAMPLE[self.resample]
+    return {
+      name: render(image, views, size=self.sides[name], resample=resample)
+      for name, views in self.draw(image.size, rng).items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiCrop(Drawn):
   """Global and local crops, as in DINO, iBOT and AttMask.
+
+  Arrays: "images" [G, image_size, image_size, 3] and, unless there are no local
+  crops, "local_images" [local_crops, local_size, local_size, 3].
 
   Source: AttMask main_attmask.py, DataAugmentationiBOT.
   """
@@ -263,7 +297,7 @@ class MultiCrop(Recipe):
   jitter: float = schema.key(0.8, "probability of colour jitter", low=0, high=1)
   grey: float = schema.key(0.2, "probability of a grey view", low=0, high=1)
   blur_radius: float = schema.key(
-    2.0, "largest, in pixels; published for 224 px", low=0.1
+    2.0, "largest, in pixels; published for 224 px", low=MIN_BLUR
   )
 
   def __post_init__(self) -> None:
@@ -272,88 +306,42 @@ class MultiCrop(Recipe):
     check_scale("data.global_scale", self.global_scale)
     check_scale("data.local_scale", self.local_scale)
 
-  def __call__(
-    self, image: Image.Image, rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
-    """Augments one RGB image.
+  @property
+  def sides(self) -> dict[str, int]:
+    """Global and local ones."""
+    local = {"local_images": self.local_size} if self.local_crops else {}
+    return {"images": self.image_size, **local}
 
-    Args:
-      image: RGB.
-      rng: the image's own generator.
+  @property
+  def max_blur(self) -> float:
+    """Of all views."""
+    return self.blur_radius
 
-    Returns:
-      "images" [G, image_size, image_size, 3] uint8 and, unless there are no
-      local crops, "local_images" [local_crops, local_size, local_size, 3].
-    """
+  def draw(
+    self, size: tuple[int, int], rng: np.random.Generator
+  ) -> dict[str, list[View]]:
+    """Each view on its own."""
+    first, other, local = self._kinds
+    one = lambda colour, scale: colour.draw(
+      draw_geometry(size, rng, scale), rng
+    )
+    kinds = [first] + [other] * (self.global_crops - 1)
+    views = {"images": [one(kind, self.global_scale) for kind in kinds]}
+    if self.local_crops:
+      views["local_images"] = [
+        one(local, self.local_scale) for _ in range(self.local_crops)
+      ]
+    return views
+
+  @functools.cached_property
+  def _kinds(self) -> tuple[Photometric, ...]:
+    """Colours of the first global view, of the others, and of local ones."""
     names = ("jitter", "grey", "blur_radius")
     strength = {name: getattr(self, name) for name in names}
-    first, other, local = (
-      dataclasses.replace(colour, **strength)
-      for colour in (FIRST_GLOBAL, OTHER_GLOBAL, LOCAL)
-    )
-    views = lambda colours, size, scale: np.stack(
-      [
-        random_view(image, rng, colour, size=size, scale=scale)
-        for colour in colours
-      ]
-    )
-    colours = [first] + [other] * (self.global_crops - 1)
-    crops = {"images": views(colours, self.image_size, self.global_scale)}
-    if self.local_crops:
-      colours = [local] * self.local_crops
-      crops["local_images"] = views(colours, self.local_size, self.local_scale)
-    return crops
+    kinds = (FIRST_GLOBAL, OTHER_GLOBAL, LOCAL)
+    return tuple(dataclasses.replace(kind, **strength) for kind in kinds)
 
   def pair(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """The two global views of a training step, see `Recipe.pair`."""
     both = dataclasses.replace(self, global_crops=2, local_crops=0)
     return both(image, rng)["images"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Photometric:
-  """The colour steps of one kind of crop.
-
-  Attributes:
-    blur, solarise, jitter, grey: probabilities, 0-1.
-    blur_radius: largest radius of the blur in pixels, at least 0.1.
-  """
-
-  blur: float
-  solarise: float = 0.0
-  jitter: float = MultiCrop.jitter
-  grey: float = MultiCrop.grey
-  blur_radius: float = MultiCrop.blur_radius
-
-  def __call__(
-    self, image: Image.Image, rng: np.random.Generator
-  ) -> Image.Image:
-    """Jitter, grey, blur, solarise: in this order, drawn independently."""
-    if rng.random() < self.jitter:
-      image = color_jitter(image, rng)
-    if rng.random() < self.grey:
-      image = to_grey(image)
-    if rng.random() < self.blur:
-      image = gaussian_blur(image, rng, radius=(0.1, self.blur_radius))
-    if rng.random() < self.solarise:
-      image = solarise(image)
-    return image
-
-
-FIRST_GLOBAL = Photometric(blur=1.0)
-OTHER_GLOBAL = Photometric(blur=0.1, solarise=0.2)
-LOCAL = Photometric(blur=0.5)
-
-
-def random_view(
-  image: Image.Image,
-  rng: np.random.Generator,
-  colour: Photometric,
-  *,
-  size: int,
-  scale: tuple[float, float],
-) -> np.ndarray:
-  """One crop, flipped and coloured at random: [size, size, 3] uint8."""
-  image = random_resized_crop(image, rng, size=size, scale=scale)
-  image = random_flip(image, rng)
-  return np.asarray(colour(image, rng))

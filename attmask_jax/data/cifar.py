@@ -6,6 +6,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from attmask_jax.data.decoding import Reduction
 from attmask_jax.errors import InputError
 
 _CIFAR = {
@@ -86,8 +87,9 @@ class Cifar:
     start = self._ends[file - 1] if file else 0
     return f"{self._names[file]}[{index - start}]"
 
-  def load(self, index: int) -> Image.Image:
-    """One record as an RGB image."""
+  def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+    """One record as an RGB image, never reduced."""
+    del reduction
     pixels = self._records[index, self._offset :].reshape(3, 32, 32)
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 

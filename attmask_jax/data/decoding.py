@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Self
 
 from absl import logging
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from attmask_jax import schema
-from attmask_jax.augment.rgb import to_rgb
+from attmask_jax.augment.rgb import is_upright, to_rgb
 from attmask_jax.errors import InputError
 from attmask_jax.text import printable
 
@@ -19,6 +19,9 @@ EXTENSIONS = (
 )  # fmt: skip
 NO_EXTENSION = "none"  # stands for files without an ending
 MAX_PIXELS = 178_956_970  # where Pillow refuses a picture by default
+
+# From (width, height) to 1, 2, 4 or 8.
+Reduction = Callable[[tuple[int, int]], int]
 
 # Tags of TIFF files.
 _BITS, _PHOTOMETRIC, _BANDS, _EXTRA, _FORMAT = 258, 262, 277, 338, 339
@@ -87,8 +90,17 @@ class Reading:
 PLAIN = Reading()
 
 
-def decode(file: Any, reading: Reading = PLAIN) -> Image.Image:
+def decode(
+  file: Any, reading: Reading = PLAIN, reduction: Reduction | None = None
+) -> Image.Image:
   """Opens and decodes a path or a binary stream to upright 8-bit RGB.
+
+  Args:
+    file: path or stream.
+    reading: how files are decoded.
+    reduction: called with the size of the image unless it is to be turned,
+      says how much smaller it may be: the sides of JPEG files are divided by
+      that.
 
   Raises:
     BrokenImage: Pillow cannot read it to its end. Its decoders raise errors of
@@ -106,6 +118,8 @@ def decode(file: Any, reading: Reading = PLAIN) -> Image.Image:
       if image.width * image.height > limit:
         raise InputError(_too_large(image.size, limit))
       _warn_of_bands(file, image)
+      if reduction is not None:
+        _reduce(image, reduction)
       white = reading.white or _declared_white(image)
       return to_rgb(image, white=white)
   except InputError as err:
@@ -116,6 +130,19 @@ def decode(file: Any, reading: Reading = PLAIN) -> Image.Image:
     raise BrokenImage(_unidentified(file)) from err
   except Exception as err:
     raise BrokenImage(_reason(file, err)) from err
+
+
+def _reduce(image: Image.Image, reduction: Reduction) -> None:
+  """Has the decoder of a JPEG file divide its sides; others stay as they are.
+
+  The library computes fewer frequencies of each block, in less time. Pictures
+  that EXIF turns stay as they are, too: their blocks would begin at the wrong
+  end.
+  """
+  width, height = image.size
+  if is_upright(image) and (factor := reduction(image.size)) > 1:
+    # Takes the largest divisor that leaves at least this size.
+    image.draft(None, (max(width // factor, 1), max(height // factor, 1)))
 
 
 def _too_large(size: tuple[int, int] | None, limit: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from attmask_jax.data.decoding import PLAIN, Reading, decode
+from attmask_jax.data.decoding import PLAIN, Reading, Reduction, decode
 from attmask_jax.errors import InputError
 from attmask_jax.text import printable
 
@@ -199,9 +199,9 @@ class ImageFiles:
     """Path of one file, as it may be printed."""
     return printable(self.path(index))
 
-  def load(self, index: int) -> Image.Image:
+  def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
     """Decodes one file to RGB; raises BrokenImage."""
-    return decode(self.path(index), self.reading)
+    return decode(self.path(index), self.reading, reduction)
 
   def fingerprint(self) -> str:
     """Changes with any file, any label, their order, or how they are read."""

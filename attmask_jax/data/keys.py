@@ -7,6 +7,8 @@ from attmask_jax.augment import TRANSFORMS
 from attmask_jax.augment.transforms import RESAMPLE
 from attmask_jax.data.decoding import Reading
 
+PIPELINES = ("host", "device")
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceKeys:
@@ -105,6 +107,18 @@ class BatchKeys:
     "multi_crop",
     "augmentation, one that the method can train on",
     choices=tuple(TRANSFORMS),
+  )
+  pipeline: str = schema.key(
+    "host",
+    "where crops and colours are made: host = with Pillow, device = inside the "
+    "train step, from images that the host has decoded",
+    choices=PIPELINES,
+  )
+  canvas_size: int = schema.key(
+    512,
+    "side of the decoded images of the device pipeline, pixels; larger ones "
+    "are reduced to it",
+    low=1,
   )
 
 

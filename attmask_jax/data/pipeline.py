@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from attmask_jax.augment import transforms
+from attmask_jax.augment import canvas, transforms
 from attmask_jax.data import keys
 from attmask_jax.data.decoding import BrokenImage
 from attmask_jax.data.sources import Source
@@ -127,7 +127,8 @@ class TrainPipeline:
     Args:
       source: the images.
       transform: augmentation of one image, `(image, rng) -> {name: array}`,
-        with the same shapes for every image.
+        with the same shapes for every image; or `canvas.OnCanvas`, which has
+        large files decoded at a smaller size.
       batch_size: B, the global batch.
       seed: of the order and the augmentation, >= 0.
       positions: rows of the global batch that this process loads, each within
@@ -216,7 +217,14 @@ class TrainPipeline:
       batch_size=rows,
       threads=self._threads,
       prefetch=self._prefetch,
+      stack=self._stack,
     )
+
+  def _stack(self, items: Sequence[HostBatch]) -> HostBatch:
+    if not isinstance(self._transform, canvas.OnCanvas):
+      return _stack(items)
+    images = self._transform.stack([item.pop(canvas.CANVAS) for item in items])
+    return _stack(items) | {canvas.CANVAS: images}
 
   def _item(self, item: int) -> HostBatch:
     """Row `item` of the endless sequence of this process's rows."""
@@ -225,13 +233,12 @@ class TrainPipeline:
     position = self._positions[row]
     place = step * self._batch_size + position
     requested = int(self.order(epoch)[place])
-    index, image = self._load(requested)
     # Keyed by the requested image: a replacement, which also occurs as itself
     # in this epoch, is cropped differently there.
     key = [self._seed, epoch, requested, AUGMENT_TAG]
     if copy := place % self._repeats:
       key.append(copy)
-    arrays = dict(self._transform(image, np.random.default_rng(key)))
+    index, arrays = self._load(requested, key)
     if self._extras is not None:
       arrays |= self._extras(epoch, requested)
     arrays["label"] = np.int32(self._source.label(index))
@@ -239,16 +246,23 @@ class TrainPipeline:
     arrays["position"] = np.int32(position)
     return arrays
 
-  def _load(self, requested: int) -> tuple[int, Image.Image]:
-    """The requested image, or the next readable one, with its index."""
+  def _load(self, requested: int, key: list[int]) -> tuple[int, HostBatch]:
+    """The augmented image, or the next readable one, with its index."""
     count = len(self._source)
     for offset in range(count):
       index = (requested + offset) % count
+      rng = np.random.default_rng(key)
       try:
-        return index, self._source.load(index)
+        return index, self._augmented(index, rng)
       except BrokenImage as err:
         self._broken.add(index, str(err))
     raise InputError(f"none of the {count} images can be read.")
+
+  def _augmented(self, index: int, rng: np.random.Generator) -> HostBatch:
+    if not isinstance(self._transform, canvas.OnCanvas):
+      return dict(self._transform(self._source.load(index), rng))
+    placing = self._transform.start(rng)
+    return placing.arrays(self._source.load(index, placing.reduction))
 
 
 def eval_batches(
@@ -319,6 +333,10 @@ def eval_batches(
   )
 
 
+def _stack(items: Sequence[HostBatch]) -> HostBatch:
+  return {name: np.stack([item[name] for item in items]) for name in items[0]}
+
+
 def _stream(
   load: Callable[[int], HostBatch],
   items: range,
@@ -326,6 +344,7 @@ def _stream(
   batch_size: int,
   threads: int,
   prefetch: int,
+  stack: Callable[[Sequence[HostBatch]], HostBatch] = _stack,
 ) -> Generator[HostBatch, None, None]:
   """Batches of `load(item)`, prepared ahead in threads (0 = one per core).
 
@@ -339,15 +358,11 @@ def _stream(
   )
   rows = grain.MapDataset.range(items.start, items.stop)
   rows = rows.map(load).to_iter_dataset(options)
-  iterator: Iterator[Any] = iter(rows.batch(batch_size, batch_fn=_stack))
+  iterator: Iterator[Any] = iter(rows.batch(batch_size, batch_fn=stack))
   try:
     yield from iterator
   finally:
     iterator.close()
-
-
-def _stack(items: Sequence[HostBatch]) -> HostBatch:
-  return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
 def cores() -> int:

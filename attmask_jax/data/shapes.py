@@ -12,6 +12,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from attmask_jax.data.decoding import Reduction
+
 CLASSES = (
   "bar", "crescent", "cross", "disc", "ring", "square", "star", "triangle",
 )  # fmt: skip
@@ -138,8 +140,9 @@ class Shapes:
     # One pixel of slope around the edge; half of it is covered.
     return np.clip(0.5 - distance * self.size, 0, 1)[..., None]
 
-  def load(self, index: int) -> Image.Image:
+  def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
     """Picture `index`: RGB, `size` x `size`; drawn once if all fit in KEPT."""
+    del reduction
     pixels = self._drawn.get(index)
     if pixels is None:
       pixels = self._draw(index)

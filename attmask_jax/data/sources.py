@@ -23,7 +23,7 @@ from attmask_jax.data import (
   shapes,
   tfds,
 )
-from attmask_jax.data.decoding import Reading
+from attmask_jax.data.decoding import Reading, Reduction
 from attmask_jax.errors import InputError
 
 KINDS = (
@@ -57,8 +57,11 @@ class Source(Protocol):
     """Label of one image, -1 for none."""
     ...
 
-  def load(self, index: int) -> Image.Image:
-    """Upright 8-bit RGB image; raises decoding.BrokenImage if unreadable."""
+  def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+    """Upright 8-bit RGB image; raises decoding.BrokenImage if unreadable.
+
+    Sources of files may decode it smaller, see `decoding.decode`.
+    """
     ...
 
   def describe(self, index: int) -> str:
@@ -185,9 +188,9 @@ class Subset:
     """Name of one image in the whole source."""
     return self._source.describe(int(self.indices[index]))
 
-  def load(self, index: int) -> Image.Image:
+  def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
     """One image of the whole source."""
-    return self._source.load(int(self.indices[index]))
+    return self._source.load(int(self.indices[index]), reduction)
 
   def fingerprint(self) -> str:
     """That of the whole source, and which images of it."""

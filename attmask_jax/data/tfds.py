@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attmask_jax.data.decoding import PLAIN, BrokenImage, Reading, decode
+from attmask_jax.data.decoding import (
+  PLAIN,
+  BrokenImage,
+  Reading,
+  Reduction,
+  decode,
+)
 from attmask_jax.errors import InputError
 from attmask_jax.text import printable
 
@@ -94,14 +100,15 @@ class Tfds:
     """Data set and place of one record."""
     return f"{self.name}[{index}]"
 
-  def load(self, index: int) -> Image.Image:
+  def load(self, index: int, reduction: Reduction | None = None) -> Image.Image:
     """Decodes one record to RGB; raises BrokenImage."""
     try:
       record = self._records[index]
     except Exception as err:  # whatever the record reader makes of damage
       raise BrokenImage(f"{type(err).__name__}: {err}") from err
     self._labels[index] = record["label"]
-    return decode(io.BytesIO(bytes(record["image"])), self._reading)
+    file = io.BytesIO(bytes(record["image"]))
+    return decode(file, self._reading, reduction)
 
   def fingerprint(self) -> str:
     """Changes with name, version, folder, split, and any of the files there.

@@ -1,6 +1,7 @@
 """Builds and checks the parts of a run from its config; writes nothing."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,10 @@ import optax
 
 from attmask_jax import data, methods, schema
 from attmask_jax import mesh as meshes
-from attmask_jax.augment import TRANSFORMS, mixup, supervised
+from attmask_jax.augment import TRANSFORMS, canvas, device, mixup, supervised
+from attmask_jax.augment.transforms import Drawn
 from attmask_jax.data import keys
+from attmask_jax.data.pipeline import Transform
 from attmask_jax.errors import InputError
 from attmask_jax.evals import accuracy, features, inputs, online
 from attmask_jax.evals.knn import BankKeys, SearchKeys
@@ -20,7 +23,7 @@ from attmask_jax.methods.base import Method
 from attmask_jax.models import vit
 from attmask_jax.runs import config as run_config
 from attmask_jax.runs import metrics
-from attmask_jax.training import lengths, optim, schedules
+from attmask_jax.training import lengths, optim, schedules, train_step
 
 Classes = dict[str, tuple[type, ...]]  # by section, "" = top of the config
 
@@ -212,6 +215,8 @@ class Run(NamedTuple):
     train_source: images to train on.
     val_source: images to evaluate on, or None.
     pipeline: batches of this process's rows.
+    augment: makes the views of a batch on the device, where the pipeline does
+      not: see `train_step.make_step`.
     evaluator: evaluation during training.
   """
 
@@ -223,6 +228,7 @@ class Run(NamedTuple):
   train_source: data.Source
   val_source: data.Source | None
   pipeline: data.TrainPipeline
+  augment: train_step.Augment
   evaluator: online.Evaluator | accuracy.Evaluator
 
 
@@ -269,6 +275,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   needs_val = method.classifies or config.evals.knn
   val_source = data.build(config.data, "val") if needs_val else None
   evaluation.check(config, method, train_source, val_source)
+  transform, augment = _augmentation(config)
   tx = optimizer.build(
     frozen_at_start=method.frozen_at_start,
     untrained=method.untrained,
@@ -283,7 +290,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     tx,
     train_source,
     val_source,
-    _pipeline(config, method, train_source, mesh),
+    _pipeline(config, method, train_source, mesh, transform),
+    augment,
     evaluation.Evaluator(config, method, train_source, val_source, mesh),
   )
 
@@ -293,18 +301,10 @@ def _pipeline(
   method: Method,
   source: data.Source,
   mesh: jax.sharding.Mesh,
+  transform: Transform,
 ) -> data.TrainPipeline:
-  """Training batches with the augmentation that the section `data` names."""
+  """Training batches of this process's rows."""
   section, batch_size = config.data, config.data.batch_size
-  name = section.get("transform", keys.BatchKeys.transform)
-  recipe = TRANSFORMS[name]
-  absent = sorted(key for key in schema.keys(recipe) if key not in section)
-  if absent:
-    raise InputError(
-      f'data.transform "{name}" needs data.{absent[0]}, which this config '
-      "does not have: choose the transform of its method"
-    )
-  transform = recipe(**schema.take(recipe, section))
   return data.TrainPipeline(
     source,
     transform,
@@ -317,3 +317,34 @@ def _pipeline(
     max_broken=section.max_broken,
     repeats=section.get("repeats", keys.RepeatKeys.repeats),
   )
+
+
+def _augmentation(
+  config: ml_collections.ConfigDict,
+) -> tuple[Transform, train_step.Augment]:
+  """The augmentation that the section `data` names: on host and device.
+
+  Raises:
+    InputError: keys are missing, or the device cannot do it.
+  """
+  section = config.data
+  name = section.get("transform", keys.BatchKeys.transform)
+  recipe = TRANSFORMS[name]
+  absent = sorted(key for key in schema.keys(recipe) if key not in section)
+  if absent:
+    raise InputError(
+      f'data.transform "{name}" needs data.{absent[0]}, which this config '
+      "does not have: choose the transform of its method"
+    )
+  transform = recipe(**schema.take(recipe, section))
+  # Older runs do not name their pipeline.
+  if section.get("pipeline", keys.BatchKeys.pipeline) == "host":
+    return transform, lambda batch: batch
+  if not isinstance(transform, Drawn):
+    able = [key for key, cls in TRANSFORMS.items() if issubclass(cls, Drawn)]
+    raise InputError(
+      f"data.pipeline=device does not know data.transform={name}, only "
+      f"{', '.join(able)}: set data.pipeline=host"
+    )
+  placed = canvas.OnCanvas(transform, section.canvas_size)
+  return placed, functools.partial(device.augment, recipe=transform)

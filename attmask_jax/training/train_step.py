@@ -79,6 +79,7 @@ class StepResult(NamedTuple):
   per_image: Batch
 
 
+Augment = Callable[[Batch], Batch]
 # (state, batch, scalars) -> result; the state is donated.
 Step = Callable[[TrainState, Batch, dict[str, jax.Array]], StepResult]
 
@@ -189,6 +190,7 @@ def make_step(
   *,
   seed: int,
   accumulate: int = 1,
+  augment: Augment = lambda batch: batch,
 ) -> Step:
   """Compiles one optimiser step.
 
@@ -199,6 +201,8 @@ def make_step(
     shardings: of the state.
     seed: of the run; the step's key is folded from it and the step's number.
     accumulate: micro-batches per step.
+    augment: makes the views of a batch, see `augment.device`; by default they
+      are there.
 
   Returns:
     (state, batch, scalars) -> StepResult. The state is donated; `scalars` holds
@@ -220,7 +224,7 @@ def make_step(
       return out.loss, out
 
     def compute(rows: Batch) -> tuple[Params, LossOutput]:
-      grads, out = jax.grad(loss, has_aux=True)(state.params, rows)
+      grads, out = jax.grad(loss, has_aux=True)(state.params, augment(rows))
       return grads, out
 
     grads, out = _accumulate(compute, batch, accumulate)

@@ -5,10 +5,11 @@ import dataclasses
 import math
 
 import numpy as np
+import pillow_steps
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from attmask_jax.augment import transforms
+from attmask_jax.augment import colours, draws, transforms
 from attmask_jax.augment.rgb import to_rgb
 
 
@@ -201,9 +202,10 @@ def test_eval_crop_of_a_line_takes_no_memory_of_the_whole() -> None:
 
 @pytest.mark.parametrize("shift", [-0.1, -0.03, 0.0, 0.07, 0.1])
 def test_hue_turns_the_circle_and_wraps(shift: float) -> None:
-  colours = [(250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 30, 60)]
-  for colour in colours:
-    got = transforms.shift_hue(_plain(colour), shift).getpixel((0, 0))
+  circle = [(250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 30, 60)]
+  for colour in circle:
+    turn = colours.Jitter((colours.HUE,), (1.0, 1.0, 1.0), shift)
+    got = colours.apply_jitter(_plain(colour), turn).getpixel((0, 0))
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     want = colorsys.hsv_to_rgb((h + int(shift * 255) / 255) % 1, s, v)
     # Two steps of the 8-bit hue (rounding; it wraps at 256, not 255), each
@@ -211,16 +213,63 @@ def test_hue_turns_the_circle_and_wraps(shift: float) -> None:
     np.testing.assert_allclose(got, np.array(want) * 255, atol=10.4)
 
 
-def test_hue_of_every_pixel_by_a_plain_loop() -> None:
-  image = _noise(9, 7)
-  hsv = np.asarray(image.convert("HSV")).astype(int)
-  want = hsv.copy()
-  for y in range(7):
-    for x in range(9):
-      want[y, x, 0] = (hsv[y, x, 0] - 25) % 256  # int(-0.1 * 255) = -25
-  want = Image.frombytes("HSV", (9, 7), want.astype(np.uint8).tobytes())
-  got = transforms.shift_hue(image, -0.1)
-  np.testing.assert_array_equal(got, want.convert("RGB"))
+@pytest.fixture(scope="module")
+def every_colour() -> Image.Image:
+  """All colours with a blue of 0, 5, 10, ..., 255, and all greys."""
+  red, green, blue = np.meshgrid(
+    np.arange(256), np.arange(256), np.arange(0, 256, 5), indexing="ij"
+  )
+  pixels = np.stack([red, green, blue], -1).reshape(-1, 256, 3)
+  greys = np.repeat(np.arange(256)[None, :, None], 3, -1)
+  return Image.fromarray(np.concatenate([pixels, greys]).astype(np.uint8))
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, -0.03, 0.0, 0.004, 0.07, 0.1])
+def test_hue_of_every_colour_is_that_of_pillow(
+  shift: float, every_colour: Image.Image
+) -> None:
+  got = colours.shift_planes(
+    colours.split(every_colour), int(shift * 255) % 256
+  )
+  want = np.asarray(pillow_steps.shift_hue(every_colour, shift))
+  np.testing.assert_array_equal(colours.join(got), want)
+
+
+def test_enhancement_of_every_value_is_that_of_pillow() -> None:
+  image = _noise(256, 40)
+  kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+  for step, kind in enumerate(kinds):
+    for factor in (0.0, 0.6, 0.83, 1.0, 1.2, 1.4, 3.1):
+      got = colours.enhance(colours.split(image), step, factor)
+      want = np.asarray(kind(image).enhance(factor))
+      np.testing.assert_array_equal(colours.join(got), want)
+
+
+def test_luma_of_every_colour_is_that_of_pillow(
+  every_colour: Image.Image,
+) -> None:
+  got = colours.luma(colours.split(every_colour))
+  np.testing.assert_array_equal(got, np.asarray(every_colour.convert("L")))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("blur", [0.0, 1.7])
+@pytest.mark.parametrize("jitters", [False, True])
+def test_colours_of_a_view_by_pillow(
+  jitters: bool, blur: float, grey: bool
+) -> None:
+  want = image = _noise(23, 23)
+  jitter = colours.Jitter((colours.CONTRAST,), (1.0, 1.4, 1.0), 0.0)
+  if jitters:
+    want = ImageEnhance.Contrast(want).enhance(1.4)
+  want = want.convert("L").convert("RGB") if grey else want
+  want = want.filter(ImageFilter.GaussianBlur(blur)) if blur else want
+  for solarise in (False, True):
+    view = draws.View(
+      (0, 0, 23, 23), False, jitter if jitters else None, grey, blur, solarise
+    )
+    last = ImageOps.solarize(want) if solarise else want
+    np.testing.assert_array_equal(draws.recolour(image, view), last)
 
 
 def test_jitter_blends_by_the_drawn_factors_in_the_drawn_order() -> None:
@@ -244,8 +293,8 @@ def test_jitter_blends_by_the_drawn_factors_in_the_drawn_order() -> None:
       elif step == 2:
         want = ImageEnhance.Color(want).enhance(factors[2])
       else:
-        want = transforms.shift_hue(want, turn)
-    got = transforms.color_jitter(image, _rng(seed))
+        want = pillow_steps.shift_hue(want, turn)
+    got = colours.color_jitter(image, _rng(seed))
     np.testing.assert_array_equal(got, want)
     orders.add(tuple(order))
   assert len(orders) > 12  # of 24
@@ -255,7 +304,7 @@ def test_brightness_alone_by_hand() -> None:
   rng = _rng(3)
   rng.permutation(4)
   factor = rng.uniform(0.6, 1.4)
-  got = transforms.color_jitter(
+  got = colours.color_jitter(
     _plain((40, 100, 250)), _rng(3), contrast=0, saturation=0, hue=0
   )
   want = [min(int(factor * c), 255) for c in (40, 100, 250)]
@@ -263,22 +312,21 @@ def test_brightness_alone_by_hand() -> None:
 
 
 def test_grey_is_the_luma() -> None:
-  got = transforms.to_grey(_plain((200, 100, 50))).getpixel((0, 0))
-  assert got == (round(0.299 * 200 + 0.587 * 100 + 0.114 * 50),) * 3
+  got = colours.luma(colours.split(_plain((200, 100, 50))))
+  assert (got == round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)).all()
 
 
 def test_solarise_inverts_from_the_threshold() -> None:
-  got = transforms.solarise(_plain((127, 128, 255))).getpixel((0, 0))
-  assert got == (127, 127, 0)
+  got = colours.solarise(np.array([0, 127, 128, 255], np.uint8))
+  assert got.tolist() == [0, 127, 127, 0]
 
 
 def test_blur_radius_is_a_standard_deviation_in_pixels() -> None:
   dot = np.zeros((41, 41, 3), np.uint8)
   dot[20, 20] = 255
   dot[19:22, 19:22] = 255
-  radius = _rng(1).uniform(0.1, 2.0)
-  assert radius > 1
-  got = np.asarray(transforms.gaussian_blur(Image.fromarray(dot), _rng(1)))
+  radius = 1.5
+  got = np.asarray(colours.gaussian_blur(Image.fromarray(dot), radius))
   weight = got[..., 0].astype(float)
   spread = np.sum(weight * (np.arange(41) - 20) ** 2) / weight.sum()
   # Variances add: 2/3 of the 3-pixel square; 8 bits cut the tails short.
@@ -316,44 +364,38 @@ def test_multi_crop_takes_images_smaller_than_the_crops() -> None:
 @pytest.mark.parametrize(
   ("colour", "blur", "solarise"),
   [
-    (transforms.FIRST_GLOBAL, 1.0, 0.0),
-    (transforms.OTHER_GLOBAL, 0.1, 0.2),
-    (transforms.LOCAL, 0.5, 0.0),
+    (draws.FIRST_GLOBAL, 1.0, 0.0),
+    (draws.OTHER_GLOBAL, 0.1, 0.2),
+    (draws.LOCAL, 0.5, 0.0),
   ],
 )
 def test_how_often_each_colour_step_happens(
-  monkeypatch: pytest.MonkeyPatch,
-  colour: transforms.Photometric,
-  blur: float,
-  solarise: float,
+  colour: draws.Photometric, blur: float, solarise: float
 ) -> None:
-  counts = dict.fromkeys(
-    ("color_jitter", "to_grey", "gaussian_blur", "solarise"), 0
-  )
-  calls = []
-  for name in counts:
-
-    def step(
-      image: Image.Image, *_: object, name: str = name, **options: object
-    ) -> Image.Image:
-      assert options == ({"radius": (0.1, 2.0)} if "blur" in name else {})
-      counts[name] += 1
-      calls.append(name)
-      return image
-
-    monkeypatch.setattr(transforms, name, step)
-  image, rng = _plain((0, 0, 0)), _rng()
-  order = list(counts)
-  for _ in range(2000):
-    colour(image, rng)
-    places = [order.index(name) for name in calls]
-    assert places == sorted(places)
-    calls.clear()
-  want = (0.8, 0.2, blur, solarise)
-  for (name, count), prob in zip(counts.items(), want, strict=True):
+  geometry, rng = draws.View((0, 0, 4, 4), True), _rng()
+  views = [colour.draw(geometry, rng) for _ in range(2000)]
+  assert {(view.box, view.flip) for view in views} == {((0, 0, 4, 4), True)}
+  radii = [view.blur for view in views if view.blur]
+  assert 0.1 <= min(radii) < 0.2 and 1.8 < max(radii) <= 2.0
+  want = dict(jitter=0.8, grey=0.2, blur=blur, solarise=solarise)
+  for name, prob in want.items():
+    count = sum(bool(getattr(view, name)) for view in views)
     # Five standard deviations of 2,000 draws; none when it is certain.
     margin = 5 * math.sqrt(prob * (1 - prob) / 2000)
     assert abs(count / 2000 - prob) <= margin, name
+
+
+def test_order_of_the_colour_steps() -> None:
+  jitter = colours.Jitter((colours.BRIGHTNESS,), (1.3, 1.0, 1.0), 0.0)
+  view = draws.View((0, 0, 9, 7), True, jitter, True, 1.2, True)
+  image = _noise(9, 7)
+  (got,) = transforms.render(image, [view], size=5)
+  want = image.resize((5, 5), transforms.BICUBIC)
+  want = ImageOps.mirror(want)
+  want = ImageEnhance.Brightness(want).enhance(1.3)
+  want = want.convert("L").convert("RGB")
+  want = want.filter(ImageFilter.GaussianBlur(1.2))
+  np.testing.assert_array_equal(got, ImageOps.solarize(want))
 
 
 def test_each_view_gets_its_own_recipe(
@@ -361,27 +403,26 @@ def test_each_view_gets_its_own_recipe(
 ) -> None:
   seen = []
 
-  def view(
-    image: Image.Image,
-    rng: np.random.Generator,
-    colour: transforms.Photometric,
-    *,
-    size: int,
-    scale: tuple[float, float],
-  ) -> np.ndarray:
-    seen.append((colour, size, scale))
-    return np.zeros((size, size, 3), np.uint8)
+  def draw(self: draws.Photometric, view: draws.View, _: object) -> draws.View:
+    seen[-1] = (self, *seen[-1])
+    return view
 
-  monkeypatch.setattr(transforms, "random_view", view)
+  def geometry(size: tuple, _: object, scale: tuple) -> draws.View:
+    seen.append((size, scale))
+    return draws.View((0, 0, 4, 4), False)
+
+  monkeypatch.setattr(draws.Photometric, "draw", draw)
+  monkeypatch.setattr(transforms, "draw_geometry", geometry)
   recipe = _recipe(
     global_crops=3, global_scale=(0.3, 1), local_scale=(0.1, 0.3)
   )
-  recipe(_noise(30, 30), _rng())
+  views = recipe(_noise(30, 30), _rng())
+  assert [view.shape[:2] for view in views.values()] == [(3, 24), (3, 12)]
   assert seen == [
-    (transforms.FIRST_GLOBAL, 24, (0.3, 1)),
-    (transforms.OTHER_GLOBAL, 24, (0.3, 1)),
-    (transforms.OTHER_GLOBAL, 24, (0.3, 1)),
-    *[(transforms.LOCAL, 12, (0.1, 0.3))] * 3,
+    (draws.FIRST_GLOBAL, (30, 30), (0.3, 1)),
+    (draws.OTHER_GLOBAL, (30, 30), (0.3, 1)),
+    (draws.OTHER_GLOBAL, (30, 30), (0.3, 1)),
+    *[(draws.LOCAL, (30, 30), (0.1, 0.3))] * 3,
   ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import small
 from PIL import Image, ImageEnhance
 
-from attmask_jax.augment import pair, transforms
+from attmask_jax.augment import colours, pair, transforms
 from attmask_jax.errors import InputError
 from attmask_jax.models import vit
 from configs import tiny
@@ -37,24 +37,29 @@ def test_golden_primitives(golden, monkeypatch):
   same(ImageEnhance.Brightness(crop).enhance(bright), "brightness")
   same(ImageEnhance.Contrast(crop).enhance(contrast), "contrast")
   same(ImageEnhance.Color(crop).enhance(saturation), "saturation")
-  same(transforms.shift_hue(crop, hue), "hue")
+  turn = colours.Jitter((colours.HUE,), (1.0, 1.0, 1.0), hue)
+  same(colours.apply_jitter(crop, turn), "hue")
   # Recorded after the jitter.
   jittered = Image.fromarray(file["out/jitter"])
-  same(transforms.to_grey(jittered), "grayscale")
+  luma = colours.luma(colours.split(jittered))
+  same(np.repeat(luma[..., None], 3, -1), "grayscale")
 
   class Recorded:
-    """Draws the recorded order and factors."""
+    """Draws the recorded order."""
 
     def permutation(self, n):
       return file["in/order"]
 
-    def uniform(self, low, high):
-      self.drawn = getattr(self, "drawn", -1) + 1
-      value = file["in/factors"][self.drawn]
-      assert low <= value <= high
-      return float(value)
+  factors = iter(file["in/factors"].tolist())
 
-  same(transforms.color_jitter(crop, Recorded()), "jitter")
+  def uniform(_, low, high):
+    value = next(factors)
+    assert low <= value <= high
+    return value
+
+  monkeypatch.setattr(colours, "uniform", uniform)
+
+  same(colours.color_jitter(crop, Recorded()), "jitter")
   got = np.asarray(vit.normalize_images(jnp.asarray(file["out/jitter"])))
   np.testing.assert_allclose(
     got.transpose(2, 0, 1), file["out/normalized"], rtol=1e-4, atol=2e-5
@@ -121,25 +126,29 @@ def test_filter_of_the_crop(resample):
 
 
 def test_ranges_of_the_jitter():
-  bounds = []
+  recipe, rng = (
+    pair.TwoColours(image_size=8, jitter=1.0),
+    np.random.default_rng(0),
+  )
+  views = [v for _ in range(500) for v in recipe.draw((60, 40), rng)["images"]]
+  drawn = np.array([(*v.jitter.factors, v.jitter.hue) for v in views])
+  low, high = np.array([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]).T
+  # The 1,000 draws leave a gap of 1 % of the range with probability e^-10.
+  gap = 0.01 * (high - low)
+  assert (drawn.min(0) >= low).all() and (drawn.min(0) < low + gap).all()
+  assert (drawn.max(0) <= high).all() and (drawn.max(0) > high - gap).all()
 
-  class Spy(np.random.Generator):
-    """Notes the bounds of what is drawn."""
 
-    def uniform(self, low, high):
-      bounds.append((low, high))
-      return super().uniform(low, high)
-
-  views_of = pair.TwoColours(image_size=8, jitter=1.0)
-  views_of(gradient(), Spy(np.random.PCG64(0)))
-  one = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
-  assert bounds[:2] == [(0.2, 1.0), (np.log(3 / 4), np.log(4 / 3))]
-  np.testing.assert_allclose(bounds[-8:], one + one)
+def test_uniform_draws_are_those_of_numpy():
+  one, other = np.random.default_rng(3), np.random.default_rng(3)
+  for low, high in [(0.2, 1.0), (-0.1, 0.1), (0.6, 1.4), (0.1, 2.0)] * 50:
+    assert colours.uniform(one, low, high) == other.uniform(low, high)
 
 
 def test_grey_comes_after_the_jitter(monkeypatch):
   red = Image.new("RGB", (8, 8), (255, 0, 0))
-  monkeypatch.setattr(transforms, "color_jitter", lambda image, rng: red)
+  planes = colours.split(red)
+  monkeypatch.setattr(colours, "jitter_planes", lambda *_: planes)
   views_of = pair.TwoColours(image_size=8, jitter=1.0, grey=1.0)
   views = views_of(gradient(), np.random.default_rng(0))["images"]
   assert (views == 76).all()  # 0.299 * 255

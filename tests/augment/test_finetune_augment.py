@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from attmask_jax.augment import randaugment, supervised, transforms
+from attmask_jax.augment import colours, randaugment, supervised, transforms
 from attmask_jax.data import pipeline, shapes
 from attmask_jax.errors import InputError
 
@@ -362,7 +362,7 @@ def test_colour_jitter_only_without_rand_augment(
     calls.append(options)
     return image
 
-  monkeypatch.setattr(transforms, "color_jitter", jitter)
+  monkeypatch.setattr(colours, "color_jitter", jitter)
   image = _noise(60, 50)
   _plain_recipe(jitter_strength=0.3)(image, _rng())
   strength = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0)
