@@ -42,14 +42,12 @@ def main(argv: list[str]) -> int:
     config = flags.FLAGS.config
     plan.refuse_own_keys(config, flags.FLAGS["config"].override_values)
     if _SUMMARY.value:
-      sentence = runner.redraw(workdir)
+      runner.redraw(workdir)
     elif _MINUTES.value is None:
       raise InputError(f"--minutes is missing, for example: {EXAMPLE}")
     else:
-      sentence = runner.run(config, workdir, _MINUTES.value)
-    folder = pathlib.Path(workdir).expanduser()
-    print((folder / page.TABLE).read_text())
-    print(sentence)
+      runner.run(config, workdir, _MINUTES.value)
+    print((pathlib.Path(workdir).expanduser() / page.TABLE).read_text(), end="")
 
   return cli.exit_code(work, workdir)
 

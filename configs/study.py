@@ -127,14 +127,16 @@ def _generated(
   policies: dict[str, dict[str, object]],
   linear: ml_collections.ConfigDict,
 ) -> ml_collections.ConfigDict:
-  """A study on generated objects, of the network of the recipe."""
+  """A study on generated objects: network and least length of the recipe."""
   config.evals.overlap_images = 0
+  epoch = config.data.shapes_train // config.data.batch_size
+  least = config.optim.epochs * epoch
   return _study(
     config,
     policies,
     linear,
     networks=config.method.variant,
-    steps=(240, 3000),
+    steps=(least, 4 * least),
     seeds=(3, 8),
   )
 

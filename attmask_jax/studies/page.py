@@ -43,7 +43,7 @@ def write(
     f"ViT {plan.network}, {plan.epochs} epochs of {plan.steps_per_epoch} "
     f"steps, seeds 0 to {plan.seeds - 1}: {done} of {total} runs are finished."
   )
-  parts = (sentence, head, table(rows, baseline), NOTE, *notes)
+  parts = (head, table(rows, baseline), NOTE, *notes, sentence)
   text = "\n\n".join(parts) + "\n"
   with atomic.replaced(folder / TABLE) as temporary:
     temporary.write_text(text)
@@ -99,6 +99,7 @@ def _difference(difference: Estimate | None) -> str:
 def draw(path: pathlib.Path, rows: Sequence[Row], baseline: str) -> None:
   """Two panels: k-NN over epochs with its spread; the linear probe in bars."""
   from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
 
   figure = Figure(figsize=(10.0, 4.2), dpi=drawing.DPI, layout="constrained")
   curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -107,6 +108,7 @@ def draw(path: pathlib.Path, rows: Sequence[Row], baseline: str) -> None:
     _curve(curves, row, colour=f"C{i}", wide=row.policy == baseline)
   curves.set_title("k-NN top-1, %: mean and spread over the seeds", fontsize=10)
   curves.set_xlabel("Epoch")
+  curves.xaxis.set_major_locator(MaxNLocator(integer=True))
   probe = [row.measures["linear"] for row in rows]
   bars.bar(
     range(len(rows)),
@@ -119,7 +121,9 @@ def draw(path: pathlib.Path, rows: Sequence[Row], baseline: str) -> None:
     range(len(rows)), [row.policy for row in rows], rotation=35, ha="right"
   )
   bars.set_title(f"{MEASURES['linear'].capitalize()} top-1, %", fontsize=10)
-  _zoom(bars, probe)
+  for i, value in enumerate(estimate.mean for estimate in probe):
+    bars.annotate(f"{value:.1f}", (i, 0), (0, 4), textcoords="offset points",
+                  ha="center", color="white", fontsize=9)  # fmt: skip
   for axis in (curves, bars):
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
@@ -152,11 +156,3 @@ def _curve(axis: "Axes", row: Row, *, colour: str, wide: bool) -> None:
   low = [m - s for m, s in zip(means, spread, strict=True)]
   high = [m + s for m, s in zip(means, spread, strict=True)]
   axis.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
-
-
-def _zoom(axis: "Axes", estimates: Sequence[Estimate]) -> None:
-  """Cuts the axis below the bars, but never to less than a tenth of it."""
-  low = min(e.mean - (e.spread or 0.0) for e in estimates)
-  high = max(e.mean + (e.spread or 0.0) for e in estimates)
-  margin = max(high - low, high / 10)
-  axis.set_ylim(max(low - margin, 0.0), high + margin / 4 or 1.0)

@@ -190,10 +190,10 @@ def sentence(rows: Sequence[Row], *, baseline: str) -> str:
       f"Fewer than two seeds are finished of {baseline} and any other policy, "
       "so nothing can be said about differences."
     )
-  parts = []
+  found: dict[str, list[str]] = {}  # measures that say the same, together
   for measure, name in MEASURES.items():
-    found = _findings(compared, measure)
-    parts.append(f"{name}: {found}")
+    found.setdefault(_findings(compared, measure), []).append(name)
+  parts = [f"{', '.join(names)}: {words}" for words, names in found.items()]
   text = f"Against {baseline}, seed by seed: {'; '.join(parts)}"
   if not any(row.gain.sign > 0 for row in rows):
     text += (

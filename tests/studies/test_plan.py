@@ -1,6 +1,5 @@
 """The budget by hand count; runs of a seed share weights and images."""
 
-
 import jax
 import numpy as np
 import pytest
@@ -159,5 +158,3 @@ def test_keys_that_the_study_sets_are_refused():
   }.items():
     with pytest.raises(InputError, match=instead):
       plan.refuse_own_keys(config, [key])
-
-
