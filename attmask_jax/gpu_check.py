@@ -8,7 +8,7 @@ Every part is a process of its own, so that one that fails, crashes or takes
 too long leaves the others alone. DIR/gpu_check.json holds all numbers and
 errors, gpu_check.md the table, gpu_check.log what the parts have printed, and
 study.json, study.md and study.png the study. --small takes small networks, for
-a CPU.
+a CPU. --part=NAME does one part alone and writes its numbers to a file, OUTPUT.
 
 Exit codes: 0 every part ran and every comparison is within its tolerance, 1 not
 so, 2 bad input.
@@ -47,16 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--output", required=True, help="new or empty folder")
+  parser.add_argument(
+    "--output", required=True, help="new or empty folder; with --part a file"
+  )
   parser.add_argument("--small", action="store_true", help="for a CPU")
   parser.add_argument(
     "--minutes", type=float, default=9.0, help="for all parts"
   )
-  parser.add_argument("--part", help=argparse.SUPPRESS)
+  parser.add_argument(
+    "--part",
+    help='one part alone, such as "mae: parity"',
+  )
   options = parser.parse_args(argv)
   output = pathlib.Path(options.output).expanduser().absolute()
   if options.part:
-    part = next(part for part in gpu_parts.parts() if part.name == options.part)
+    if output.exists():
+      parser.error(f"--output {output} exists: give a new file")
+    found = {part.name: part for part in gpu_parts.parts()}
+    if options.part not in found:
+      parser.error(f'--part "{options.part}": use one of {", ".join(found)}')
+    part = found[options.part]
     result = part.run(options.small, 60 * options.minutes)
     output.write_text(json.dumps(result))
     return 0

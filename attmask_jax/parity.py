@@ -9,14 +9,16 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from attmask_jax.models import ops
+
+if TYPE_CHECKING:  # attention alone is checked with jax alone
+  import ml_collections
 
 # Of an attention and its gradients, and of a method's loss and its gradients.
 # About four times what bfloat16 without fused kernels had on a CPU, at the
@@ -115,7 +117,7 @@ def attention(
     ]
 
 
-def method(config: ml_collections.ConfigDict, *, cudnn: bool) -> list[Check]:
+def method(config: "ml_collections.ConfigDict", *, cudnn: bool) -> list[Check]:
   """A method's loss and gradients in bfloat16 against those in float32.
 
   Args:
@@ -131,18 +133,16 @@ def method(config: ml_collections.ConfigDict, *, cudnn: bool) -> list[Check]:
   first, second = jax.random.split(jax.random.key(config.method.seed))
   params, _, aux = jax.jit(run.method.init)(first)
   teacher = jax.jit(run.method.init)(second).teacher  # it is another network
-  scalars = {k: jnp.asarray(v) for k, v in run.method.at(0).items()}
+  scalars = run.method.at(0)
+  # As arguments: the compiler would try to fold constants of this size.
+  rest = teacher, aux, batch, jax.random.key(0), scalars
 
   def measured(dtype: str, attention: str) -> tuple[jax.Array, Any]:
     changed = copy.deepcopy(config).unlock()
     changed.method.dtype, changed.run.attention = dtype, attention
     other = setup.build(changed).method
-
-    def loss(params: Any) -> jax.Array:
-      rng = jax.random.key(0)
-      return other.loss(params, teacher, aux, batch, rng, scalars).loss
-
-    return jax.jit(jax.value_and_grad(loss))(params)
+    loss = lambda params, *rest: other.loss(params, *rest).loss
+    return jax.jit(jax.value_and_grad(loss))(params, *rest)
 
   with jax.default_matmul_precision("highest"):
     want = measured("float32", "xla")
