@@ -129,6 +129,10 @@ def _generated(
 ) -> ml_collections.ConfigDict:
   """A study on generated objects: network and least length of the recipe."""
   config.evals.overlap_images = 0
+  # Drawing the images takes longer than the network.
+  linear.method.lrs = (0.03, 0.1, 0.3, 1.0)
+  linear.data.batch_size = 128
+  linear.optim.epochs = 3
   epoch = config.data.shapes_train // config.data.batch_size
   least = config.optim.epochs * epoch
   return _study(
@@ -138,6 +142,7 @@ def _generated(
     networks=config.method.variant,
     steps=(least, 4 * least),
     seeds=(3, 8),
+    points=4,
   )
 
 
