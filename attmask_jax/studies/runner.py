@@ -19,13 +19,14 @@ from absl import logging
 from attmask_jax import atomic, data, evaluate, runtime, schema, train
 from attmask_jax.errors import InputError, NotFiniteError
 from attmask_jax.evals import compare
+from attmask_jax.methods import METHODS
 from attmask_jax.runs import checkpoint, lock, records
 from attmask_jax.runs import config as run_config
 from attmask_jax.studies import page, plan, summary
 from attmask_jax.studies.costs import measure
 from attmask_jax.studies.plan import Costs, Plan
 from attmask_jax.studies.summary import Outcome
-from attmask_jax.training import setup
+from attmask_jax.training import lengths, setup
 
 FILE = "study.json"
 PROBE = "linear"  # folder of a run's linear probe
@@ -95,15 +96,17 @@ def run(
       "a study runs in one process, and run.distributed joined several: start "
       "it on one host"
     )
-  known = read(workdir)
+  known, per_epoch = read(workdir), 0
   if known is None:
     _check_foreign(workdir)
-    _check_runs(config, keys)
+    per_epoch = _check_runs(config, keys)
   else:
     _check_same(known, config, minutes, workdir)
   folder = checkpoint.check_workdir(workdir)
   with lock.RunLock(folder, break_lock=config.run.break_lock):
-    study = known or _begin(config, keys, folder, minutes, work, began)
+    study = known or _begin(
+      config, keys, folder, minutes, work, began=began, per_epoch=per_epoch
+    )
     sentence = summarise(folder, study)
     names = list(study.plan.runs())
     for i, (policy, seed) in enumerate(names, start=1):
@@ -140,34 +143,36 @@ def _check_foreign(workdir: str) -> None:
       )
 
 
-def _check_runs(config: ml_collections.ConfigDict, keys: plan.Keys) -> None:
-  """Builds the least run of every policy; writes nothing.
+def _check_runs(config: ml_collections.ConfigDict, keys: plan.Keys) -> int:
+  """Builds the least run, and the method of every other one; writes nothing.
+
+  Returns:
+    S, steps per epoch.
 
   Raises:
     InputError: the first that cannot be trained, or images without labels.
   """
   evaluate.check_values(config.linear)
-  least, _ = plan.epochs_range(keys, _steps_per_epoch(config))
-  for network in schema.words(keys.networks):
-    for policy in schema.words(keys.policies):
-      built = setup.build(
-        plan.training_config(
-          config, policy=policy, seed=0, network=network, epochs=least,
-          eval_epochs=1,
-        )
-      )  # fmt: skip
-      if not built.evaluator.best:
-        raise InputError(
-          "a study compares k-NN, which needs evals.knn=True and validation "
-          f"images with labels: data.source={config.data.source} has none, or "
-          "it is off"
-        )
-
-
-def _steps_per_epoch(config: ml_collections.ConfigDict) -> int:
-  """S; 1 where an epoch has no batch, which building a run refuses."""
+  # 1 where an epoch has no batch, which building a run refuses.
   images = len(data.build(config.data, "train"))
-  return max(images // config.data.batch_size, 1)
+  per_epoch = max(images // config.data.batch_size, 1)
+  least, _ = plan.epochs_range(keys, per_epoch)
+  networks = schema.words(keys.networks)
+  one = lambda policy, network: plan.training_config(
+    config, policy=policy, seed=0, network=network, epochs=least, eval_epochs=1
+  )
+  built = setup.build(one(keys.baseline, networks[0]))
+  if not built.evaluator.best:
+    raise InputError(
+      "a study compares k-NN, which needs evals.knn=True and validation images "
+      f"with labels: data.source={config.data.source} has none, or it is off"
+    )
+  # Without their images, which may take long to list.
+  for network in networks:
+    for policy in schema.words(keys.policies):
+      other = lengths.resolve(one(policy, network), per_epoch)
+      METHODS[other.method.name].from_config(other, steps_per_epoch=per_epoch)
+  return per_epoch
 
 
 def _check_same(
@@ -197,7 +202,9 @@ def _begin(
   folder: pathlib.Path,
   minutes: float,
   work: Work,
+  *,
   began: float,
+  per_epoch: int,
 ) -> Study:
   """Measures, plans and writes the plan.
 
@@ -208,8 +215,8 @@ def _begin(
     minutes: the budget.
     work: see `run`.
     began: `time.perf_counter()` at the start of the budget.
+    per_epoch: S, steps per epoch.
   """
-  per_epoch = _steps_per_epoch(config)
   measured = measure(
     config,
     keys,
