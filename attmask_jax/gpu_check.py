@@ -146,10 +146,9 @@ def run_part(
     return {"error": "skipped: no time was left", "took": 0.0}
   place = folder / "result.json"
   place.unlink(missing_ok=True)
-  # The study plans for less than the time after which it would be ended.
   command = [
     *(sys.executable, "-m", "attmask_jax.gpu_check", f"--output={place}"),
-    *(f"--part={name}", f"--minutes={0.9 * limit / 60}"),
+    *(f"--part={name}", f"--minutes={limit / 60}"),
     *(["--small"] if small else []),
   ]
   root = pathlib.Path(__file__).resolve().parents[1]
@@ -176,6 +175,8 @@ def run_part(
   if code or not place.exists():
     words = log.read_bytes()[at:].decode(errors="replace").split("\n")
     last = [line for line in words if line.strip()][-ERROR_LINES:]
+    if last and "InputError: " in last[-1]:  # it is one sentence
+      last = [last[-1].split("InputError: ")[1]]
     return {"error": f"exit code {code}: {' / '.join(last)}"} | taken
   return json.loads(place.read_text()) | taken
 

@@ -23,6 +23,8 @@ checks = lambda error: dict(passed=error < 1, checks=[dict(
 if name == "crashes":
   print("one")
   sys.exit("no such | thing")
+if name == "refuses":
+  raise type("InputError", (ValueError,), {})("--minutes 1 is too short")
 if name == "hangs":
   time.sleep(60)
 if name in ("study", "unfinished"):
@@ -38,7 +40,7 @@ output.write_text(json.dumps(results[name]))
 def run(tmp_path, monkeypatch):
   """run(names, limit) -> exit code and results of parts with these names."""
   fake = tmp_path / "fake"
-  fake.write_text(FAKE.format(python=sys.executable))
+  fake.write_text(FAKE.replace("{python}", sys.executable))
   fake.chmod(0o755)
   monkeypatch.setattr(gpu_check.sys, "executable", str(fake))
 
@@ -85,6 +87,12 @@ def test_a_crash_is_recorded_and_the_rest_goes_on(run):
   assert "no such | thing" in (output / "gpu_check.log").read_text()
 
 
+def test_bad_input_of_a_part_is_its_sentence(run):
+  _, results, _ = run("refuses")
+  error = results["parts"]["refuses"]["error"]
+  assert error == "exit code 1: --minutes 1 is too short"
+
+
 def test_what_takes_too_long_is_ended(run):
   code, results, _ = run("hangs", "good", share=0.05, seconds=40)
   assert code == 1
@@ -109,6 +117,24 @@ def test_missing_packages(monkeypatch):
   names = ("jax", "nothing_of_this_name", "nothing_of_this_name.inner")
   monkeypatch.setattr(gpu_check, "NEEDED", names)
   assert gpu_check.missing() == list(names[1:])
+
+
+ALONE = """
+import sys
+for name in sys.argv[1:]:
+  sys.modules[name] = None  # importing it fails
+from attmask_jax import gpu_check, gpu_parts
+result = gpu_parts.parts()[0].run(True, 60.0)
+print(result["machine"]["platform"], len(result["checks"]))
+"""
+
+
+def test_attention_is_compared_without_other_packages():
+  others = [n.split(".")[0] for n in gpu_check.NEEDED[1:] if n != "numpy"]
+  command = [sys.executable, "-c", ALONE, *others]
+  paths = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, capture_output=True, text=True, env=paths)
+  assert done.stdout.split() == ["cpu", "4"], done.stderr
 
 
 def test_every_part_of_the_three_families():
