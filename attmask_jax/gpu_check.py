@@ -212,11 +212,7 @@ def page(results: dict[str, Any]) -> str:
   lines += ["", "| comparison with float32 | relative error | tolerance | |",
             "| --- | ---: | ---: | --- |"]  # fmt: skip
   for name, result in found.items():
-    lines += [
-      f"| {name}: {c['name']} | {c['error']:.1e} | {c['tolerance']:.0e} | "
-      f"{'passed' if c['passed'] else 'FAILED'} |"
-      for c in result.get("checks", ())
-    ]
+    lines += [_check_row(name, check) for check in result.get("checks", ())]
   lines += [
     "",
     "| step | images | seconds | images/s | with data: images/s | TFLOP/s | "
@@ -226,6 +222,18 @@ def page(results: dict[str, Any]) -> str:
   lines += [speed_row(r) for r in found.values() if "share_of_peak" in r]
   sentence = found.get("study", {}).get("sentence")
   return "\n".join([*lines, *(["", sentence] if sentence else [])]) + "\n"
+
+
+def _check_row(part: str, check: dict[str, Any]) -> str:
+  """A line of the table of comparisons."""
+  error = check["error"]
+  cells = (
+    f"{part}: {check['name']}".replace("|", "/"),
+    "-" if error is None else f"{error:.1e}",
+    f"{check['tolerance']:.0e}",
+    "passed" if check["passed"] else "FAILED",
+  )
+  return f"| {' | '.join(cells)} |"
 
 
 def speed_row(r: dict[str, Any]) -> str:

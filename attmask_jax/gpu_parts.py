@@ -5,6 +5,7 @@ the parts that use it.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -116,6 +117,9 @@ def _attention(small: bool, _: float) -> dict[str, Any]:
 def _checked(checks: Sequence[Any]) -> dict[str, Any]:
   """Comparisons for JSON, and whether all are within their tolerance."""
   rows = [check._asdict() | {"passed": check.passed} for check in checks]
+  for row in rows:
+    if not math.isfinite(row["error"]):  # which JSON does not know
+      row["error"] = None
   return {"passed": all(row["passed"] for row in rows), "checks": rows}
 
 

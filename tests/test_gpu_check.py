@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from attmask_jax import gpu_check, gpu_parts
+from attmask_jax import gpu_check, gpu_parts, parity
 from attmask_jax.gpu_parts import Part
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -142,6 +142,14 @@ def test_every_part_of_the_three_families():
     "attention", "attmask: parity", "attmask: speed", "mae: parity",
     "mae: speed", "extrema: parity", "extrema: speed", "study",
   ]  # fmt: skip
+
+
+def test_checks_without_a_number():
+  checked = gpu_parts._checked([parity.Check("c | d", float("nan"), 0.1)])
+  assert checked["checks"][0]["error"] is None and not checked["passed"]
+  json.loads(json.dumps(checked, allow_nan=False))
+  results = {"missing_packages": [], "parts": {"p": checked | {"took": 1.0}}}
+  assert "| p: c / d | - | 1e-01 | FAILED |" in gpu_check.page(results)
 
 
 def test_row_of_a_step():

@@ -74,6 +74,16 @@ def test_cudnn_is_compared_too(monkeypatch):
   ]  # fmt: skip
 
 
+def test_a_kernel_that_does_not_run_leaves_the_others(monkeypatch):
+  def missing(q, k, v):
+    raise RuntimeError("cuDNN is not detected.\nmore")
+
+  monkeypatch.setattr(parity, "fused_attention", missing)
+  checks = parity.attention(SHAPE, cudnn=True)
+  assert [c.passed for c in checks] == [True] * 4 + [False] * 2
+  assert checks[4].name == "9 tokens, cudnn (cuDNN is not detected.), output"
+
+
 @pytest.mark.parametrize("arg", ["random", "mae", "extrema"])
 def test_methods_in_bfloat16(arg):
   family = "attmask" if arg == "random" else arg
