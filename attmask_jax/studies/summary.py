@@ -194,7 +194,12 @@ def sentence(rows: Sequence[Row], *, baseline: str) -> str:
   for measure, name in MEASURES.items():
     found.setdefault(_findings(compared, measure), []).append(name)
   parts = [f"{', '.join(names)}: {words}" for words, names in found.items()]
-  text = f"Against {baseline}, seed by seed: {'; '.join(parts)}"
+  fewest = min(n for n in numbers if n > 1)
+  seeds = f"{fewest} to " * (fewest < max(numbers)) + str(max(numbers))
+  text = (
+    f"Against {baseline}, seed by seed, in points with 95 % intervals over "
+    f"{seeds} seeds: {'; '.join(parts)}"
+  )
   if not any(row.gain.sign > 0 for row in rows):
     text += (
       "; and no policy's k-NN has risen above that of the untrained network by "
@@ -212,7 +217,7 @@ def _findings(rows: Sequence[Row], measure: str) -> str:
       word = "above" if found.sign > 0 else "below"
       parts.append(
         f"{row.policy} is {word} by {abs(found.mean):.1f} ± "
-        f"{found.half_width:.1f} points (95 %, {found.n} seeds)"
+        f"{found.half_width:.1f}"
       )
     elif found.n > 1:
       open_.append((row.policy, found.n))

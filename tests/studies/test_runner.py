@@ -64,7 +64,8 @@ def test_every_run_once_and_all_numbers(tmp_path):
   content = json.loads((tmp_path / "study.json").read_text())
   assert content["sentence"] == sentence
   # Both seeds differ by 2 exactly: an interval of width 0.
-  assert "epochs: high is above by 2.0 ± 0.0 points (95 %, 2 seeds)" in sentence
+  assert "over 2 seeds: k-NN" in sentence
+  assert "epochs: high is above by 2.0 ± 0.0" in sentence
   assert content["runs"][2] == {
     "policy": "high",
     "seed": 1,

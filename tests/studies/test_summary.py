@@ -85,12 +85,11 @@ def test_sentence():
   # mean k-NN 3, 5, 2 have 0 within theirs. low: -16, -14, -15; -11; -10.5,
   # -10, -11.
   assert summary.sentence(rows, baseline="random") == (
-    "Against random, seed by seed: k-NN at the end: high is above by 3.0 ± 2.5 "
-    "points (95 %, 3 seeds), low is below by 15.0 ± 2.5 points (95 %, 3 "
-    "seeds); linear probe: low is below by 11.0 ± 0.0 points (95 %, 3 seeds), "
-    "no difference that 3 seeds can show for high; mean k-NN over the epochs: "
-    "low is below by 10.5 ± 1.2 points (95 %, 3 seeds), no difference that 3 "
-    "seeds can show for high."
+    "Against random, seed by seed, in points with 95 % intervals over 3 seeds: "
+    "k-NN at the end: high is above by 3.0 ± 2.5, low is below by 15.0 ± 2.5; "
+    "linear probe: low is below by 11.0 ± 0.0, no difference that 3 seeds can "
+    "show for high; mean k-NN over the epochs: low is below by 10.5 ± 1.2, no "
+    "difference that 3 seeds can show for high."
   )
 
 
@@ -98,8 +97,9 @@ def test_sentence_says_if_nothing_was_learned():
   flat = [(40, 39, 40 + i, 60) for i in (-1, 0, 1)]
   words = summary.sentence(compare(high=flat, random=flat), baseline="random")
   assert words.startswith(
-    "Against random, seed by seed: k-NN at the end, linear probe, mean k-NN "
-    "over the epochs: no difference that 3 seeds can show for high; and no "
+    "Against random, seed by seed, in points with 95 % intervals over 3 seeds: "
+    "k-NN at the end, linear probe, mean k-NN over the epochs: no difference "
+    "that 3 seeds can show for high; and no "
   )
   assert "no policy's k-NN has risen above that of the untrained" in words
 
@@ -108,6 +108,7 @@ def test_sentence_with_different_numbers_of_seeds():
   rows = compare(high=HIGH, low=HIGH[:2], random=RANDOM)
   words = summary.sentence(rows, baseline="random")
   assert "no difference that 2 seeds can show for low" in words
+  assert "over 2 to 3 seeds: " in words
 
 
 PLAN = plan.Plan(("high", "low", "random"), "16x2x2", 2, 8, 4, 1, 60.0)
