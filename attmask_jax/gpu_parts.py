@@ -44,6 +44,7 @@ STUDY = {
 }
 SMALL_STUDY = STUDY | {
   "study.networks": "16x2x2",
+  "study.seeds": (1, 1),
   "study.steps": (8, 8),
   "method.out_dim": 16,
   "method.head_hidden": 32,
