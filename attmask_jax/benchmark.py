@@ -67,7 +67,7 @@ def bench(
   runtime.setup(config.run)
   run = setup.build(config)
   checkpoint.check_workdir(workdir)
-  results = _measure(run, repeats)
+  results = measure(run, repeats)
   if jax.process_index() == 0:
     with atomic.replaced(path) as temporary:
       temporary.write_text(json.dumps(results, indent=2) + "\n")
@@ -75,7 +75,14 @@ def bench(
   return results
 
 
-def _measure(run: Run, repeats: int) -> dict[str, Any]:
+def measure(run: Run, repeats: int, *, passes: bool = True) -> dict[str, Any]:
+  """What `bench` writes, of a run that is built.
+
+  Args:
+    run: built from a training config.
+    repeats: see `bench`.
+    passes: also time forward and backward pass, which are two programs more.
+  """
   config, mesh = run.config, run.mesh
   size = config.data.batch_size
   with _host_batches(run, 1) as batches:
@@ -102,7 +109,7 @@ def _measure(run: Run, repeats: int) -> dict[str, Any]:
   timed = {
     "matrix product": product,
     "transfer": lambda: meshes.shard(mesh, host),
-    **_passes(run, loop, batch),
+    **(_passes(run, loop, batch) if passes else {}),
     "step": lambda: loop.step(batch),
   }
   logging.info("timing %d turns", repeats)

@@ -24,6 +24,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -81,16 +82,13 @@ _BACKBONE_ONLY = flags.DEFINE_bool(
 
 
 def main(argv: list[str]) -> int:
-  """Runs one mode; returns the exit code.
-
-  An error that the user can act on becomes one sentence, not a traceback.
-  """
+  """Runs one mode; returns the exit code."""
   # Here, so that a wrong flag is answered at once.
   from attmask_jax import benchmark, evaluate, interchange, train
 
-  _quiet_libraries()
   config, workdir = _CONFIG.value, _WORKDIR.value
-  try:
+
+  def work() -> None:
     _check(argv, config)
     if _MODE.value == "train":
       train.train(config, workdir)
@@ -108,6 +106,18 @@ def main(argv: list[str]) -> int:
         dtype=_DTYPE.value,
         backbone_only=_BACKBONE_ONLY.value,
       )
+
+  return exit_code(work, workdir)
+
+
+def exit_code(work: Callable[[], None], workdir: str) -> int:
+  """Does the work of a command; returns its exit code.
+
+  An error that the user can act on becomes one sentence, not a traceback.
+  """
+  _quiet_libraries()
+  try:
+    work()
   except InputError as error:
     return _fail(error, 2)
   except NotFiniteError as error:
@@ -130,12 +140,14 @@ def main(argv: list[str]) -> int:
 
 
 def _check(argv: list[str], config: ml_collections.ConfigDict) -> None:
-  """Refuses words that are no flags, and an evaluation in train mode."""
-  if len(argv) > 1:
-    raise InputError(
-      f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
-    )
+  """Refuses words that are no flags, and other configs in train mode."""
+  refuse_words(argv)
   trains = _MODE.value in ("train", "bench")
+  if trains and "study" in config:
+    raise InputError(
+      "this config describes a study of several runs: use python -m "
+      "attmask_jax.study with the same flags and --minutes=N"
+    )
   if trains and "name" in config.get("evals", {}):
     from attmask_jax import evals
 
@@ -147,10 +159,27 @@ def _check(argv: list[str], config: ml_collections.ConfigDict) -> None:
     )
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Reads the flags; a wrong one ends the program with one sentence."""
+def refuse_words(argv: list[str]) -> None:
+  """Raises InputError for the first word of a command that is no flag."""
+  if len(argv) > 1:
+    raise InputError(
+      f'unexpected argument "{argv[1]}": write flags as --config.run.fsdp=2'
+    )
+
+
+def parse(
+  argv: list[str], *, usage: str | None = None, example: str = ""
+) -> list[str]:
+  """Reads the flags; a wrong one ends the program with one sentence.
+
+  Args:
+    argv: the command.
+    usage: what --help prints; None = the page of this module.
+    example: flags of a complete command; "" = those of the mode.
+  """
   if any(re.fullmatch(r"--?h(elp)?", word) for word in argv[1:]):
-    print(f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}")
+    own = f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}"
+    print(own if usage is None else usage)
     sys.exit(0)
   try:
     recipes.share()
@@ -159,7 +188,7 @@ def parse(argv: list[str]) -> list[str]:
     for flag in (_CONFIG, _OUTPUT if moves else _WORKDIR):
       if flag.value is None:
         raise flags.IllegalFlagValueError(
-          f"--{flag.name} is missing, for example: {_example()}"
+          f"--{flag.name} is missing, for example: {example or _example()}"
         )
     _CONFIG.value.lock()
     own = flags.FLAGS["config"]

@@ -12,6 +12,7 @@ from attmask_jax.data import keys as data_keys
 from attmask_jax.methods import METHODS
 from attmask_jax.methods import Keys as MethodKeys
 from attmask_jax.models import vit
+from attmask_jax.studies import plan
 from attmask_jax.training import setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +26,12 @@ This page is generated from the declarations of the keys:
 `method`, `data` and `optim` determine the result of a training run, `evals`
 what is measured during training, and `run` how it is computed, which changes
 results by rounding at most.
+"""
+STUDY = """## `study`
+
+Of `configs/study.py` alone. Its sections `policies.POLICY` hold the keys of
+`method` that differ between the runs, and `linear` is the config of the linear
+probe, with all of its sections: `linear.optim.epochs`.
 """
 COLUMNS = ("key", "type", "default", "allowed", "meaning")
 
@@ -64,6 +71,8 @@ def page() -> str:
       parts += tables("evals", declared)
   parts.append("## `run`\n")
   parts += tables("run", training["run"])
+  parts.append(STUDY)
+  parts += tables("study", (plan.Keys,))
   return "\n".join(parts)
 
 
