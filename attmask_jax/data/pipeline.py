@@ -218,6 +218,10 @@ class TrainPipeline:
       prefetch=self._prefetch,
     )
 
+  def example(self) -> HostBatch:
+    """This process's first row of the first batch: name -> [...]."""
+    return self._item(0)
+
   def _item(self, item: int) -> HostBatch:
     """Row `item` of the endless sequence of this process's rows."""
     step, row = divmod(int(item), len(self._positions))
