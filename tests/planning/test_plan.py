@@ -93,6 +93,17 @@ def test_micro_batches_are_added_up_before_the_devices_are():
   assert once <= sent <= once + metrics_and_centres(parts)
 
 
+@pytest.mark.parametrize("contrast", ["byol", "infonce"])
+def test_images_that_are_compared_are_gathered_once(contrast):
+  parts = planned({"method.contrast": contrast}, arg="extrema")
+  coupled = contrast == "infonce"
+  assert parts.run.method.batch_coupled == coupled
+  found = messages(parts)
+  assert set(found) - {"all-gather"} == {"all-reduce"}
+  assert ("all-gather" in found) == coupled
+  assert not coupled or found["all-gather"].count == 1
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_split_parameters_are_gathered_once(monkeypatch, accumulate):
   monkeypatch.setattr(meshes, "FSDP_MIN_SIZE", 16)
