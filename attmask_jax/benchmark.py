@@ -21,14 +21,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import logging
-from jax.experimental.compilation_cache import compilation_cache
 
 from attmask_jax import Batch, atomic, runtime
 from attmask_jax import mesh as meshes
 from attmask_jax.data.pipeline import cores
 from attmask_jax.errors import InputError
-from attmask_jax.methods import METHODS
-from attmask_jax.methods.base import Method
+from attmask_jax.planning.flops import model_flops
 from attmask_jax.runs import checkpoint, progress
 from attmask_jax.runs import config as run_config
 from attmask_jax.training import setup, train_step
@@ -99,7 +97,7 @@ def measure(run: Run, repeats: int, *, passes: bool = True) -> dict[str, Any]:
     accumulate=config.run.accumulate,
     augment=run.augment,
   )
-  with _no_kept_programs():
+  with runtime.compiled_anew():
     start = time.perf_counter()
     step = step.lower(state, batch, scalars).compile()
     compile_seconds = time.perf_counter() - start
@@ -133,22 +131,6 @@ def measure(run: Run, repeats: int, *, passes: bool = True) -> dict[str, Any]:
     "share_of_peak": flops / seconds["step"] / peak,
     "memory_gb": _memory(step, mesh),
   }
-
-
-@contextlib.contextmanager
-def _no_kept_programs() -> Iterator[None]:
-  """Compiles anew, without reading or writing the compilation cache."""
-  before = jax.config.jax_enable_compilation_cache
-  _use_cache(False)
-  try:
-    yield
-  finally:
-    _use_cache(before)
-
-
-def _use_cache(enable: bool) -> None:
-  jax.config.update("jax_enable_compilation_cache", enable)
-  compilation_cache.reset_cache()  # or JAX keeps what it decided first
 
 
 class _Loop:
@@ -223,29 +205,6 @@ def medians(
       if turn:
         seconds[name].append(time.perf_counter() - start)
   return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def model_flops(run: Run, state: train_step.TrainState, batch: Batch) -> float:
-  """FLOPs of a train step on the global batch.
-
-  Counted by the compiler in the program with unrolled blocks, since the body of
-  a loop counts once, and before optimisation. What `run.remat` recomputes is
-  not counted; one of attention's seven products, which its backward pass
-  recomputes in any case, is.
-  """
-  config = ml_collections.ConfigDict(run.config.to_dict())
-  config.run.update(scan=False, remat="none", accumulate=1, patch_loss_chunks=1)
-  config.run.attention = "xla"  # the compiler does not count cuDNN's
-  method: Method = METHODS[config.method.name].from_config(
-    config, steps_per_epoch=run.schedules.steps_per_epoch
-  )
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  step = train_step.make_step(
-    method, run.tx, run.mesh, shardings, seed=config.method.seed
-  )
-  scalars = run.schedules.at(0) | method.at(0)
-  views = jax.eval_shape(run.augment, batch)
-  return step.lower(state, views, scalars).cost_analysis()["flops"]
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ follows after a colon, as in --config=tiny:mae.
 
 --mode=train (the default) trains; --mode=eval --config=evals:NAME
 --config.weights=RUN measures what a run has learned; --mode=bench measures how
-fast a config trains here; --mode=export --output=FILE and --mode=import
---output=DIR move weights to and from PyTorch code bases.
+fast a config trains here; --mode=plan --config.run.topology=v5e:4x4 what it
+needs on devices that are not here; --mode=export --output=FILE and
+--mode=import --output=DIR move weights to and from PyTorch code bases.
 
 Any key of the config can be set as --config.SECTION.KEY=VALUE, for example
 --config.data.batch_size=64; docs/config.md lists all keys with their meaning,
@@ -61,11 +62,16 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "eval", "bench", "import", "export"],
+  ["train", "eval", "bench", "plan", "import", "export"],
   "What to do.",
 )
 _REPEATS = flags.DEFINE_integer(
   "repeats", 5, "bench: turns that are timed; other modes ignore it."
+)
+_COMPILATIONS = flags.DEFINE_integer(
+  "compilations",
+  4,
+  "plan: at most so many; those after the first look for the largest batch.",
 )
 _OUTPUT = flags.DEFINE_string(
   "output", None, "import: new directory; export: .pth or .safetensors file."
@@ -84,7 +90,7 @@ _BACKBONE_ONLY = flags.DEFINE_bool(
 def main(argv: list[str]) -> int:
   """Runs one mode; returns the exit code."""
   # Here, so that a wrong flag is answered at once.
-  from attmask_jax import benchmark, evaluate, interchange, train
+  from attmask_jax import benchmark, evaluate, interchange, plan, train
 
   config, workdir = _CONFIG.value, _WORKDIR.value
 
@@ -96,6 +102,8 @@ def main(argv: list[str]) -> int:
       evaluate.evaluate(config, workdir)
     elif _MODE.value == "bench":
       benchmark.bench(config, workdir, repeats=_REPEATS.value)
+    elif _MODE.value == "plan":
+      plan.plan(config, workdir, compilations=_COMPILATIONS.value)
     elif _MODE.value == "import":
       interchange.import_weights(config, _OUTPUT.value)
     else:
@@ -142,7 +150,7 @@ def exit_code(work: Callable[[], None], workdir: str) -> int:
 def _check(argv: list[str], config: ml_collections.ConfigDict) -> None:
   """Refuses words that are no flags, and other configs in train mode."""
   refuse_words(argv)
-  trains = _MODE.value in ("train", "bench")
+  trains = _MODE.value in ("train", "bench", "plan")
   if trains and "study" in config:
     raise InputError(
       "this config describes a study of several runs: use python -m "
@@ -215,6 +223,8 @@ def _example() -> str:
     "eval": "--mode=eval --config=evals:knn --config.weights=runs/tiny "
     "--workdir=runs/tiny_knn",
     "bench": "--mode=bench --config=tiny --workdir=bench/tiny",
+    "plan": "--mode=plan --config=attmask_vits16 "
+    "--config.run.topology=v5e:4x4 --workdir=plans/attmask",
     "import": "--mode=import --config.weights=FILE.pth --output=DIR",
     "export": "--mode=export --config.weights=runs/tiny "
     "--output=backbone.safetensors",

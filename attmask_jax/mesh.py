@@ -116,6 +116,13 @@ def param_shardings(mesh: Mesh, shapes: Params) -> Params:
   return jax.tree.map(rule, shapes)
 
 
+def gathered(mesh: Mesh, tree: Params) -> Params:
+  """The same values, whole on every device; within a compiled program."""
+  if mesh.shape["fsdp"] == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def check_batch(batch_size: int, *, mesh: Mesh, accumulate: int) -> None:
   """Checks that the global batch splits over devices and micro-batches.
 

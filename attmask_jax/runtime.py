@@ -4,9 +4,11 @@ Every command applies them itself, so that a notebook and the command line
 compute the same numbers.
 """
 
+import contextlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -37,6 +39,22 @@ def setup(run: ml_collections.ConfigDict) -> None:
     ) from error
   mesh.init_distributed(run.distributed)
   _keep_programs(run.compilation_cache)
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+  """Compiles without reading or writing the compilation cache."""
+  before = jax.config.jax_enable_compilation_cache
+  _use_cache(False)
+  try:
+    yield
+  finally:
+    _use_cache(before)
+
+
+def _use_cache(enable: bool) -> None:
+  jax.config.update("jax_enable_compilation_cache", enable)
+  compilation_cache.reset_cache()  # or JAX keeps what it decided first
 
 
 def _keep_programs(folder: str) -> None:

@@ -100,7 +100,8 @@ def config(changes=None, *, arg="attmask"):
 def use_devices(monkeypatch, count):
   """Makes all meshes of the first `count` devices."""
 
-  def make_mesh(*, fsdp=1):
+  def make_mesh(*, fsdp=1, devices=None):
+    del devices  # all that there are
     return _make_mesh(fsdp=fsdp, devices=jax.devices()[:count])
 
   monkeypatch.setattr(meshes, "make_mesh", make_mesh)

@@ -7,6 +7,7 @@ import small
 from attmask_jax import benchmark
 from attmask_jax import mesh as meshes
 from attmask_jax.errors import InputError
+from attmask_jax.planning import flops
 from attmask_jax.training import setup, train_step
 
 PARTS = [
@@ -78,7 +79,7 @@ def test_flops_are_those_of_the_formula(scan, remat):
   run = setup.build(config)
   state, _ = train_step.init_state(run.method, run.tx, run.mesh, seed=0)
   host = next(run.pipeline.batches(0, 1))
-  got = benchmark.model_flops(run, state, meshes.shard(run.mesh, host))
+  got = flops.model_flops(run, state, meshes.shard(run.mesh, host))
   whole = vit_flops(tokens=17, **size)
   local = vit_flops(tokens=5, **size)
   # Two global views by the teacher and, with gradients, the student; two local.

@@ -344,6 +344,7 @@ def test_a_missing_flag_is_answered_with_an_example(call):
   examples = {
     "train": ["--workdir is missing", "--config=tiny --workdir="],
     "eval": ["--workdir is missing", "--config=evals:knn --config.weights="],
+    "plan": ["--workdir is missing", "--config.run.topology=v5e:4x4"],
     "import": ["--output is missing", "--config.weights=FILE.pth --output=DIR"],
     "export": ["--output is missing", "--output=backbone.safetensors"],
   }

@@ -226,6 +226,11 @@ class TrainPipeline:
     images = self._transform.stack([item.pop(canvas.CANVAS) for item in items])
     return _stack(items) | {canvas.CANVAS: images}
 
+  def example(self) -> HostBatch:
+    """This process's first row of the first batch: name -> [...]."""
+    batch = self._stack([self._item(0)])
+    return {name: values[0] for name, values in batch.items()}
+
   def _item(self, item: int) -> HostBatch:
     """Row `item` of the endless sequence of this process's rows."""
     step, row = divmod(int(item), len(self._positions))

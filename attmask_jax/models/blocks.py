@@ -24,15 +24,21 @@ REMAT = {
 }
 
 
-def recomputed(remat: str, *, scan: bool) -> str:
+def recomputed(remat: str, *, scan: bool, platform: str = "") -> str:
   """The policy that "auto" stands for, else `remat` itself.
 
   On a CPU, writing what a scan keeps takes longer than computing norms and
   activations again. Other devices and unrolled blocks keep everything.
+
+  Args:
+    remat: one of REMAT.
+    scan: whether the blocks are scanned.
+    platform: of the devices, "" = that of this process.
   """
   if remat != "auto":
     return remat
-  return "elementwise" if scan and jax.default_backend() == "cpu" else "none"
+  platform = platform or jax.default_backend()
+  return "elementwise" if scan and platform == "cpu" else "none"
 
 
 def branch_scales(drop_path_noise: jax.Array, drop_path: float) -> jax.Array:

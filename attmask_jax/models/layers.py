@@ -151,8 +151,10 @@ class Attention(nn.Module):
     """
     rows, tokens, d = x.shape
     qkv = Qkv(self.dtype, self.initial, self.key_bias, name="qkv")(x)
-    qkv = qkv.reshape(rows, tokens, 3, self.num_heads, d // self.num_heads)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [R, L, A, D/A]
+    # Cut apart before the heads are: a TPU would first rearrange the whole of
+    # [R, L, 3, A, D/A] in memory.
+    split = lambda x: x.reshape(rows, tokens, self.num_heads, -1)
+    q, k, v = map(split, jnp.split(qkv, 3, axis=-1))  # [R, L, A, D/A]
     dropped = self.drop and drop_keys is not None
     if dropped or logit_bias is not None:
       weights = _weights(q, k, logit_bias)

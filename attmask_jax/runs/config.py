@@ -104,6 +104,11 @@ class RunKeys:
     1, "devices that share one copy of large parameters", low=1
   )
   accumulate: int = schema.key(1, "micro-batches per step", low=1)
+  topology: str = schema.key(
+    "",
+    "of --mode=plan: devices to plan for, such as v5e:4x4, v5p:4x4x4, v6e:8x8 "
+    "or cpu:8; other modes use the devices that there are",
+  )
   matmul_precision: str = schema.key(
     "highest",
     "of float32 matrix products: highest, high, default, or an algorithm of "

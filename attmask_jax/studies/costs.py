@@ -9,7 +9,8 @@ from collections.abc import Callable
 import ml_collections
 from absl import logging
 
-from attmask_jax import benchmark, schema
+from attmask_jax import schema
+from attmask_jax.planning import flops
 from attmask_jax.runs import judgement, records
 from attmask_jax.studies import plan
 from attmask_jax.studies.plan import Costs, Keys
@@ -106,7 +107,7 @@ def _flops(run: setup.Run) -> float:
   parts = (run.method, run.tx, run.mesh)
   state = train_step.abstract_state(*parts, seed=0)
   with contextlib.closing(run.pipeline.batches(0, 1)) as batches:
-    return benchmark.model_flops(run, state, next(batches))
+    return flops.model_flops(run, state, next(batches))
 
 
 def _costs(

@@ -208,7 +208,7 @@ class Run(NamedTuple):
 
   Attributes:
     config: the whole config, see `lengths.resolve`.
-    mesh: all devices.
+    mesh: the devices.
     method: one of METHODS.
     schedules: rates per step.
     tx: the optimiser.
@@ -232,8 +232,14 @@ class Run(NamedTuple):
   evaluator: online.Evaluator | accuracy.Evaluator
 
 
-def build(config: ml_collections.ConfigDict) -> Run:
+def build(
+  config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None
+) -> Run:
   """Builds all parts of a run from its config; writes nothing.
+
+  Args:
+    config: a complete training config.
+    devices: to train on, None = all of JAX.
 
   Raises:
     InputError: the first value that cannot work, with its remedy.
@@ -241,7 +247,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
   check(config, _classes_of(config))
   if config.run.wandb.project:
     metrics.import_wandb()  # before anything is written
-  mesh = meshes.make_mesh(fsdp=config.run.fsdp)
+  mesh = meshes.make_mesh(fsdp=config.run.fsdp, devices=devices)
   batch_size, accumulate = config.data.batch_size, config.run.accumulate
   meshes.check_batch(batch_size, mesh=mesh, accumulate=accumulate)
   optimizer = optim.Optimizer.from_config(config)

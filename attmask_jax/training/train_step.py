@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from attmask_jax import Batch, Params, trees
 from attmask_jax import mesh as meshes
@@ -218,16 +219,23 @@ def make_step(
     teacher = state.teacher
     if method.teacher_first:
       teacher = optim.ema(teacher, state.params, momentum)
+    # Left to itself, the compiler moves activations to split parameters.
+    whole = meshes.gathered(mesh, (state.params, teacher, state.aux))
 
     def loss(params: Params, rows: Batch) -> tuple[jax.Array, LossOutput]:
-      out = method.loss(params, teacher, state.aux, rows, rng, scalars)
+      out = method.loss(params, *whole[1:], rows, rng, scalars)
       return out.loss, out
 
     def compute(rows: Batch) -> tuple[Params, LossOutput]:
-      grads, out = jax.grad(loss, has_aux=True)(state.params, augment(rows))
+      grads, out = jax.grad(loss, has_aux=True)(whole[0], augment(rows))
       return grads, out
 
-    grads, out = _accumulate(compute, batch, accumulate)
+    shared = mesh.shape["fsdp"] > 1 and not method.batch_coupled
+    if accumulate > 1 or shared:
+      grads, out = _per_device(compute, batch, accumulate, mesh)
+    else:
+      grads, out = compute(batch)
+    grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     grads = optim.without(grads, method.untrained)
 
     aux = method.update_aux(state.aux, out.stats)
@@ -255,25 +263,51 @@ def make_step(
   )
 
 
-def _accumulate(
+def _per_device(
   compute: Callable[[Batch], tuple[Params, LossOutput]],
   batch: Batch,
   micro_batches: int,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[Params, LossOutput]:
-  """Means of gradients, statistics and metrics over micro-batches.
+  """Means of gradients, statistics and metrics over devices and micro-batches.
 
-  Each micro-batch takes every n-th row, so the rows of a sharded batch stay on
-  their devices; contiguous slices would move between devices. The compiler
-  reduces the gradients over the devices once per micro-batch.
+  Every device adds up those of its own rows, and the devices add theirs up once
+  per step. That is the mean over the batch unless the loss couples its images.
+  Left to the compiler, they would add up after every micro-batch.
 
   Args:
-    compute: rows -> gradients, output of the loss.
+    compute: rows -> gradients, output of the loss; its parameters are whole.
     batch: leaves [B, ...].
-    micro_batches: n, divides B on every device.
+    micro_batches: divides B on every device.
+    mesh: all devices.
   """
-  if micro_batches == 1:
-    return compute(batch)
-  n = micro_batches
+
+  def local(rows: Batch) -> tuple[tuple[Params, LossOutput], Batch]:
+    means, per_image = _local_means(compute, rows, micro_batches)
+    return jax.lax.pmean(means, meshes.BATCH_AXES), per_image
+
+  rows = PartitionSpec(meshes.BATCH_AXES)
+  (grads, out), per_image = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=rows,
+    out_specs=(PartitionSpec(), rows),
+    check_vma=False,
+  )(batch)
+  return grads, out._replace(per_image=per_image)
+
+
+def _local_means(
+  compute: Callable[[Batch], tuple[Params, LossOutput]], batch: Batch, n: int
+) -> tuple[tuple[Params, LossOutput], Batch]:
+  """Means over n micro-batches, and `per_image` of all rows in their order.
+
+  Each micro-batch takes every n-th row, so that rows that are split over
+  devices stay there; contiguous slices would move between them.
+  """
+  if n == 1:
+    grads, out = compute(batch)
+    return (grads, out._replace(per_image={})), out.per_image
   split = lambda x: jnp.moveaxis(
     x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0
   )
@@ -292,6 +326,6 @@ def _accumulate(
     part, per_image = micro_step(rows)
     return jax.tree.map(lambda a, b: a + b / n, total, part), per_image
 
-  (grads, out), per_image = jax.lax.scan(body, zeros, rows)
+  means, per_image = jax.lax.scan(body, zeros, rows)
   merge = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
-  return grads, out._replace(per_image=jax.tree.map(merge, per_image))
+  return means, jax.tree.map(merge, per_image)

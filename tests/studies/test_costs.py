@@ -6,8 +6,8 @@ import json
 import pytest
 import small_study
 
-from attmask_jax import benchmark
 from attmask_jax import mesh as meshes
+from attmask_jax.planning import flops
 from attmask_jax.studies import costs, plan
 from attmask_jax.studies.plan import Costs
 from attmask_jax.training import setup, train_step
@@ -101,4 +101,4 @@ def test_flops_need_no_state():
   state, _ = train_step.init_state(run.method, run.tx, run.mesh, seed=0)
   with contextlib.closing(run.pipeline.batches(0, 1)) as batches:
     batch = meshes.shard(run.mesh, next(batches))
-  assert costs._flops(run) == benchmark.model_flops(run, state, batch) > 0
+  assert costs._flops(run) == flops.model_flops(run, state, batch) > 0
