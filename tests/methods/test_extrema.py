@@ -379,8 +379,8 @@ def from_config(**changes):
 @pytest.mark.parametrize(
   "changes, match",
   [
-    (dict(num_masks=5), "5 times 16 .* more than the 64 .* at most 4"),
-    (dict(mask_ratio=1.0), "mask_ratio 1.0 leaves none of 64 patches"),
+    (dict(num_masks=5), "5 times 4 .* more than the 16 .* at most 4"),
+    (dict(mask_ratio=1.0), "mask_ratio 1.0 leaves none of 16 patches"),
     (dict(mask_ratio=0.99), "mask_ratio 0.99 leaves none"),
     (dict(mask_ratio=-0.1), "mask_ratio -0.1"),
     (dict(mask_ratio=0.0), "mask_ratio 0 hides nothing.*num_masks to 1"),
@@ -409,10 +409,10 @@ def test_what_is_refused(changes, match):
 
 def test_attention_with_next_to_nothing_to_decide_is_warned_of(caplog):
   with caplog.at_level("WARNING"):
-    from_config(mask="attmask_high", num_masks=3)  # hides 16 of 64
+    from_config(mask="attmask_high", num_masks=3)  # hides 4 of 16
     from_config(mask="random", num_masks=4)
     assert not caplog.messages
     from_config(mask="attmask_high", num_masks=4)
   (message,) = caplog.messages
-  assert "attmask_high hides only 0 of 64 patches" in message
+  assert "attmask_high hides only 0 of 16 patches" in message
   assert "num_masks" in message
