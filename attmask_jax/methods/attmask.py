@@ -109,14 +109,15 @@ class AttMask(ViewMasks):
     backbone = vit.from_config(config)  # rejects an unknown variant first
     head, teacher_head = heads.from_config(m)
     schema.check("method", m, vit.InitKeys)
+    init = m.get("init", vit.InitKeys.init)  # absent from older runs
     if data.local_crops:
       schema.check_multiple(
         "data.local_size", data.local_size, m.patch_size, "method.patch_size"
       )
     return cls(
-      backbone=backbone.clone(initial=m.init),
-      head=head.clone(initial=m.init),
-      teacher_head=teacher_head.clone(initial=m.init),
+      backbone=backbone.clone(initial=init),
+      head=head.clone(initial=init),
+      teacher_head=teacher_head.clone(initial=init),
       epochs=config.optim.epochs,
       steps_per_epoch=steps_per_epoch,
       global_crops=data.global_crops,
