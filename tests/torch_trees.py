@@ -8,7 +8,7 @@ from attmask_jax.models import vit
 from attmask_jax.weights.torch_io import names
 from configs import tiny
 
-GRID = (8, 8)  # of the tiny configs
+GRID = (8, 8)  # of patches of 4 of 32 pixels
 SMALL = dict(width=16, depth=2, num_heads=2, patch_size=4, image_size=16)
 
 
@@ -30,7 +30,7 @@ def without_key_bias(tree):
 def trees(name, **method):
   """params, teacher and aux of a tiny method."""
   config = tiny.get_config(name)
-  config.method.update(method)
+  config.method.update(patch_size=4, **method)
   made = METHODS[config.method.name].from_config(config, steps_per_epoch=1)
   return jax.eval_shape(made.init, jax.random.key(0))
 

@@ -314,7 +314,7 @@ def test_decoder_of_the_official_release_reads_the_class_token():
   "changes, match",
   [
     (dict(mask_ratio=1.0), "mask_ratio 1.0"),
-    (dict(mask_ratio=0.01), "mask_ratio 0.01 hides 0 of 64"),
+    (dict(mask_ratio=0.01), "mask_ratio 0.01 hides 0 of 16"),
     (dict(mask="attended"), '"attended" is unknown'),
     (dict(mask="block", shared_mask=True), '"block" depends on the image'),
     (dict(mask="attmask_low", shared_mask=True), "shared_mask=False"),
@@ -326,7 +326,7 @@ def test_decoder_of_the_official_release_reads_the_class_token():
     (dict(decoder_depth=0), "decoder_depth 0 must be at least 1"),
     (dict(decoder_class_token=True), "class_token is off"),
     (dict(target_layout="hcw"), '"hcw" is unknown: use chw or hwc'),
-    (dict(image_size=30), "image_size 30 is not a multiple.*choose 28 or 32"),
+    (dict(image_size=30), "image_size 30 is not a multiple.*choose 24 or 32"),
   ],
 )
 def test_what_is_refused(changes, match):
