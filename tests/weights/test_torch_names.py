@@ -145,10 +145,10 @@ def test_probe_and_centers_there_and_back():
   several = {"head": jax.tree.map(lambda x: np.repeat(x, 3, 0), head["head"])}
   with pytest.raises(InputError, match="holds 3 linear layers"):
     names.to_theirs(several, tables.linear())
-  aux = filled(trees("attmask")[2])
+  aux = filled(trees("attmask", out_dim=48)[2])
   tensors = names.to_theirs(aux, tables.CENTERS)
-  assert tensors["center"].shape == (1, 512)
-  assert tensors["center2"].shape == (1, 1, 512)
+  assert tensors["center"].shape == (1, 48)
+  assert tensors["center2"].shape == (1, 1, 48)
   same(back(tensors, tables.CENTERS, aux), aux)
 
 
