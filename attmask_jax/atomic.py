@@ -1,9 +1,11 @@
 """Atomic file writes."""
 
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -20,3 +22,9 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+  """Replaces a file by indented JSON, see `replaced`."""
+  with replaced(path) as temporary:
+    temporary.write_text(json.dumps(content, indent=2) + "\n")

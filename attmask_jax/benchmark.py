@@ -7,8 +7,6 @@ the machine can do in that precision: machines are not always equally fast.
 
 import contextlib
 import importlib.metadata
-import json
-import pathlib
 import platform
 import resource
 import statistics
@@ -59,16 +57,13 @@ def bench(
   """
   if repeats < 1:
     raise InputError(f"--repeats {repeats} must be at least 1")
-  path = pathlib.Path(workdir).expanduser() / FILE
-  if path.exists():
-    raise InputError(f"{path} exists: give another --workdir, or remove it")
+  path = checkpoint.new_file(workdir, FILE)
   runtime.setup(config.run)
   run = setup.build(config)
   checkpoint.check_workdir(workdir)
   results = measure(run, repeats)
   if jax.process_index() == 0:
-    with atomic.replaced(path) as temporary:
-      temporary.write_text(json.dumps(results, indent=2) + "\n")
+    atomic.write_json(path, results)
     print(f"{_table(results)}\nwritten: {path}")
   return results
 

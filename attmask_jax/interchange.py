@@ -5,7 +5,6 @@ Import writes a file as one of our checkpoints, with the readers of
 Export loads weights and writes them with `weights/export.py`.
 """
 
-import json
 import os
 import pathlib
 
@@ -67,8 +66,7 @@ def import_weights(config: ml_collections.ConfigDict, output: str) -> None:
     with ocp.PyTreeCheckpointer() as writer:
       writer.save(root / "train", {"aux": aux})
   flat = run_config.flat_config(loaded["student"].config)
-  with atomic.replaced(folder / "config.json") as temporary:
-    temporary.write_text(json.dumps(flat, indent=2) + "\n")
+  atomic.write_json(folder / "config.json", flat)
   layout = loaded["student"].layout
   names = ", ".join(sorted(items))
   print(

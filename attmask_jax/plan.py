@@ -6,8 +6,6 @@ in the program, and estimates the time of a run.
 
 import dataclasses
 import importlib.metadata
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -54,17 +52,14 @@ def plan(
   """
   if compilations < 1:
     raise InputError(f"--compilations {compilations} must be at least 1")
-  path = pathlib.Path(workdir).expanduser() / FILE
-  if path.exists():
-    raise InputError(f"{path} exists: give another --workdir, or remove it")
+  path = checkpoint.new_file(workdir, FILE)
   topologies.use_cpu(config.run.topology)
   runtime.setup(config.run)
   topology = topologies.find(config.run.topology)
   planned = step.build(config, topology)
   checkpoint.check_workdir(workdir)
   results = _results(planned, topology, compilations)
-  with atomic.replaced(path) as temporary:
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
+  atomic.write_json(path, results)
   print(f"{table.text(results)}\nwritten: {path}")
   return results
 

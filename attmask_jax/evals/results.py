@@ -34,8 +34,7 @@ def write(job: Job, result: Result) -> None:
   record = _record(job, result)
   path = job.folder / "results.json"
   _remove_figures(path, record["figures"])
-  with atomic.replaced(path) as temporary:
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+  atomic.write_json(path, record)
   print(_text(result))
   run_dir = None if job.weights is None else job.weights.run_dir
   if run_dir is not None:

@@ -26,6 +26,18 @@ from attmask_jax.errors import DamagedError, InputError, SaveError
 from attmask_jax.runs import saved_items
 
 
+def new_file(workdir: str, name: str) -> pathlib.Path:
+  """Path of a file that a directory does not hold yet; makes neither.
+
+  Raises:
+    InputError: it does.
+  """
+  path = pathlib.Path(workdir).expanduser() / name
+  if path.exists():
+    raise InputError(f"{path} exists: give another --workdir, or remove it")
+  return path
+
+
 def check_workdir(name: str) -> pathlib.Path:
   """Creates the run directory if needed, and returns its path.
 

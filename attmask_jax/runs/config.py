@@ -286,5 +286,4 @@ def write_config(
   if jax.process_index() == 0:
     path, flat = workdir / "config.json", flat_config(config)
     flat[IMAGES] = images
-    with atomic.replaced(path) as temporary:
-      temporary.write_text(json.dumps(flat, indent=2) + "\n")
+    atomic.write_json(path, flat)

@@ -10,7 +10,7 @@ import ml_collections
 from absl import logging
 
 from attmask_jax import schema
-from attmask_jax.planning import flops
+from attmask_jax.planning.flops import model_flops
 from attmask_jax.runs import judgement, records
 from attmask_jax.studies import plan
 from attmask_jax.studies.plan import Costs, Keys
@@ -107,7 +107,7 @@ def _flops(run: setup.Run) -> float:
   parts = (run.method, run.tx, run.mesh)
   state = train_step.abstract_state(*parts, seed=0)
   with contextlib.closing(run.pipeline.batches(0, 1)) as batches:
-    return flops.model_flops(run, state, next(batches))
+    return model_flops(run, state, next(batches))
 
 
 def _costs(

@@ -324,8 +324,7 @@ def summarise(folder: pathlib.Path, study: Study) -> str:
     "runs": [outcome._asdict() for outcome in outcomes],
     "config": study.config,
   }
-  with atomic.replaced(folder / FILE) as temporary:
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+  atomic.write_json(folder / FILE, content)
   page.write(
     folder, rows, study.plan, baseline=study.baseline, sentence=sentence,
     notes=notes,
