@@ -136,6 +136,7 @@ def _results(
     "unexpected_collectives": unexpected,
   }
   if topology.chip is not None:
+    failing = [x.batch_size for x in tried if not x.fits]
     load = estimate.Workload(
       topology.chip,
       size,
@@ -145,6 +146,7 @@ def _results(
       run.mesh.size,
       fsdp,
       largest // run.mesh.size,
+      min(failing, default=0) // run.mesh.size,
       cycles * run.mesh.size / known,
     )
     results["estimate"] = _estimate(load, planned, topology)

@@ -22,7 +22,8 @@ class Estimate:
     chips: number of them.
     slices: how many slices of the largest size they fill.
     images_per_chip: of a step.
-    fits: whether that many images fit, by what was compiled; None = unknown.
+    fits: whether that many images fit; None = no program that was compiled
+      tells.
     compute_seconds, message_seconds: parts of a step, one after the other.
     step_seconds: both.
     efficiency: share of the step that is computation.
@@ -55,7 +56,8 @@ class Workload:
     messages: of a step of the compiled program.
     chips: that it was compiled for.
     fsdp: chips that share parameters.
-    largest_per_chip: most images of a chip that fit, 0 = unknown.
+    fitting: most images of a chip that were compiled and fit, 0 = none.
+    failing: fewest that were compiled and did not fit, 0 = none.
     cycles_per_image: of a chip, by the compiler; 0 = unknown.
   """
 
@@ -66,7 +68,8 @@ class Workload:
   messages: tuple[Collective, ...]
   chips: int
   fsdp: int
-  largest_per_chip: int
+  fitting: int
+  failing: int
   cycles_per_image: float = 0.0
 
   @property
@@ -96,8 +99,10 @@ def estimate(load: Workload, chips: int) -> Estimate:
   step = compute + sending
   per_chip = load.batch_size // chips
   fits = None
-  if load.largest_per_chip:
-    fits = per_chip <= load.largest_per_chip
+  if per_chip <= load.fitting:
+    fits = True
+  elif load.failing and per_chip >= load.failing:
+    fits = False
   days = load.steps * step / DAY
   return Estimate(
     chips,

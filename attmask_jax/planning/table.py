@@ -14,6 +14,11 @@ _PARTS = (
   ("total", "together"),
 )
 
+# What an estimate says of the memory of a chip.
+_FITS = {
+  True: "", False: "  too many images per chip", None: "  memory not known",
+}  # fmt: skip
+
 
 def text(results: dict[str, Any]) -> str:
   """Memory, operations, messages and estimates of `plan.plan`."""
@@ -79,7 +84,7 @@ def _estimate(estimate: dict[str, Any]) -> list[str]:
   ]
   for x in estimate["by_chips"]:
     marks = "" if x["slices"] == 1 else f"  {x['slices']} slices"
-    marks += "  too many images per chip" if x["fits"] is False else ""
+    marks += _FITS[x["fits"]]
     lines.append(
       f"{x['chips']:8}{x['images_per_chip']:8}{x['step_seconds'] * 1e3:10.1f}"
       f"{x['efficiency']:11.1%}{x['images_per_s']:11.0f}{x['days']:8.2f}"

@@ -21,7 +21,8 @@ def load(**changes):
     messages=(reduce,),
     chips=8,
     fsdp=1,
-    largest_per_chip=10,
+    fitting=10,
+    failing=16,
   )
   return estimate.Workload(**(values | changes))
 
@@ -45,7 +46,7 @@ def test_rings_grow_with_the_number_of_chips():
   assert got.compute_seconds == pytest.approx(0.01)
   assert got.message_seconds == pytest.approx(2 * 1e8 * 15 / 16 / 5e9)
   assert estimate.estimate(load(), 4).fits is False  # 16 images, 10 fit
-  unknown = estimate.estimate(load(largest_per_chip=0), 4)
+  unknown = estimate.estimate(load(failing=17), 4)
   assert unknown.fits is None
 
 
