@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from attmask_jax import gpu_check, gpu_parts, parity
-from attmask_jax.gpu_parts import Part
+from attmask_jax.gpu_check import command, parity, parts
+from attmask_jax.gpu_check.parts import Part
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
 # Stands in for the interpreter of a part's process.
 FAKE = """#!{python}
@@ -42,13 +42,13 @@ def run(tmp_path, monkeypatch):
   fake = tmp_path / "fake"
   fake.write_text(FAKE.replace("{python}", sys.executable))
   fake.chmod(0o755)
-  monkeypatch.setattr(gpu_check.sys, "executable", str(fake))
+  monkeypatch.setattr(command.sys, "executable", str(fake))
 
   def run(*names, share=1.0, seconds=60.0):
     listed = [Part(name, lambda *_: {}, share) for name in names]
-    monkeypatch.setattr(gpu_parts, "parts", lambda: listed)
+    monkeypatch.setattr(parts, "parts", lambda: listed)
     output = tmp_path / "output"
-    code = gpu_check.check(output, small=True, seconds=seconds)
+    code = command.check(output, small=True, seconds=seconds)
     return code, json.loads((output / "gpu_check.json").read_text()), output
 
   return run
@@ -113,48 +113,48 @@ def test_no_time_left(run):
 
 
 def test_missing_packages(monkeypatch):
-  assert gpu_check.missing() == []
+  assert command.missing() == []
   names = ("jax", "nothing_of_this_name", "nothing_of_this_name.inner")
-  monkeypatch.setattr(gpu_check, "NEEDED", names)
-  assert gpu_check.missing() == list(names[1:])
+  monkeypatch.setattr(command, "NEEDED", names)
+  assert command.missing() == list(names[1:])
 
 
 ALONE = """
 import sys
 for name in sys.argv[1:]:
   sys.modules[name] = None  # importing it fails
-from attmask_jax import gpu_check, gpu_parts
-result = gpu_parts.parts()[0].run(True, 60.0)
+from attmask_jax.gpu_check import command, parts
+result = parts.parts()[0].run(True, 60.0)
 print(result["machine"]["platform"], len(result["checks"]))
 """
 
 
 def test_attention_is_compared_without_other_packages():
-  others = [n.split(".")[0] for n in gpu_check.NEEDED[1:] if n != "numpy"]
-  command = [sys.executable, "-c", ALONE, *others]
+  others = [n.split(".")[0] for n in command.NEEDED[1:] if n != "numpy"]
+  argv = [sys.executable, "-c", ALONE, *others]
   paths = os.environ | {"PYTHONPATH": str(ROOT)}
-  done = subprocess.run(command, capture_output=True, text=True, env=paths)
+  done = subprocess.run(argv, capture_output=True, text=True, env=paths)
   assert done.stdout.split() == ["cpu", "4"], done.stderr
 
 
 def test_every_part_of_the_three_families():
-  assert [part.name for part in gpu_parts.parts()] == [
+  assert [part.name for part in parts.parts()] == [
     "attention", "attmask: parity", "attmask: speed", "mae: parity",
     "mae: speed", "extrema: parity", "extrema: speed", "study",
   ]  # fmt: skip
 
 
 def test_checks_without_a_number():
-  checked = gpu_parts._checked([parity.Check("c | d", float("nan"), 0.1)])
+  checked = parts._checked([parity.Check("c | d", float("nan"), 0.1)])
   assert checked["checks"][0]["error"] is None and not checked["passed"]
   json.loads(json.dumps(checked, allow_nan=False))
   results = {"missing_packages": [], "parts": {"p": checked | {"took": 1.0}}}
-  assert "| p: c / d | - | 1e-01 | FAILED |" in gpu_check.page(results)
+  assert "| p: c / d | - | 1e-01 | FAILED |" in command.page(results)
 
 
 def test_row_of_a_step():
   """2 TFLOP in half a second are 4 TFLOP/s."""
-  row = gpu_check.speed_row(
+  row = command.speed_row(
     {
       "recipe": "r", "batch": 64, "flops": 2e12, "share_of_peak": 0.5,
       "peak_flops_per_s": 8e12, "compile_seconds": 9.6,
@@ -170,7 +170,7 @@ def test_results_are_not_overwritten(tmp_path, capsys, kind):
   output = tmp_path / "output"
   (output / "mine").mkdir(parents=True) if kind == "full" else output.touch()
   with pytest.raises(SystemExit) as stop:
-    gpu_check.main([f"--output={output}"])
+    command.main([f"--output={output}"])
   assert stop.value.code == 2
   assert "give a new folder" in capsys.readouterr().err
 
@@ -218,5 +218,5 @@ def test_the_whole_check_on_a_cpu(tmp_path):
   assert results["parts"]["attention"]["machine"]["platform"] == "cpu"
   assert results["parts"]["mae: speed"]["seconds"]["step"] > 0
   assert "random" in results["parts"]["study"]["sentence"]
-  for name in gpu_check.STUDY_FILES:
+  for name in command.STUDY_FILES:
     assert (tmp_path / "new" / name).exists()

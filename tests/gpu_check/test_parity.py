@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import small
 
-from attmask_jax import parity
+from attmask_jax.gpu_check import parity
+from attmask_jax.gpu_check.parity import Check
 from attmask_jax.models import ops
-from attmask_jax.parity import Check
 
 SHAPE = (2, 9, 2, 16)
 METHOD = {"run.scan": False, "data.batch_size": 8, "evals.knn": False}

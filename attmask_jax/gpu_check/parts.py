@@ -1,4 +1,4 @@
-"""The parts of the check of a machine's accelerator, see gpu_check.py.
+"""The parts of the check of a machine's accelerator, see command.py.
 
 Each imports what it needs itself, so that a package that is missing stops only
 the parts that use it.
@@ -108,7 +108,7 @@ def _nvidia() -> bool:
 
 def _attention(small: bool, _: float) -> dict[str, Any]:
   """Attention alone, and what this machine is."""
-  from attmask_jax import parity
+  from attmask_jax.gpu_check import parity
 
   shapes = SMALL_SHAPES if small else SHAPES
   checks = [c for s in shapes for c in parity.attention(s, cudnn=_nvidia())]
@@ -144,7 +144,7 @@ def _config(recipe: str, small: bool, batch_size: int) -> Any:
 
 def _parity(family: str, small: bool) -> dict[str, Any]:
   """Loss and gradients of a family in bfloat16, with and without cuDNN."""
-  from attmask_jax import parity
+  from attmask_jax.gpu_check import parity
 
   recipe, _, _ = FAMILIES[family]
   config = _config(recipe, small, batch_size=8)

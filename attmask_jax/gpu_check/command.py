@@ -29,7 +29,8 @@ from typing import Any
 
 # Only what Python brings: the packages of this project may be missing, and a
 # process that has started a GPU leaves little of its memory to others.
-from attmask_jax import atomic, gpu_parts
+from attmask_jax import atomic
+from attmask_jax.gpu_check import parts
 
 NEEDED = (
   "jax", "flax", "optax", "orbax.checkpoint", "ml_collections", "numpy",
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if options.part:
     if output.exists():
       parser.error(f"--output {output} exists: give a new file")
-    found = {part.name: part for part in gpu_parts.parts()}
+    found = {part.name: part for part in parts.parts()}
     if options.part not in found:
       parser.error(f'--part "{options.part}": use one of {", ".join(found)}')
     part = found[options.part]
@@ -93,7 +94,7 @@ def check(output: pathlib.Path, *, small: bool, seconds: float) -> int:
   if results["missing_packages"]:
     print(f"not installed: {', '.join(results['missing_packages'])}")
   with tempfile.TemporaryDirectory() as folder:
-    for part in gpu_parts.parts():
+    for part in parts.parts():
       left = seconds - (time.monotonic() - began)
       result = run_part(
         part.name,
@@ -151,7 +152,7 @@ def run_part(
     *(f"--part={name}", f"--minutes={limit / 60}"),
     *(["--small"] if small else []),
   ]
-  root = pathlib.Path(__file__).resolve().parents[1]
+  root = pathlib.Path(__file__).resolve().parents[2]
   path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
   began, log = time.monotonic(), output / LOG
@@ -190,12 +191,9 @@ def status(result: dict[str, Any]) -> str:
 
 def write(output: pathlib.Path, results: dict[str, Any]) -> None:
   """Replaces gpu_check.json and gpu_check.md."""
-  for name, text in (
-    (JSON, json.dumps(results, indent=2) + "\n"),
-    (TABLE, page(results)),
-  ):
-    with atomic.replaced(output / name) as temporary:
-      temporary.write_text(text)
+  atomic.write_json(output / JSON, results)
+  with atomic.replaced(output / TABLE) as temporary:
+    temporary.write_text(page(results))
 
 
 def page(results: dict[str, Any]) -> str:
@@ -248,7 +246,3 @@ def speed_row(r: dict[str, Any]) -> str:
     f"{r['compile_seconds']:.0f}", f"{memory:.2f}",
   )  # fmt: skip
   return f"| {' | '.join(map(str, cells))} |"
-
-
-if __name__ == "__main__":
-  sys.exit(main())
