@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile many programs and run each a few times. Without the optimisers
@@ -19,6 +20,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -47,6 +49,29 @@ def same_precision():
   """The precision that a test's config sets is not that of the next test."""
   yield
   jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+  """start(command, *flags) -> exit code, stdout, stderr, in this process.
+
+  `command` has `parse` and `main`.
+  """
+  from attmask_jax import cli
+
+  monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
+
+  def start(command, *flags):
+    argv = ["main.py", *map(str, flags)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with flagsaver.flagsaver():
+      try:
+        code = command.main(command.parse(argv))
+      except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+  return start
 
 
 @pytest.fixture(scope="session")

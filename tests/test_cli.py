@@ -8,7 +8,6 @@ import sys
 import jax
 import pytest
 import small
-from absl.testing import flagsaver
 from PIL import Image
 
 from attmask_jax import cli, evaluate, interchange, schema, train
@@ -22,19 +21,12 @@ TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-  """call(*flags) -> exit code and stderr, without a new process."""
-  monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
+def call(start):
+  """call(*flags) -> exit code and stderr."""
 
   def call(*flags):
-    argv = ["main.py", *map(str, flags)]
-    monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-      try:
-        code = cli.main(cli.parse(argv))
-      except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
+    code, _, errors = start(cli, *flags)
+    return code, errors
 
   return call
 

@@ -1,9 +1,9 @@
 """The command: one sentence for bad input, nothing written, no repeats."""
 
+import functools
 import json
 import pathlib
 import signal
-import sys
 
 import jax
 import pytest
@@ -21,21 +21,9 @@ CONFIG = f"--config={ROOT / 'configs' / 'study.py'}"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-  """call(*flags) -> exit code, stdout and stderr, without a new process."""
-  monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
-
-  def call(*flags):
-    argv = ["study.py", *map(str, flags)]
-    monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-      try:
-        code = study.main(study.parse(argv))
-      except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
-
-  return call
+def call(start):
+  """call(*flags) -> exit code, stdout and stderr."""
+  return functools.partial(start, study)
 
 
 @pytest.mark.parametrize(
