@@ -16,7 +16,6 @@ BYTES = {
   "u32": 4, "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
   "c64": 8, "c128": 16,
 }  # fmt: skip
-PRODUCTS = ("dot", "convolution")  # TPUs compile products to convolutions
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
@@ -144,10 +143,6 @@ class Program(NamedTuple):
       if instruction.opcode in opcodes and times
     ]
 
-  def types(self, computation: str) -> dict[str, tuple[Array, ...]]:
-    """Type of the result of each instruction of a computation, by name."""
-    return {x.name: x.arrays for x in self.computations[computation]}
-
 
 def cycles(program: Program) -> int:
   """Cycles that the compiler for TPUs expects of a step, one after the other.
@@ -162,64 +157,6 @@ def cycles(program: Program) -> int:
         count = int(found[1])
         total += times * count if count < _UNKNOWN_CYCLES else 0
   return total
-
-
-class Product(NamedTuple):
-  """A matrix product of a program.
-
-  Attributes:
-    source: the JAX operation, see `Instruction.source`.
-    operands: types of both factors.
-    result: its type.
-    times: runs per step.
-  """
-
-  source: str
-  operands: tuple[Array, Array]
-  result: Array
-  times: int
-
-
-def products(program: Program) -> list[Product]:
-  """All matrix products and convolutions of a program."""
-  found = []
-  for name, times in program.times().items():
-    types = program.types(name) if times else {}
-    for x in program.computations[name] if times else ():
-      if x.opcode in PRODUCTS:
-        a, b = (types[operand][0] for operand in x.operands[:2])
-        found.append(Product(x.source, (a, b), x.arrays[0], times))
-  return found
-
-
-def rearranged(
-  program: Program, source: str, *, smallest: int
-) -> list[Instruction]:
-  """Arrays that are transposed in memory on their own, outside of fusions.
-
-  Copies that keep the order of the axes only move an array to another memory.
-
-  Args:
-    program: compiled for a TPU, where arrays have layouts.
-    source: part of the name of the JAX operation, such as "Block/".
-    smallest: bytes; smaller arrays do not matter.
-  """
-  found = []
-  for name, times in program.times().items():
-    types = program.types(name) if times else {}
-    for x in program.computations[name] if times else ():
-      if x.opcode not in ("copy", "transpose") or source not in x.source:
-        continue
-      (before, *_), (after, *_) = types[x.operands[0]], x.arrays
-      kept = x.opcode == "copy" and _order(before) == _order(after)
-      if after.bytes >= smallest and not kept:
-        found.append(x)
-  return found
-
-
-def _order(array: Array) -> tuple[int, ...]:
-  """Axes in memory but for those of length 1, which have no place."""
-  return tuple(axis for axis in array.layout if array.shape[axis] > 1)
 
 
 def parse(text: str) -> Program:

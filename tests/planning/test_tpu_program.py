@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import program_parts
 import pytest
 import small
 
@@ -65,7 +66,7 @@ def test_data_parallel_chips_only_add_up(plain):
 
 def test_matrix_products_are_in_bfloat16(plain):
   _, _, read = plain
-  found = program.products(read)
+  found = program_parts.products(read)
   wide = {
     x.source
     for x in found
@@ -96,9 +97,9 @@ def test_q_k_and_v_are_not_rearranged_together_in_a_block():
     *jax.tree.map(place, (weights, tokens))
   )
   read = program.parse(lowered.compile().as_text())
-  assert any("Block/attn" in x.source for x in program.products(read))
+  assert any("Block/attn" in x.source for x in program_parts.products(read))
   one = 32 * 197 * 384 * 2  # bytes in bfloat16
-  assert not program.rearranged(read, "Block/", smallest=one + 1)
+  assert not program_parts.rearranged(read, "Block/", smallest=one + 1)
 
 
 def test_memory_is_that_of_the_parts(plain):
