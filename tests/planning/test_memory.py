@@ -1,6 +1,9 @@
 """Bytes per device, and the search for the largest batch."""
 
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -123,3 +126,25 @@ def test_bytes_of_shards():
   }
   want = 3 * 5 * 4 + 2 * 3 + 2**15 * 4 * 4
   assert memory.bytes_per_device(tree) == want
+
+
+def test_outputs_in_the_place_of_the_old_state_count_once():
+  analysis = types.SimpleNamespace(
+    argument_size_in_bytes=100,
+    output_size_in_bytes=130,
+    alias_size_in_bytes=90,
+    temp_size_in_bytes=50,
+    generated_code_size_in_bytes=7,
+  )
+  compiled = types.SimpleNamespace(memory_analysis=lambda: analysis)
+  state = dict.fromkeys(("teacher", "opt", "aux", "step"), {})
+  planned = types.SimpleNamespace(
+    state=types.SimpleNamespace(params=jnp.zeros(15), **state),
+    batch=lambda size: {},
+  )
+  got = memory.measure(planned, 8, compiled, 197.0)
+  # 40 bytes of outputs are new; the parameters are 60.
+  assert (got.total, got.temporaries, got.parameters) == (197, 90, 60)
+  assert got.program == 197 - 90 - 60
+  assert got.fits
+  assert not memory.measure(planned, 8, compiled, 196.0).fits
