@@ -232,8 +232,8 @@ def choose(
     raise InputError(
       f"{len(policies)} policies x {keys.seeds[0]} seeds x {least} epochs of "
       f"{name} take about {needed(name, keys.seeds[0], least) / 60:.1f} "
-      f"minutes here, and {seconds / 60:.1f} can be planned: raise --minutes, "
-      "or lower study.policies, study.seeds or study.steps"
+      f"minutes here, and {max(seconds, 0) / 60:.1f} can be planned: raise "
+      "--minutes, or lower study.policies, study.seeds or study.steps"
     )
   network = networks[-1]
   seeds = max(

@@ -10,7 +10,14 @@ import small
 from attmask_jax import mesh as meshes
 from attmask_jax import plan, recipes
 from attmask_jax.errors import InputError
-from attmask_jax.planning import collectives, flops, program, step, topologies
+from attmask_jax.planning import (
+  collectives,
+  flops,
+  memory,
+  program,
+  step,
+  topologies,
+)
 from attmask_jax.training import setup, train_step
 
 CPU = {"run.topology": "cpu:8"}
@@ -54,14 +61,14 @@ def test_what_is_written(tmp_path, capsys):
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["plan.json"]
   assert json.loads((tmp_path / "new" / "plan.json").read_text()) == results
   assert results["fits"] and results["largest_batch"] == 8
-  (memory,) = results["memory"]
+  (needed,) = results["memory"]
   parts = planned()
-  assert memory["parameters"] == parameter_bytes(parts)
+  assert needed["parameters"] == parameter_bytes(parts)
   # Two moments of Adam, and its two counts of steps.
-  assert memory["optimizer"] == 2 * memory["parameters"] + 8
+  assert needed["optimizer"] == 2 * needed["parameters"] + 8
   images = 2 * 16 * 16 * 3 + 2 * 8 * 8 * 3
-  assert memory["batch"] == images + 4 * 3  # label, index, position: one row
-  assert memory["temporaries"] > 0
+  assert needed["batch"] == images + 4 * 3  # label, index, position: one row
+  assert needed["temporaries"] > 0
   (reduce,) = results["collectives"]
   assert reduce["kind"] == "all-reduce" and reduce["group"] == 8
   assert results["unexpected_collectives"] == []
@@ -91,6 +98,23 @@ def test_micro_batches_are_added_up_before_the_devices_are():
   sent = found["all-reduce"].bytes
   once = parameter_bytes(parts)
   assert once <= sent <= once + metrics_and_centres(parts)
+
+
+def test_micro_batches_need_less_memory():
+  sizes = {"data.batch_size": 64}
+  parts = [planned(sizes | {"run.accumulate": n}, arg="mae") for n in (1, 8)]
+  whole, micro = (
+    memory.measure(x, 64, x.compile(64)[0], 1e9).temporaries for x in parts
+  )
+  # Of 8 images per device one is computed at a time; gradients stay.
+  assert micro < whole / 2
+
+
+def test_compared_images_do_not_move_to_split_parameters(monkeypatch):
+  monkeypatch.setattr(meshes, "FSDP_MIN_SIZE", 16)
+  changes = {"method.contrast": "infonce", "run.fsdp": 4}
+  found = messages(planned(changes, arg="extrema"))
+  assert set(found) == {"all-reduce", "all-gather"}
 
 
 @pytest.mark.parametrize("contrast", ["byol", "infonce"])
