@@ -100,6 +100,13 @@ def test_micro_batches_are_added_up_before_the_devices_are():
   assert once <= sent <= once + metrics_and_centres(parts)
 
 
+def test_views_that_the_devices_make_are_planned():
+  changes = {"data.pipeline": "device", "data.canvas_size": 32}
+  parts = planned(changes, arg="mae")
+  assert parts.batch(8)["canvas"].shape == (8, 32, 32, 3)
+  assert set(messages(parts)) == {"all-reduce"}
+
+
 def test_micro_batches_need_less_memory():
   sizes = {"data.batch_size": 64}
   parts = [planned(sizes | {"run.accumulate": n}, arg="mae") for n in (1, 8)]
